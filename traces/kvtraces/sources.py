@@ -118,7 +118,10 @@ def _compression(head: bytes) -> str | None:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file() and _LOG_NAME.match(file.name))
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _LOG_NAME.match(file.name))
+        if not files:
+            raise LogError(path, None, None, "a folder without .jsonl, .json or .csv files; check the path")
+        return files
     whole_set = rotated_set(path) if rotation_number(path) == 0 else []
     if whole_set:
         return whole_set
