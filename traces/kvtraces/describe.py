@@ -78,7 +78,8 @@ def _first_seen(log: Log) -> NDArray[np.bool_]:
 def _leading_hits(log: Log, new: NDArray[np.bool_]) -> IntArray:
     positions = np.append(np.flatnonzero(new), len(new))
     first_new = positions[np.searchsorted(positions, log.starts[:-1])]
-    return np.minimum(first_new, log.starts[1:]) - log.starts[:-1]
+    hits: IntArray = np.minimum(first_new, log.starts[1:]) - log.starts[:-1]
+    return hits
 
 
 def _lengths(tokens: IntArray) -> Lengths:
