@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -22,6 +23,7 @@ __all__ = ["Choice", "best_backend", "measure"]
 
 _SCRATCH_BYTES = 256 << 20
 _SEED = 5
+_HOST_THREADS = 4
 
 Make = Callable[[Arena], Transfer]
 
@@ -136,8 +138,10 @@ def _candidates(layout: PagedLayout, tensors: Tensors) -> tuple[Runtime, dict[st
 
     makers: dict[str, Make] = {"reference": lambda arena: ReferenceTransfer(layout, tensors, arena)}
     if layout.device == "cpu":
-        host = HostRuntime()
-        makers["memmove"] = lambda arena: BatchTransfer(layout, tensors, arena, host, name="memmove")
+        host = HostRuntime(threads=min(_HOST_THREADS, os.cpu_count() or 1))
+        makers["memmove"] = lambda arena: BatchTransfer(
+            layout, tensors, arena, host, batch_rows=1024, lanes=1, name="memmove"
+        )
         return host, makers
     if layout.device != "cuda":
         raise LayoutError(f"no backend for device {layout.device}")

@@ -5,8 +5,11 @@ current arrays, the ones given to it are donated, and the engine reads `arrays` 
 has replaced them itself). On GPUs the kernels go through Pallas's Triton lowering, on TPUs through Mosaic, and on the
 CPU they are interpreted.
 
-Rows move in the array's own dtype, never through arithmetic. The number of chunks in one call is rounded up to a power
-of two by repeating the last chunk, so that only a few sizes are ever compiled.
+Rows move as unsigned words of the dtype's width: a float on its way through a compiler may lose a NaN's payload. The
+number of chunks in one call is rounded up to a power of two by repeating the last chunk, so that only a few sizes are
+ever compiled.
+
+JAX 0.11 deprecates Pallas's Triton lowering for GPUs; it still works there, with a warning.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ class JaxTransfer:
         arrays: the cache, dense JAX arrays on one device; taken over (a load donates them).
         arena: the host memory that slots point into.
         staging_bytes: device memory for one call's rows; two may be alive at once.
-        interpret: interpret the kernels (default: on the CPU only).
+        platform: which kernels, as for `gather_rows`; by default the device's own, interpreted on the CPU.
 
     Raises:
         LayoutError: an array is not dense over its blocks, or too large for the kernels' offsets.
@@ -63,7 +66,7 @@ class JaxTransfer:
         arena: Arena,
         *,
         staging_bytes: int = 64 << 20,
-        interpret: bool | None = None,
+        platform: str | None = None,
     ) -> None:
         self.layout = layout
         self.arrays: list[Any] = []
@@ -73,11 +76,7 @@ class JaxTransfer:
         self._planes = _planes_by_tensor(layout)
         self.bind(arrays)
         (device,) = self.arrays[0].devices()
-        self._platform = (
-            "interpret"
-            if (device.platform == "cpu" if interpret is None else interpret)
-            else ("tpu" if device.platform == "tpu" else "gpu")
-        )
+        self._platform = platform or {"cpu": "interpret", "tpu": "tpu"}.get(device.platform, "gpu")
         self._device = jax.sharding.SingleDeviceSharding(device)
         kinds = {memory.kind for memory in device.addressable_memories()}
         kind = "pinned_host" if "pinned_host" in kinds else None
@@ -164,7 +163,7 @@ class JaxTransfer:
         move_bytes(lifted.ctypes.data + within, arena, length)
         lifted[len(piece.chunks) :] = lifted[len(piece.chunks) - 1]
         words = piece.row_bytes // self.arrays[tensor].dtype.itemsize
-        rows: NDArray[Any] = lifted.view(self.arrays[tensor].dtype).reshape(-1, words)
+        rows: NDArray[Any] = lifted.view(_words(self.arrays[tensor].dtype)).reshape(-1, words)
         return rows
 
 
@@ -185,7 +184,7 @@ class _ArraysHandle:
 
 
 def gather_rows(ids: Any, rows: Any, *, platform: str) -> Any:
-    """`rows[ids]` for a two-dimensional array and int32 row numbers.
+    """`rows[ids]` for a two-dimensional array and int32 row numbers, as unsigned words of the same width.
 
     Args:
         ids: shape (n,).
@@ -196,16 +195,30 @@ def gather_rows(ids: Any, rows: Any, *, platform: str) -> Any:
 
 
 def scatter_rows(ids: Any, staged: Any, rows: Any, *, platform: str) -> Any:
-    """`rows` with `rows[ids] = staged`; `rows` is donated. Ids that repeat must carry equal rows."""
+    """`rows` with `rows[ids] = staged`, `staged` in unsigned words; `rows` is donated.
+
+    Ids that repeat must carry equal rows.
+    """
     return _compiled(platform, "scatter")(ids, staged, rows)
 
 
 @cache
 def _compiled(platform: str, operation: str) -> Any:
-    interpret = platform.startswith("interpret")
     kernels = _TPU if platform.endswith("tpu") else _GPU
-    donated = () if operation == "gather" else (2,)
-    return jax.jit(partial(kernels[operation], interpret=interpret), donate_argnums=donated)
+    kernel = partial(kernels[operation], interpret=platform.startswith("interpret"))
+
+    def gather(ids: Any, rows: Any) -> Any:
+        return kernel(ids, lax.bitcast_convert_type(rows, _words(rows.dtype)))
+
+    def scatter(ids: Any, staged: Any, rows: Any) -> Any:
+        filled = kernel(ids, staged, lax.bitcast_convert_type(rows, _words(rows.dtype)))
+        return lax.bitcast_convert_type(filled, rows.dtype)
+
+    return jax.jit(gather) if operation == "gather" else jax.jit(scatter, donate_argnums=2)
+
+
+def _words(dtype: Any) -> Any:
+    return np.dtype(f"uint{8 * dtype.itemsize}")
 
 
 def _move_gpu(ids: Any, source: Any, target: Any, *, rows: int, tile: int, programs: int, gather: bool) -> None:

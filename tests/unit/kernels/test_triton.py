@@ -1,3 +1,4 @@
+# ruff: noqa: E402  (skipped before its imports where Triton is absent)
 """The Triton kernel in Triton's interpreter, and compiled (not run) for the GPUs it is meant for."""
 
 import importlib
