@@ -1,3 +1,4 @@
+# ruff: noqa: PLC0415  (Triton and JAX may be absent; each is imported by the section that needs it)
 """Check and time the transfer kernels on one CUDA GPU, with the KV cache of Qwen3-8B in bf16 as vLLM 0.26 lays it out.
 
     python benchmarks/kernels_h100.py --out benchmarks/results/kernels-h100.json
@@ -8,7 +9,7 @@ fails is reported with its traceback and the rest goes on, but the exit code is 
 """
 
 import argparse
-import datetime
+import datetime as dt
 import importlib.metadata
 import json
 import mmap
@@ -67,8 +68,9 @@ def seconds_of(work, *, repeats=5, warmup=1):
 class Bench:
     """One cache, one arena, and the results so far."""
 
-    def __init__(self, deadline_s):
+    def __init__(self, deadline_s, out):
         self.deadline_s = deadline_s
+        self.out = out
         self.results = {}
         self.failures = {}
         self.rng = np.random.default_rng(SEED)
@@ -84,9 +86,26 @@ class Bench:
         try:
             self.results[name] = work()
             say(" ", json.dumps(self.results[name])[:1500])
-        except Exception:  # noqa: BLE001  (reported in full below, and in the exit code)
+        except Exception:  # reported in full, and in the exit code
             self.failures[name] = traceback.format_exc()
             say(name, "FAILED\n", self.failures[name])
+        self.write()
+
+    def write(self):
+        """The report so far: a run that is cut off keeps its figures."""
+        report = {
+            "command": shlex.join(["python", *sys.argv]),
+            "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name(0),
+            "versions": versions(),
+            "batched_driver_call": cuda_driver().has_batch,
+            "seconds": round(time.perf_counter() - started, 1),
+            "results": self.results,
+            "failures": self.failures,
+        }
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text(json.dumps(report, indent=2) + "\n")
+        return report
 
     # Baseline
 
@@ -316,7 +335,7 @@ class Bench:
             "load": lambda: target.load(self.adjacent, self.ids),
         }
         times = {name: [] for name in transfers}
-        covered = {name: True for name in transfers}
+        covered = dict.fromkeys(transfers, True)
         for turn in range(7):
             for name, transfer in transfers.items():
                 torch.cuda.synchronize()
@@ -517,21 +536,9 @@ def main():
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no CUDA device")
-    bench = Bench(arguments.deadline)
+    bench = Bench(arguments.deadline, arguments.out)
     run(bench, arguments)
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(0),
-        "versions": versions(),
-        "batched_driver_call": cuda_driver().has_batch,
-        "seconds": round(time.perf_counter() - started, 1),
-        "results": bench.results,
-        "failures": bench.failures,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-    summary(report)
+    summary(bench.write())
     sys.exit(1 if bench.failures else 0)
 
 
