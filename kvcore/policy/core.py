@@ -67,11 +67,13 @@ class Core:
         self._lost: dict[str, Lost] = {}
         self._copying: dict[tuple[int, Chunk], Entry] = {}
         """Entries that are the source of a copy into the tier of the key; pinned until it is done."""
+        self._fetches: dict[Chunk, list[Request]] = {}
+        """Chunks on their way from a lower tier to tier 0, with the requests that wait for another's fetch."""
         self._now_ns = 0
         self._missed: OrderedDict[Chunk, None] = OrderedDict()
         """Chunks that were asked for once, for the second-use admission."""
 
-    def handle(self, event: Event) -> tuple[Decision, ...]:
+    def handle(self, event: Event) -> tuple[Decision, ...]:  # noqa: C901, PLR0912 - one case for each event
         """Take in one event and return what is decided, in the order in which it is to be carried out.
 
         Raises:
@@ -110,10 +112,8 @@ class Core:
                 self._pinned(event)
             case Unpinned():
                 self._unpinned(event.chunks, out)
-            case QuotaSet(pages=None):
-                self.tiers[0].quotas.pop(event.salt, None)
             case QuotaSet():
-                self.tiers[0].quotas[event.salt] = event.pages
+                self.tiers[0].set_quota(event.salt, event.pages)
             case _:
                 assert_never(event)
         return tuple(out)
@@ -227,7 +227,12 @@ class Core:
         return tuple(takewhile(lambda tier: tier >= 0, best))
 
     def _plan_loads(
-        self, request: Request, where: tuple[int, ...], event: LookedUp, instance: InstanceRegistered, out: list[Decision]
+        self,
+        request: Request,
+        where: tuple[int, ...],
+        event: LookedUp,
+        instance: InstanceRegistered,
+        out: list[Decision],
     ) -> None:
         """Decide which hits the engine loads, and fetch those that are not in tier 0."""
         computed, end = event.computed_chunks, len(where)
@@ -241,25 +246,51 @@ class Core:
                 queued_bytes=event.queued_bytes,
             )
             self._refuse(request.name, 0, event.chunks[end : len(where)], "recompute", out)
-        below = [i for i in range(computed, end) if where[i]] if len(self.tiers) > 1 else []
-        if below:
-            fit = self._make_room(0, [event.chunks[i] for i in below], instance.chunk_pages, request.name, request.salt, out)
-            if fit < len(below):
-                end = below[fit]
-                below = below[:fit]
-            request.fetching = self.tiers[0].reserve([event.chunks[i] for i in below], instance.chunk_pages, request.salt)
-            for tier in range(1, len(self.tiers)):
-                wanted = tuple(event.chunks[i] for i in below if where[i] == tier)
-                if wanted:
-                    out.append(Load(request=request.name, tier=tier, chunks=wanted))
+        if any(where[computed:end]):
+            end = self._fetch(request, where, (computed, end), instance.chunk_pages, out)
         request.run = event.chunks[computed:end]
         self._load_when_fetched(request, out)
 
+    def _fetch(
+        self, request: Request, where: tuple[int, ...], run: tuple[int, int], pages: int, out: list[Decision]
+    ) -> int:
+        """Bring the run's hits of lower tiers to tier 0; return where the run ends if not everything can come.
+
+        What another request fetches already is awaited, not fetched twice.
+        """
+        top, chunks, end = self.tiers[0], request.chunks, run[1]
+        below = [i for i in range(*run) if where[i]]
+        blocked = next((i for i in below if top.holds(chunks[i]) and chunks[i] not in self._fetches), None)
+        if blocked is not None:  # an engine is writing that very chunk anew
+            self._refuse(request.name, 0, chunks[blocked:end], "storing", out)
+            end = blocked
+        fresh = [i for i in below if i < end and chunks[i] not in self._fetches]
+        fit = self._make_room(0, [chunks[i] for i in fresh], pages, request.name, request.salt, out)
+        if fit < len(fresh):
+            end = fresh[fit]
+        for chunk in [chunks[i] for i in below if i < end and chunks[i] in self._fetches]:
+            self._fetches[chunk].append(request)
+            request.awaited[chunk] = None
+        request.fetching = top.reserve([chunks[i] for i in fresh[:fit]], pages, request.salt)
+        for chunk in request.fetching:
+            self._fetches[chunk] = []
+        for tier in range(1, len(self.tiers)):
+            wanted = tuple(chunks[i] for i in fresh[:fit] if where[i] == tier)
+            if wanted:
+                out.append(Load(request=request.name, tier=tier, chunks=wanted))
+        return end
+
     def _load_when_fetched(self, request: Request, out: list[Decision]) -> None:
-        if request.run and not request.fetching and not request.ended:
+        if request.run and not request.fetching and not request.awaited and not request.ended:
             request.loading = len(request.run)
             out.append(Load(request=request.name, tier=0, chunks=request.run))
             request.run = ()
+
+    def _go_on(self, requests: Iterable[Request], out: list[Decision]) -> None:
+        """Some of what `requests` waited for has ended, well or not."""
+        for request in requests:
+            self._load_when_fetched(request, out)
+            self._finish(request, out)
 
     def _load_done(self, event: LoadDone, out: list[Decision]) -> None:
         request = self._requests.get(event.request)
@@ -272,13 +303,19 @@ class Core:
         if request is None:
             return
         arrived = request.new if self.config.promote_on_hit else request.passing
+        waiters: dict[str, Request] = {}
         for chunk in event.chunks:
-            if request.fetching.pop(chunk, None) is not None:
-                entry = self.tiers[0].commit(chunk)
-                arrived[chunk] = entry
-                request.held.append(entry)
-        self._load_when_fetched(request, out)
-        self._finish(request, out)
+            if request.fetching.pop(chunk, None) is None:
+                continue
+            entry = self.tiers[0].commit(chunk)
+            arrived[chunk] = entry
+            request.held.append(entry)
+            for waiter in self._fetches.pop(chunk):
+                del waiter.awaited[chunk]
+                self.tiers[0].pin((entry,))
+                waiter.held.append(entry)
+                waiters[waiter.name] = waiter
+        self._go_on([request, *waiters.values()], out)
 
     def _load_failed(self, event: LoadFailed, out: list[Decision]) -> None:
         request = self._requests.get(event.request)
@@ -291,19 +328,24 @@ class Core:
         self._settle_lost(event.request, event.chunks, out)
         if request is None:
             return
-        self._unfetch(request, event.chunks)
-        self._load_when_fetched(request, out)
-        self._finish(request, out)
-
-    def _unfetch(self, request: Request, chunks: Iterable[Chunk]) -> None:
-        """Give back the room of `chunks` that did not come from below; the engine's run ends before the first."""
-        for chunk in chunks:
+        waiters: dict[str, Request] = {}
+        for chunk in event.chunks:
             entry = request.fetching.pop(chunk, None)
             if entry is not None:
                 del self.tiers[0].writing[chunk]
                 self.tiers[0].release(entry)
-                if chunk in request.run:
-                    request.run = request.run[: request.run.index(chunk)]
+                waiters.update(self._not_fetched(request, chunk))
+        self._go_on([request, *waiters.values()], out)
+
+    def _not_fetched(self, request: Request, chunk: Chunk) -> dict[str, Request]:
+        """A chunk does not come from below: end the runs that need it before it; return the others that waited."""
+        waiters = {waiter.name: waiter for waiter in self._fetches.pop(chunk)}
+        for waiter in waiters.values():
+            del waiter.awaited[chunk]
+        for one in (request, *waiters.values()):
+            if chunk in one.run:
+                one.run = one.run[: one.run.index(chunk)]
+        return waiters
 
     # Stores
 
@@ -374,7 +416,9 @@ class Core:
         if demoted:
             out.append(Demote(tier=index, chunks=tuple(demoted)))
 
-    def _reserve_below(self, index: int, entries: Sequence[Entry], out: list[Decision], name: str = "") -> dict[Chunk, Entry]:
+    def _reserve_below(
+        self, index: int, entries: Sequence[Entry], out: list[Decision], name: str = ""
+    ) -> dict[Chunk, Entry]:
         """Make room for `entries`, the least worth keeping first, in the tier below `index`; return those that fit."""
         lower = self.tiers[index + 1]
         placed: dict[Chunk, Entry] = {}
@@ -500,21 +544,19 @@ class Core:
                     tier.policy.forget((chunk,))
                     tier.expiry.pop(chunk, None)
                     entry.entered = False
-        for request in list(self._requests.values()):
+        for request in tuple(self._requests.values()):
             self._clear_writes(request, wanted, out)
 
     def _clear_writes(self, request: Request, wanted: dict[Chunk, None] | None, out: list[Decision]) -> None:
         """Void what is being written to tier 0 for a request, of `wanted` or all of it."""
+        waiters: dict[str, Request] = {}
         for entries in (request.writing, request.fetching):
-            hit = {chunk: entry for chunk, entry in entries.items() if wanted is None or chunk in wanted}
-            if not hit:
-                continue
-            if entries is request.fetching:
-                first = next(i for i, chunk in enumerate(request.run) if chunk in hit) if request.run else 0
-                request.run = request.run[:first]
+            hit = [chunk for chunk in entries if wanted is None or chunk in wanted]
             self._void(request, entries, hit, "cleared")
-        self._load_when_fetched(request, out)
-        self._finish(request, out)
+            if entries is request.fetching:
+                for chunk in hit:
+                    waiters.update(self._not_fetched(request, chunk))
+        self._go_on([request, *waiters.values()], out)
 
     def _pinned(self, event: Pinned) -> None:
         top = self.tiers[0]
@@ -534,7 +576,9 @@ class Core:
     def _remove(self, index: int, chunks: Iterable[Chunk], reason: EvictReason, out: list[Decision]) -> None:
         """Take `chunks` out of a tier: at once those that nobody holds, the others when they are let go of."""
         tier = self.tiers[index]
-        free = [entry for chunk in chunks if chunk in tier.resident and (entry := tier.remove(chunk, reason)) is not None]
+        free = [
+            entry for chunk in chunks if chunk in tier.resident and (entry := tier.remove(chunk, reason)) is not None
+        ]
         self._gone(index, free, out)
 
     @staticmethod
