@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import vllm
+from kvkernels.reference import ReferenceTransfer
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -18,6 +19,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, MLAAttentionSpec
+
+from kvcore.vllm.mover import TransferFactory
 
 __all__ = [
     "KVConnectorBase_V1",
@@ -36,6 +39,7 @@ __all__ = [
     "isa",
     "kv_layout",
     "steps_when_idle",
+    "transfer_factory",
 ]
 
 TESTED = ("0.26", "0.32")
@@ -134,6 +138,11 @@ def copies_in_step(vllm_config: Any) -> bool:
 def steps_when_idle() -> bool:
     """Return whether the engine runs in a process of its own, and so goes on stepping when no request is left."""
     return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") != "0"
+
+
+def transfer_factory(_vllm_config: Any) -> TransferFactory:
+    """Return what makes the backend that copies: torch's own indexing, the fast path on the CPU and right on a GPU."""
+    return ReferenceTransfer
 
 
 def block_ids(blocks: Any) -> list[int]:

@@ -32,6 +32,10 @@ class Hasher:
         root = self._root(adapter_identity(getattr(request, "lora_request", None)), request.cache_salt or None)
         return block_hashes(tokens, self.namespace.block_tokens, root, items)
 
+    def marked(self, mark: str) -> "Hasher":
+        """Return one that names everything differently."""
+        return Hasher(replace(self.namespace, revision=f"{self.namespace.revision}#{mark}"))
+
     @staticmethod
     def probe(request: EngineRequest, chunk_tokens: int) -> bytes:
         """Return a digest of the first chunk's tokens alone, which is equal under every namespace; empty without one."""

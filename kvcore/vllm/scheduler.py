@@ -183,6 +183,10 @@ class SchedulerSide:
             return True
         return False
 
+    def forget(self, mark: str) -> None:
+        """Name everything differently from now on, so that nothing stored before is matched again."""
+        self._hasher = self._hasher.marked(mark)
+
     def close(self) -> None:
         """Leave the server."""
         self._record_finished()

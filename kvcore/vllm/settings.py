@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
+from kvcore.live.connection import CurveKeys
 from kvcore.live.wire import DEFAULT_ARENA_DIR, ipc_endpoint
 from kvcore.vllm.scheduler import LoadMode
 
@@ -26,6 +27,8 @@ class ConnectorSettings:
         arena_dir: Where the embedded server's arena lies.
         record: The embedded server's request log; none where empty.
         http: `host:port` of the embedded server's HTTP; none where empty.
+        layerwise: On a GPU, let attention of a layer wait for that layer's load only.
+        curve: Keys, for a server on tcp that is not on the loopback.
     """
 
     endpoint: str
@@ -39,6 +42,8 @@ class ConnectorSettings:
     arena_dir: str = DEFAULT_ARENA_DIR
     record: str = ""
     http: str = ""
+    layerwise: bool = False
+    curve: CurveKeys | None = None
 
 
 def read(extra: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> ConnectorSettings:
@@ -71,15 +76,25 @@ def read(extra: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> 
         arena_dir=arena_dir,
         record=get("record", ""),
         http=get("http", ""),
+        layerwise=get("layerwise", False),
+        curve=_curve(get("curve_server", ""), get("curve_public", ""), get("curve_secret", "")),
     )
 
 
 _KEYS = frozenset(
     {
         "endpoint", "load_mode", "grant_wait_ms", "deadline_ms", "fail_on_load_error", "chunk_size", "l1_size_gb",
-        "eviction_policy", "arena_dir", "record", "http",
+        "eviction_policy", "arena_dir", "record", "http", "layerwise", "curve_server", "curve_public", "curve_secret",
     }
 )  # fmt: skip
+
+
+def _curve(server: str, public: str, secret: str) -> CurveKeys | None:
+    if not server and not public and not secret:
+        return None
+    if not (server and public and secret):
+        raise ValueError("curve_server, curve_public and curve_secret go together")
+    return CurveKeys(server=server, public=public, secret=secret)
 
 
 def _bool(value: Any) -> bool:

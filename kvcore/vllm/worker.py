@@ -46,14 +46,16 @@ class WorkerSide:
         shards: Parts of a chunk; ranks from there on hold the same KV as rank 0 and store nothing.
         factory: Makes the backend that copies.
         copy_thread: Whether asynchronous loads need a thread, since the backend's calls return when they are done.
+        layerwise: Whether attention waits for its own layer's load only (`wait_for_layer`), or the step for all.
     """
 
-    def __init__(self, cache: Cache, *, rank: int, shards: int, factory: TransferFactory, copy_thread: bool) -> None:
+    def __init__(self, cache: Cache, *, rank: int, shards: int, factory: TransferFactory, copy_thread: bool, layerwise: bool = False) -> None:
         self._cache = cache
         self._rank = rank
         self._shard = rank if rank < shards else 0
         self._stores = rank < shards
         self._factory = factory
+        self._layerwise = layerwise
         self._link: WorkerLink | None = None
         self._mover: Mover | None = None
         self._unusable: Registered | None = None
@@ -96,10 +98,15 @@ class WorkerSide:
         for copy in plan.loads:
             self._begin_load(copy)
         self._end_loads()
+        if not self._layerwise:
+            for one in self._loading:
+                if not one.copy.asynchronous:
+                    for layer in range(one.mover.layout.num_layers):
+                        one.handle.wait_layer(layer)
 
     def wait_for_layer(self, layer_name: str) -> None:
         """Order the loads of one layer before its attention."""
-        if not self._loading:
+        if not self._layerwise or not self._loading:
             return
         layer = self._cache.layer_of.get(layer_name)
         for one in self._loading:
