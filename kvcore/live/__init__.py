@@ -1,1 +1,1 @@
-"""The server shell: it brings the core's decisions to a shared-memory arena (L1), to stores behind it, and to engines."""
+"""The server shell: it brings the core's decisions to an arena in shared memory (L1), to stores behind it, to engines."""

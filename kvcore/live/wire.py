@@ -312,8 +312,6 @@ class Registered(Message, frozen=True, tag="registered"):
     lease_ms: int
     liveness_path: str
     """The unix socket that the member connects, sends its `member` to (8 bytes, little-endian) and keeps open."""
-    writer: int = 0
-    """The worker's slot in the arena's table of writers."""
     record: bool = False
     """Whether the server records, so that `Record` is wanted."""
 

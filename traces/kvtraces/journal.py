@@ -82,6 +82,7 @@ class Pages:
     """uint32, little-endian."""
     generations: bytes
     """uint64, little-endian."""
+    chunk_bytes: int
 
 
 Record: TypeAlias = Head | Snapshot | Step | Pages
@@ -135,9 +136,9 @@ class JournalWriter:
         out = [(_TAGS[type(decision)], _VALUES[type(decision)](decision)) for decision in decisions]
         self._collect(("step", _TAGS[type(event)], _VALUES[type(event)](event), out))
 
-    def pages(self, ids: bytes, generations: bytes) -> None:
+    def pages(self, ids: bytes, generations: bytes, chunk_bytes: int) -> None:
         """Collect the pages given to the next placing decision of the last step."""
-        self._collect(("pages", ids, generations))
+        self._collect(("pages", ids, generations, chunk_bytes))
 
     def flush(self) -> None:
         """Write what was collected. Raises OSError."""
@@ -240,16 +241,15 @@ def _decode(payload: bytes, segment: str, offset: int) -> Record:
                 return Step(
                     event=_build(tag, values), decisions=tuple(_build(tag, values) for tag, values in decisions)
                 )
-            case ["pages", ids, generations]:
-                return Pages(ids=ids, generations=generations)
+            case ["pages", ids, generations, chunk_bytes]:
+                return Pages(ids=ids, generations=generations, chunk_bytes=chunk_bytes)
             case ["head", config, meta]:
                 return Head(config=msgspec.convert(config, CoreConfig), meta=meta)
             case ["snapshot", core, pages]:
                 return Snapshot(core=core, pages=pages)
-            case _:
-                raise ValueError("no record of this format")
     except (msgspec.MsgspecError, ValueError, TypeError, KeyError) as error:
         raise JournalError(f"{type(error).__name__}: {error}", segment, offset) from error
+    raise JournalError("no record of this format", segment, offset)
 
 
 def _build(tag: str, values: list[Any]) -> Any:
@@ -315,7 +315,9 @@ def verify(folder: str | Path) -> Equal | Difference:
                 if difference is not None:
                     return difference
     except JournalError as error:
-        return Difference(segment=error.segment or path.name, offset=error.offset, step=check.steps, reason=error.reason)
+        return Difference(
+            segment=error.segment or path.name, offset=error.offset, step=check.steps, reason=error.reason
+        )
     return Equal(segments=len(paths), steps=check.steps)
 
 
