@@ -3,21 +3,19 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
 from kvcore.live.client import Register, RegistrationRefused, SchedulerClient, WorkerClient
 from kvcore.vllm import compat, identity
+from kvcore.vllm.embedded import EmbeddedServer, embedded_settings
 from kvcore.vllm.jobs import StepPlan, StepReport
 from kvcore.vllm.metrics import KVCorePromMetrics, KVCoreStats
 from kvcore.vllm.mover import Cache
 from kvcore.vllm.namespace import Hasher
 from kvcore.vllm.scheduler import Options, SchedulerSide
-from kvcore.vllm.settings import ConnectorSettings, read
+from kvcore.vllm.settings import read
 from kvcore.vllm.worker import WorkerSide
-
-if TYPE_CHECKING:
-    from kvcore.vllm.embedded import EmbeddedServer
 
 _LOG = logging.getLogger("kvcore.vllm")
 _START_S = 2.0
@@ -61,6 +59,8 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
 
     if (_hits := compat.host_cache_hits()) is not None:
         _cache_hit_source = _hits
+    _embedded = False
+    """Whether the connector brings its own server."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -68,9 +68,11 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         parallel = vllm_config.parallel_config
         for kind in ("decode_context_parallel_size", "prefill_context_parallel_size"):
             if getattr(parallel, kind, 1) > 1:
-                raise compat.UnsupportedModelError(f"kvcore does not handle {kind} > 1: a block's tokens lie on several ranks")
+                raise compat.UnsupportedModelError(
+                    f"kvcore does not handle {kind} > 1: a block's tokens lie on several ranks"
+                )
         self._spec = compat.attention_spec(kv_cache_config)
-        self._settings = read(self._kv_transfer_config.kv_connector_extra_config or {})
+        self._settings = read(self._kv_transfer_config.kv_connector_extra_config or {}, embedded=self._embedded)
         self._instance = str(self._kv_transfer_config.engine_id)
         self._shards = 1 if compat.is_mla(self._spec) else parallel.world_size
         self._scheduler: SchedulerSide | None = None
@@ -80,7 +82,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         if role == compat.KVConnectorRole.SCHEDULER and not self._settings.fail_on_load_error:
             self._kv_transfer_config.kv_load_failure_policy = "recompute"
 
-    def _start_server(self) -> "EmbeddedServer | None":
+    def _start_server(self) -> EmbeddedServer | None:
         """Return the server that lives with this connector; none does."""
         return None
 
@@ -287,7 +289,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
         """Layer by layer, attention waits for loads in Python, which a full CUDA graph would skip."""
-        return read(extra_config).layerwise
+        return read(extra_config, embedded=cls._embedded).layerwise
 
     def shutdown(self) -> None:
         """End what is under way, leave the server, and stop it where it is ours."""
@@ -305,20 +307,14 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
 class KVCoreConnector(KVCoreMPConnector):
     """Reuses KV inside one vLLM instance: the same server, in a thread of the scheduler's process.
 
-    Its chunk size is `chunk_size` of `kv_connector_extra_config` or `KVCORE_CHUNK_SIZE`, its L1 `l1_size_gb` or
-    `KVCORE_L1_SIZE_GB`; see `kvcore.vllm.settings`. It ends, with what it holds, when vLLM ends.
+    Every setting of `kvcore serve` can be given in `kv_connector_extra_config` (`chunk_size`, `l1_size_gb`, ...) or in
+    the environment (`KVCORE_CHUNK_SIZE`, `KVCORE_L1_SIZE_GB`). It ends, with what it holds, when vLLM ends.
     """
 
-    def _start_server(self) -> "EmbeddedServer":
-        from kvcore.vllm.embedded import EmbeddedServer  # noqa: PLC0415 - the server is not needed by the other connector
+    _embedded = True
 
-        return EmbeddedServer(self._instance, self._settings)
+    def _start_server(self) -> EmbeddedServer:
+        return EmbeddedServer(self._instance, self._settings.server)
 
     def _endpoint(self) -> str:
-        return embedded_endpoint(self._instance, self._settings)
-
-
-def embedded_endpoint(instance: str, settings: ConnectorSettings) -> str:
-    """Return the private endpoint of an engine's own server."""
-    return f"ipc://{settings.arena_dir.rstrip('/')}/kvcore-{instance}.ipc"
-
+        return embedded_settings(self._instance, self._settings.server).endpoints[0]

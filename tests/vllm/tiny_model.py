@@ -38,7 +38,9 @@ def build_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def build_model(folder: Path, *, layers: int = 4, hidden: int = 256, heads: int = 4, kv_heads: int = 2, seed: int = 0) -> Path:
+def build_model(
+    folder: Path, *, layers: int = 4, hidden: int = 256, heads: int = 4, kv_heads: int = 2, seed: int = 0
+) -> Path:
     """Write a Qwen3 with seeded random weights, its config and a tokenizer; return the folder.
 
     The default has 14 MB; `layers=8, hidden=1024, heads=16, kv_heads=8` has 105 M parameters, enough for TTFT to show.
