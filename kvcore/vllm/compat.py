@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import vllm
-from kvkernels.reference import ReferenceTransfer
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -21,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, MLAAttentionSpec
 
 from kvcore.vllm.mover import TransferFactory
+from kvkernels.reference import ReferenceTransfer
 
 __all__ = [
     "KVConnectorBase_V1",
@@ -115,7 +115,7 @@ def isa(vllm_config: Any, spec: Any) -> str:
     if not on_cpu(vllm_config):
         return ""
     try:
-        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: PLC0415, PLC2701
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: PLC0415 - only where there is a CPU backend
     except ImportError:
         return f"cpu-{torch.backends.cpu.get_cpu_capability()}"
     cache = vllm_config.cache_config

@@ -194,7 +194,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         first: KVCoreHandshake = shakes[0]
         if any(shake.block_bytes != first.block_bytes for shake in shakes):
             raise compat.UnsupportedModelError(
-                f"kvcore needs equal KV on every rank; here a block has {sorted({s.block_bytes for s in shakes})} bytes"
+                f"kvcore needs equal KV on every rank; a block has {sorted({s.block_bytes for s in shakes})} bytes"
             )
         namespace = identity.engine_namespace(
             self._vllm_config,
@@ -218,7 +218,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         registered = client.register(_START_S)
         if registered is not None and registered.chunk_tokens % self._spec.block_size:
             raise RegistrationRefused(
-                f"the server's chunk of {registered.chunk_tokens} tokens is no multiple of the block of {self._spec.block_size}"
+                f"the server's chunk of {registered.chunk_tokens} tokens is no multiple of the block's {self._spec.block_size}"
             )
         options = Options(
             block_tokens=self._spec.block_size,

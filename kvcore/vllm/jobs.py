@@ -1,4 +1,4 @@
-"""What the scheduler's half of a connector tells the workers' halves, one `StepPlan` a step. Plain data, pickled by vLLM."""
+"""What the scheduler's half of a connector tells the workers' halves, one `StepPlan` a step: plain data."""
 
 from dataclasses import dataclass, field
 

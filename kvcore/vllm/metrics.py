@@ -26,6 +26,8 @@ _MEANING = {
 class KVCoreStats(KVConnectorStats):  # type: ignore[misc]  # vLLM is untyped here
     """Counts by name; what workers and scheduler count is added up."""
 
+    data: dict[str, int | float]
+
     def reset(self) -> None:
         """Forget everything."""
         self.data = {}

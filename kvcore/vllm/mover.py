@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from kvkernels import Handle, HostArena, PagedLayout, Slot, Transfer, describe, slot_range
 from numpy.typing import NDArray
 
 from kvcore.live.arena import Arena, pieces
 from kvcore.live.wire import Registered
+from kvkernels import Handle, HostArena, PagedLayout, Slot, Transfer, describe, slot_range
 
 Tensors: TypeAlias = Mapping[str, Any]
 TransferFactory: TypeAlias = Callable[[PagedLayout, Tensors, HostArena], Transfer]
@@ -76,7 +76,7 @@ class Mover:
     def load(self, pages: NDArray[np.uint32], blocks: NDArray[np.int64]) -> Handle:
         """Copy chunks from the arena; blocks that are -1 are left as they are, since they are others' and live."""
         slots = self._slots(pages)
-        whole = (blocks >= 0).all(axis=1)
+        whole: NDArray[np.bool_] = np.all(blocks >= 0, axis=1)
         handles = []
         if whole.any():
             chosen = [slot for slot, want in zip(slots, whole, strict=True) if want]

@@ -38,7 +38,7 @@ class Hasher:
 
     @staticmethod
     def probe(request: EngineRequest, chunk_tokens: int) -> bytes:
-        """Return a digest of the first chunk's tokens alone, which is equal under every namespace; empty without one."""
+        """Return a digest of the first chunk's tokens, equal under every namespace; empty without a full chunk."""
         tokens: Sequence[int] = request.prompt_token_ids
         return b"" if len(tokens) < chunk_tokens else sha256(token_bytes(tokens[:chunk_tokens])).digest()[:16]
 

@@ -70,14 +70,14 @@ class Life:
         return self.chunks[start:stop]
 
     def load(self, request: str, external: int, block_tokens: int) -> tuple[Copy | None, tuple[bytes, ...]]:
-        """Plan the copy of `external` tokens behind those computed; return it and the found chunks that it leaves out."""
+        """Plan the copy of `external` tokens behind those computed; return it and the found chunks left out."""
         found = self.found
         if found is None or not found.load_chunks:
             return None, ()
         blocks_a_chunk = self.session.chunk_tokens // block_tokens
         first, last = self.computed // block_tokens, (self.computed + external) // block_tokens
         ids = _block_table(self.blocks, found.load_start, found.load_chunks, blocks_a_chunk, first, last)
-        wanted = (ids >= 0).any(axis=1)
+        wanted: NDArray[np.bool_] = np.any(ids >= 0, axis=1)
         names = self.chunk_range(found.load_start, found.load_start + found.load_chunks)
         left_out = tuple(name for name, want in zip(names, wanted.tolist(), strict=True) if not want)
         if not wanted.any():
@@ -169,7 +169,7 @@ def unpack(pages: bytes, generations: bytes, chunks: int) -> tuple[NDArray[np.ui
 def _block_table(
     blocks: Sequence[int], start: int, chunks: int, per_chunk: int, first: int, last: int
 ) -> NDArray[np.int64]:
-    """Return the block ids of `chunks` chunks from `start`, (chunks, per_chunk); -1 outside blocks `first` to `last`."""
+    """Return the block ids of `chunks` chunks from `start`; -1 outside blocks `first` to `last`."""
     table = np.full(chunks * per_chunk, -1, dtype=np.int64)
     offset = start * per_chunk
     low, high = max(first, offset), min(last, offset + len(table), len(blocks))

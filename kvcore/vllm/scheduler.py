@@ -82,7 +82,7 @@ class SchedulerSide:
     # Called by the scheduler, in this order, for a request that waits
 
     def matched(self, request: EngineRequest, computed: int) -> tuple[int | None, bool]:
-        """Answer `get_num_new_matched_tokens`: tokens that can be loaded behind `computed`, and whether outside the batch."""
+        """Answer `get_num_new_matched_tokens`: tokens to load behind `computed`, and whether outside the batch."""
         tracked = self._track(request)
         if tracked is None or tracked.unlucky:
             return 0, False
@@ -208,7 +208,7 @@ class SchedulerSide:
         return tracked
 
     def _life(self, tracked: Tracked) -> Life | None:
-        """Return the request's life in the session at hand, a new one where the old has ended; None: away or in vain."""
+        """Return the request's life in the session at hand, anew where it has ended; None: away, or in vain."""
         session = self._link.registered
         life = tracked.life
         if life is not None and life.allocated:
@@ -277,7 +277,7 @@ class SchedulerSide:
     # Steps
 
     def _advance(self, tracked: Tracked, blocks: "_Blocks", upto: int) -> bool:
-        """Take in that a request is computed up to token `upto` after this step; return whether that ends its prompt."""
+        """Take in that this step computes a request up to token `upto`; return whether to wait for its room."""
         if tracked.first_token_s is None:
             tracked.scheduled_s = tracked.scheduled_s or self._clock()
             self._waiting_first[tracked.id] = tracked

@@ -1,4 +1,4 @@
-"""What can be set for the connectors: `kv_connector_extra_config`, then `KVCORE_*` in the environment, then defaults."""
+"""What can be set for the connectors: in `kv_connector_extra_config`, else by `KVCORE_*` in the environment."""
 
 import os
 from collections.abc import Mapping
@@ -48,7 +48,9 @@ class ConnectorSettings:
         return CurveKeys(server=self.curve_server, public=self.curve_public, secret=self.curve_secret)
 
 
-def read(extra: Mapping[str, Any], environ: Mapping[str, str] | None = None, *, embedded: bool = False) -> ConnectorSettings:
+def read(
+    extra: Mapping[str, Any], environ: Mapping[str, str] | None = None, *, embedded: bool = False
+) -> ConnectorSettings:
     """Return the settings; with `embedded`, keys that are the server's are kept for it.
 
     Raises ValueError naming the key that is unknown or does not fit.
@@ -60,7 +62,10 @@ def read(extra: Mapping[str, Any], environ: Mapping[str, str] | None = None, *, 
     if unknown:
         known = ", ".join(sorted(set(defaults) | servers))
         raise ValueError(f"kv_connector_extra_config: no key {', '.join(unknown)}; there are {known}")
-    found = {key: _read_one(key, extra.get(key, env.get(f"KVCORE_{key.upper()}")), default) for key, default in defaults.items()}
+    found = {
+        key: _read_one(key, extra.get(key, env.get(f"KVCORE_{key.upper()}")), default)
+        for key, default in defaults.items()
+    }
     if found["load_mode"] not in get_args(LoadMode):
         raise ValueError(f"load_mode: {found['load_mode']!r} is none of {', '.join(get_args(LoadMode))}")
     if len({bool(found[key]) for key in ("curve_server", "curve_public", "curve_secret")}) > 1:

@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from kvkernels import Handle, LayoutError
 from numpy.typing import NDArray
 
 from kvcore.live.arena import ArenaError
@@ -21,6 +20,7 @@ from kvcore.vllm.jobs import Copy, StepPlan, StepReport
 from kvcore.vllm.links import WorkerLink
 from kvcore.vllm.mover import Cache, Mover, TransferFactory
 from kvcore.vllm.stats import Counters
+from kvkernels import Handle, LayoutError
 
 _LOG = logging.getLogger("kvcore.vllm")
 
@@ -272,7 +272,7 @@ class WorkerSide:
         if self._link is not None:
             self._link.load_failed(copy.name, _chosen(copy.chunks, failed), epoch=copy.epoch)
         _LOG.warning(
-            "Request %s: %d tokens were not loaded and are computed: the server is away, or has given their pages to others",
+            "Request %s: %d tokens are computed, not loaded: the server is away, or gave their pages to others",
             copy.request, len(bad) * self._cache.block_tokens,
         )  # fmt: skip
 

@@ -1,11 +1,12 @@
 """What the vLLM tests share."""
 
+# ruff: noqa: PLC0415 - vLLM and the models are not there where only the halves are tested
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+import pytest
 
-import pytest  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +23,10 @@ def big_model(tmp_path_factory):
     from tiny_model import build_big_model
 
     return build_big_model(tmp_path_factory.getbasetemp() / "big")
+
+
+def pytest_collection_modifyitems(items):
+    """Warnings of vLLM and torch are not ours to mend."""
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.filterwarnings("ignore"))

@@ -1,5 +1,6 @@
 """Real vLLM engines on the CPU, in this process, one at a time; what they answer, and how it is compared."""
 
+# ruff: noqa: PLC0415 - vLLM reads the environment when it is imported
 import gc
 import json
 import os
@@ -14,7 +15,8 @@ os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
 )
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second thread spins while it waits, at the server's expense
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
 BLOCK = 32
@@ -43,16 +45,16 @@ def engine(model: Path, kv_transfer_config=None, **options):
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    settings = dict(
-        model=str(model),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=4096,
-        block_size=BLOCK,
-        seed=0,
-        disable_log_stats=False,
-        enable_prefix_caching=True,
-    )
+    settings = {
+        "model": str(model),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 3072,
+        "block_size": BLOCK,
+        "seed": 0,
+        "disable_log_stats": False,
+        "enable_prefix_caching": True,
+    }
     llm = LLM(**{**settings, **options}, kv_transfer_config=kv_transfer_config)
     try:
         yield llm

@@ -7,13 +7,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kvkernels.reference import ReferenceTransfer  # noqa: E402
-
 from kvcore.live.arena import Arena, ArenaPaths  # noqa: E402
 from kvcore.live.wire import Registered  # noqa: E402
 from kvcore.vllm.jobs import Copy, StepPlan  # noqa: E402
 from kvcore.vllm.mover import Cache  # noqa: E402
 from kvcore.vllm.worker import WorkerSide  # noqa: E402
+from kvkernels.reference import ReferenceTransfer  # noqa: E402
 
 BLOCKS, LAYERS, BLOCK, PER_CHUNK = 40, 3, 16, 4
 PAGE = 4096

@@ -1,4 +1,5 @@
 """Seeded models and a tokenizer, built in seconds and never downloaded."""
+# ruff: noqa: PLC0415 - torch and transformers take seconds to import
 
 import json
 import os
@@ -12,10 +13,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-WORDS = (
+TEXT = (
     "the cache holds keys and values of every token that a prompt shares with another so that prefill "
     "need not compute them again when a server loads blocks from memory into the pages of the engine"
-).split()
+)
 
 
 def build_tokenizer(folder: Path) -> None:
@@ -32,7 +33,7 @@ def build_tokenizer(folder: Path) -> None:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
+    tokenizer.train_from_iterator([TEXT], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
