@@ -26,11 +26,10 @@ class Work:
     name: str
     instance: "Instance"
     chunks: tuple[Chunk, ...]
-    seq: int
-    looked_up_ns: int
+    salt: str
+    start: int
+    """Index of the first chunk that the engine had not computed at its lookup: the first of the run."""
     hits: tuple[int, ...] = (0,)
-    start: int = 0
-    """Index of the run's first chunk."""
     run: tuple[Chunk, ...] = ()
     """What the engine is to load."""
     ended: bool = False
@@ -145,7 +144,8 @@ class Members:
         old = instance.members.get((register.role, register.rank))
         if old is not None and old.here and old.claimed_pid != register.pid:
             raise RefusedError(
-                f"{register.role} {register.rank} of instance {register.instance!r} is registered by process {old.claimed_pid}"
+                f"{register.role} {register.rank} of instance {register.instance!r} is registered by process "
+                f"{old.claimed_pid}"
             )
         if _sizes(instance.register) != _sizes(register) and [*instance.members.values()] not in ([], [old]):
             raise RefusedError(

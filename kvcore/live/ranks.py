@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from kvcore.policy import Chunk
+
 
 class _Waiting:
     """A request's chunks under copy: by chunk, the ranks (bits) that have still to speak."""
@@ -9,8 +11,8 @@ class _Waiting:
     __slots__ = ("failed", "missing")
 
     def __init__(self) -> None:
-        self.missing: dict[bytes, int] = {}
-        self.failed: set[bytes] = set()
+        self.missing: dict[Chunk, int] = {}
+        self.failed: set[Chunk] = set()
 
 
 class Acknowledgements:
@@ -23,7 +25,7 @@ class Acknowledgements:
     def __init__(self) -> None:
         self._waiting: dict[str, _Waiting] = {}
 
-    def expect(self, request: str, chunks: Iterable[bytes], ranks: int) -> None:
+    def expect(self, request: str, chunks: Iterable[Chunk], ranks: int) -> None:
         """Wait for `ranks` ranks, 0 to ranks - 1, to copy `chunks`."""
         everyone = (1 << ranks) - 1
         self._waiting.setdefault(request, _Waiting()).missing.update(dict.fromkeys(chunks, everyone))
@@ -33,8 +35,8 @@ class Acknowledgements:
         return request in self._waiting
 
     def take(
-        self, request: str, rank: int, chunks: Iterable[bytes] | None, *, copied: bool
-    ) -> tuple[list[bytes], list[bytes]]:
+        self, request: str, rank: int, chunks: Iterable[Chunk] | None, *, copied: bool
+    ) -> tuple[list[Chunk], list[Chunk]]:
         """Note what a rank says of `chunks` (all outstanding: None); return those that are (copied, failed) in all.
 
         A negative rank speaks for all of them.
@@ -44,7 +46,7 @@ class Acknowledgements:
             return [], []
         missing, failed = waiting.missing, waiting.failed
         bit = 1 << rank if rank >= 0 else -1
-        done: list[bytes] = []
+        done: list[Chunk] = []
         for chunk in tuple(missing) if chunks is None else chunks:
             left = missing.get(chunk)
             if left is None or not left & bit:
@@ -65,6 +67,10 @@ class Acknowledgements:
         failed.difference_update(lost)
         gone = set(lost)
         return [chunk for chunk in done if chunk not in gone], lost
+
+    def of(self, prefix: str) -> list[str]:
+        """Return the requests waited for whose names begin with `prefix`."""
+        return [request for request in self._waiting if request.startswith(prefix)]
 
     def forget(self, request: str) -> None:
         """Wait for nothing more of a request."""

@@ -82,7 +82,7 @@ class Recorder:
             self._queue.put_nowait(_row(seen, record))
         except (queue.Full, ValueError) as error:
             self.dropped += 1
-            _LOG.error("a row of %s was dropped: %s", name, error or "the queue is full")  # noqa: TRY400
+            _LOG.error("a row of %s was dropped: %s", name, error or "the queue is full")
 
     def close(self) -> None:
         """Write what is queued and end the file."""
@@ -98,11 +98,11 @@ class Recorder:
                 self.rows += 1
             except OSError as error:
                 self.dropped += 1
-                _LOG.error("%s: a row was dropped: %s", self.path, error)  # noqa: TRY400
+                _LOG.error("%s: a row was dropped: %s", self.path, error)
         try:
             self._writer.close()
         except OSError as error:
-            _LOG.error("%s: %s", self.path, error)  # noqa: TRY400
+            _LOG.error("%s: %s", self.path, error)
 
 
 def _row(seen: Seen, record: Record) -> Row:
@@ -139,5 +139,3 @@ def _ids(data: bytes) -> list[int]:
         raise ValueError("a block id below zero")
     found: list[int] = ids.tolist()
     return found
-
-

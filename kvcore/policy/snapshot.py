@@ -8,64 +8,67 @@ from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 from kvcore.policy.config import CoreConfig
-from kvcore.policy.core import Core, Lost
+from kvcore.policy.core import Core
 from kvcore.policy.decisions import Matched
 from kvcore.policy.events import InstanceRegistered
 from kvcore.policy.request import Request
+from kvcore.policy.state import Lost
 from kvcore.policy.tier import Entry, Tier
 from kvcore.policy.types import Chunk
 
-State: TypeAlias = dict[str, Any]
+Plain: TypeAlias = dict[str, Any]
 """Nested lists, string-keyed dicts, strings, bytes, integers, booleans and None: what any format can hold."""
 
 _PLACES = ("resident", "writing", "leaving")
 
 
-def dump(core: Core) -> State:
+def dump(core: Core) -> Plain:
     """Return the state of `core`."""
+    state = core._state
     return {
-        "now_ns": core._now_ns,
-        "tiers": [_dump_tier(tier) for tier in core.tiers],
-        "instances": [[i.now_ns, i.instance, i.chunk_pages, i.chunk_bytes] for i in core._instances.values()],
-        "requests": [_dump_request(request) for request in core._requests.values()],
+        "now_ns": state.now_ns,
+        "tiers": [_dump_tier(tier) for tier in state.tiers],
+        "instances": [[i.now_ns, i.instance, i.chunk_pages, i.chunk_bytes] for i in state.instances.values()],
+        "requests": [_dump_request(request) for request in state.requests.values()],
         "lost": [
             [name, lost.instance, lost.reason, [_dump_entry(e) for e in lost.entries.values()], list(lost.fetching)]
-            for name, lost in core._lost.items()
+            for name, lost in state.lost.items()
         ],
-        "copying": [[tier, chunk] for tier, chunk in core._copying],
-        "fetches": [[chunk, [request.name for request in waiters]] for chunk, waiters in core._fetches.items()],
-        "missed": list(core._missed),
+        "copying": [[tier, chunk] for tier, chunk in state.copying],
+        "fetches": [[chunk, [request.name for request in waiters]] for chunk, waiters in state.fetches.items()],
+        "missed": list(state.missed),
     }
 
 
-def restore(config: CoreConfig, state: State) -> Core:
-    """Return a core of `config` in the dumped `state`.
+def restore(config: CoreConfig, dumped: Plain) -> Core:
+    """Return a core of `config` in the `dumped` state.
 
     Raises:
         ValueError: The state is of a core with other tiers.
     """
     core = Core(config)
-    names = [tier["name"] for tier in state["tiers"]]
+    state = core._state
+    names = [tier["name"] for tier in dumped["tiers"]]
     if names != [tier.name for tier in core.tiers]:
         raise ValueError(f"a snapshot of tiers {names} for a core of tiers {[tier.name for tier in core.tiers]}")
-    core._now_ns = state["now_ns"]
-    for tier, dumped in zip(core.tiers, state["tiers"], strict=True):
-        _restore_tier(tier, dumped)
-    for now_ns, instance, pages, size in state["instances"]:
+    state.now_ns = dumped["now_ns"]
+    for tier, one in zip(core.tiers, dumped["tiers"], strict=True):
+        _restore_tier(tier, one)
+    for now_ns, instance, pages, size in dumped["instances"]:
         event = InstanceRegistered(now_ns=now_ns, instance=instance, chunk_pages=pages, chunk_bytes=size)
-        core._instances[instance] = event
-    for dumped in state["requests"]:
-        core._requests[dumped["name"]] = _restore_request(core.tiers, dumped)
-    for name, instance, reason, entries, fetching in state["lost"]:
-        lost = core._lost[name] = Lost(instance, reason)
+        state.instances[instance] = event
+    for one in dumped["requests"]:
+        state.requests[one["name"]] = _restore_request(core.tiers, one)
+    for name, instance, reason, entries, fetching in dumped["lost"]:
+        lost = state.lost[name] = Lost(instance, reason)
         lost.entries = {entry.chunk: entry for entry in map(_restore_entry, entries)}
         lost.fetching = dict.fromkeys(fetching)
-    for tier_index, chunk in state["copying"]:
-        core._copying[tier_index, chunk] = _place(core.tiers[tier_index - 1], chunk)
-    core._fetches = {chunk: [core._requests[name] for name in names] for chunk, names in state["fetches"]}
-    core._missed = OrderedDict.fromkeys(state["missed"])
+    for tier_index, chunk in dumped["copying"]:
+        state.copying[tier_index, chunk] = _place(core.tiers[tier_index - 1], chunk)
+    state.fetches = {chunk: [state.requests[name] for name in names] for chunk, names in dumped["fetches"]}
+    state.missed = OrderedDict.fromkeys(dumped["missed"])
     for index, tier in enumerate(core.tiers):
-        strays = [entry for lost in core._lost.values() for entry in lost.entries.values()] if index == 0 else []
+        strays = [entry for lost in state.lost.values() for entry in lost.entries.values()] if index == 0 else []
         _count(tier, strays)
     return core
 
@@ -81,7 +84,7 @@ def _restore_entry(dumped: list[Any]) -> Entry:
     return entry
 
 
-def _dump_tier(tier: Tier) -> State:
+def _dump_tier(tier: Tier) -> Plain:
     slots = type(tier.policy).__slots__  # type: ignore[attr-defined]  # every policy keeps its state in slots
     return {
         "name": tier.name,
@@ -93,7 +96,7 @@ def _dump_tier(tier: Tier) -> State:
     }
 
 
-def _restore_tier(tier: Tier, dumped: State) -> None:
+def _restore_tier(tier: Tier, dumped: Plain) -> None:
     for place in _PLACES:
         setattr(tier, place, {entry.chunk: entry for entry in map(_restore_entry, dumped[place])})
     tier.kept = {chunk: _place(tier, chunk) for chunk in dumped["kept"]}
@@ -119,7 +122,7 @@ def _restore_value(value: Any) -> Any:
     return value
 
 
-def _dump_request(request: Request) -> State:
+def _dump_request(request: Request) -> Plain:
     return {
         "name": request.name,
         "instance": request.instance,
@@ -140,7 +143,7 @@ def _dump_request(request: Request) -> State:
     }
 
 
-def _restore_request(tiers: Iterable[Tier], dumped: State) -> Request:
+def _restore_request(tiers: Iterable[Tier], dumped: Plain) -> Request:
     request = Request(
         name=dumped["name"],
         instance=dumped["instance"],

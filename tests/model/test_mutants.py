@@ -5,7 +5,8 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 from machine import CoreMachine
 
-from kvcore.policy import Core
+from kvcore.policy import Core, loads
+from kvcore.policy.loads import find
 from kvcore.policy.tier import Tier
 
 
@@ -29,21 +30,25 @@ def with_tier(tier_class):
     class Mutant(Core):
         def __init__(self, config):
             super().__init__(config)
-            self.tiers = tuple(tier_class(tier, config.ttl_ns) for tier in config.tiers)
-            self.tiers[0].quotas.update(config.quotas)
+            self._state.tiers = tuple(tier_class(tier, config.ttl_ns) for tier in config.tiers)
 
     return Mutant
 
 
 class PinsOnlyTheLeadingMatch(Core):
-    def _find(self, request):
-        where = super()._find(request)
-        for index, found in enumerate(request.found):
-            leading = {request.chunks[i] for i, _ in enumerate(where)}
-            others = [entry for entry in found if entry.chunk not in leading]
-            self.tiers[index].unpin(others)
-            request.found[index] = [entry for entry in found if entry.chunk in leading]
-        return where
+    def handle(self, event):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loads, "find", pin_the_leading_match)
+            return super().handle(event)
+
+
+def pin_the_leading_match(state, request):
+    where = find(state, request)
+    for index, found in enumerate(request.found):
+        leading = set(request.chunks[: len(where)])
+        state.tiers[index].unpin([entry for entry in found if entry.chunk not in leading])
+        request.found[index] = [entry for entry in found if entry.chunk in leading]
+    return where
 
 
 MUTANTS = {
