@@ -15,6 +15,7 @@ import numpy as np
 from kvkernels.arena import Arena, HostArena
 from kvkernels.errors import DeviceError, LayoutError
 from kvkernels.layouts import PagedLayout
+from kvkernels.registered import BounceTransfer, StreamTransfer
 from kvkernels.slots import Slot
 from kvkernels.streams import HostRuntime, Runtime
 from kvkernels.transfer import Tensors, Transfer, listed
@@ -57,7 +58,7 @@ def best_backend(
     Args:
         layout: what `describe` returned for these tensors.
         tensors: the engine's KV cache (torch; JAX engines use `JaxTransfer`, which owns its arrays).
-        arena: the arena to serve. Not touched here.
+        arena: the arena to serve, not touched here. Over a `RegisteredArena` the transfer bounces what is not pinned.
         only: names of backends to consider (`reference`, `cuda_batch`, `memmove`, `triton`); all by default.
         scratch_bytes: the most host memory (pinned on a GPU) to measure with; one chunk at least.
 
@@ -86,7 +87,7 @@ def best_backend(
         "slot_bytes": layout.slot_bytes,
         "curves": curves,
     }
-    return Choice(chosen[best](arena), profile)
+    return Choice(_serving(chosen[best](arena), arena, runtime), profile)
 
 
 def measure(transfer: Transfer, chunk_counts: Sequence[int], *, repeats: int = 3) -> dict[str, list[list[float]]]:
@@ -115,6 +116,13 @@ def measure(transfer: Transfer, chunk_counts: Sequence[int], *, repeats: int = 3
         for direction, points in curve.items():
             points.append([nbytes, round(nbytes / median(seconds[direction][1:]) / 1e9, 3)])
     return curve
+
+
+def _serving(transfer: Transfer, arena: Arena, runtime: Runtime) -> Transfer:
+    """The backend, with a bounce for slots that are not pinned yet where the arena is registered in slices."""
+    if runtime.needs_pinned and arena.split_bytes and isinstance(transfer, StreamTransfer):
+        return BounceTransfer(transfer, arena, runtime)
+    return transfer
 
 
 def _largest_seconds(curve: dict[str, list[list[float]]]) -> float:

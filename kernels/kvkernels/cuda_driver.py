@@ -124,9 +124,10 @@ class CudaDriver:
         """The driver's function for one CUDA version, 0 where it has none."""
         try:
             from cuda.bindings import driver  # noqa: PLC0415  (optional, and only on a CUDA machine)
-        except ImportError:
+
+            code, address, _ = driver.cuGetProcAddress(symbol.encode(), version, 0)
+        except (ImportError, RuntimeError):  # absent, or a release that does not fit this driver
             return self._address_from_driver(symbol, version)
-        code, address, _ = driver.cuGetProcAddress(symbol.encode(), version, 0)
         return 0 if int(code) else int(address or 0)
 
     def _address_from_driver(self, symbol: str, version: int) -> int:

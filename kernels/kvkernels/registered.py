@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -127,6 +127,7 @@ class RegisteredArena:
             self._pinned_bytes = start + size
 
 
+@runtime_checkable
 class StreamTransfer(Transfer, Protocol):
     """A backend on streams: it can start after a given event, and serve a second arena with the same staging."""
 

@@ -86,9 +86,12 @@ class SlotTable:
 
     def resolve(self, starts: Ints, lengths: Ints) -> Segments:
         """The arena ranges behind the virtual ranges `[starts, starts + lengths)`, split at piece borders."""
-        first = np.searchsorted(self._virtual, starts, side="right") - 1
-        last = np.searchsorted(self._virtual, starts + lengths, side="left") - 1
+        first = self._virtual.searchsorted(starts, side="right") - 1
+        last = self._virtual.searchsorted(starts + lengths, side="left") - 1
         counts = last - first + 1
+        if counts.size and int(counts.max()) == 1:  # the common case, and this runs in the engine's own thread
+            offset = self._offset[first] + starts - self._virtual[first]
+            return Segments(np.arange(len(starts)), np.zeros_like(starts), offset, lengths)
         index = np.repeat(np.arange(len(starts), dtype=np.int64), counts)
         piece = np.repeat(first, counts) + _ordinals(counts)
         begin = np.maximum(starts[index], self._virtual[piece])

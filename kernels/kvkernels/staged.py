@@ -114,6 +114,7 @@ class _Direction:
         self.capacity = nbytes // buffers
         self._buffers = [_Buffer(runtime.staging(self.capacity)) for _ in range(buffers)]
         self._turn = 0
+        self._lane = 0
         self.kernels = runtime.stream(urgent=urgent)
         self._lanes = [runtime.stream(urgent=urgent) for _ in range(lanes)]
 
@@ -121,15 +122,19 @@ class _Direction:
         self._turn = (self._turn + 1) % len(self._buffers)
         return self._buffers[self._turn]
 
-    def copy(self, after: Sequence[Event], target: Ints, source: Ints, length: Ints) -> list[Event]:
-        """Deal the copies out; they are done when every event returned is reached, one for each lane from the first."""
-        done = []
-        for number, lane in enumerate(self._lanes[: len(length)]):
+    def copy(self, after: Sequence[Event], target: Ints, source: Ints, length: Ints) -> dict[int, Event]:
+        """Deal the copies out, from the lane after the last one used; done when every lane's event is reached."""
+        done: dict[int, Event] = {}
+        lanes = len(self._lanes)
+        for first in range(min(lanes, len(length))):
+            number = (self._lane + first) % lanes
+            lane = self._lanes[number]
             for event in after:
                 lane.wait(event)
-            mine = slice(number, None, len(self._lanes))
+            mine = slice(first, None, lanes)
             lane.copy(target[mine], source[mine], length[mine])
-            done.append(lane.record())
+            done[number] = lane.record()
+        self._lane = (self._lane + len(length)) % lanes
         return done
 
 
@@ -196,8 +201,9 @@ class StagedTransfer:
                     side.kernels.wait(event)
                 side.kernels.launch(partial(self._mover.gather, ids, piece, buffer.memory))
                 host, device, length = self._copies(request, piece, buffer)
-                buffer.emptied = side.copy([side.kernels.record()], host, device, length)
-                last.update(enumerate(buffer.emptied))  # a lane's later event covers its earlier ones
+                copied = side.copy([side.kernels.record()], host, device, length)
+                buffer.emptied = list(copied.values())
+                last.update(copied)  # a lane's later event covers its earlier ones
             return self._flying.add(
                 EventHandle(self.layout, self._runtime, list(last.values()), (), (ids, side, self._arena))
             )
@@ -218,7 +224,7 @@ class StagedTransfer:
             for piece in pieces:
                 buffer = side.next()
                 host, device, length = self._copies(request, piece, buffer)
-                for event in side.copy(buffer.emptied, device, host, length):
+                for event in side.copy(buffer.emptied, device, host, length).values():
                     side.kernels.wait(event)
                 side.kernels.launch(partial(self._mover.scatter, ids, piece, buffer.memory))
                 buffer.emptied = [side.kernels.record()]
@@ -243,7 +249,7 @@ class StagedTransfer:
         chunks = np.arange(piece.chunks.start, piece.chunks.stop)
         first = self._starts[piece.planes.start] + piece.blocks.start * piece.row_bytes
         size = piece.chunk_bytes
-        found = request.table.resolve(chunks * self.layout.slot_bytes + first, np.full(len(chunks), size))
+        found = request.table.resolve(chunks * request.table.slot_bytes + first, np.full(len(chunks), size))
         device = buffer.address + found.index * size + found.within
         return merge_copies(self._arena.address + found.offset, device, found.length)
 
