@@ -22,7 +22,7 @@ from kvtraces.log import TEXT, Column, IntArray
 from kvtraces.rows import Rows
 from kvtraces.schema import NUMBERS, TEXTS, BlockId, Row
 
-_RAW: dict[str, tuple[Any, ...]] = {"hash_ids": (msgspec.Raw,), "output_hash_ids": (msgspec.Raw | None, None)}
+_RAW: dict[str, tuple[Any, ...]] = {"hash_ids": (msgspec.Raw,), "output_hash_ids": (msgspec.Raw, None)}
 
 
 def _raw_fields(*, required: bool) -> list[Any]:
@@ -49,7 +49,7 @@ def read_jsonl(path: Path, pieces: Iterator[bytes], bad: BadRows) -> Iterator[Ro
         pending: tuple[list[Any], NDArray[np.int32], Future[ParsedLists]] | None = None
         for piece in pieces:
             rows, lines = decoder.decode(piece)
-            task = pool.submit(parse_lists, _joined(rows, "hash_ids"), len(rows))
+            task = pool.submit(parse_lists, _joined(rows), len(rows))
             if pending is not None:
                 yield _columns(path, bad, *pending)
             pending = rows, lines, task
@@ -72,8 +72,7 @@ def explain(error: Exception, line: bytes) -> tuple[str, str]:
     what = what[:1].lower() + what[1:]
     if not field:
         return "row", what
-    value = _shown(line, field)
-    return field, what if ", got" in what or value is None else f"{what}, got {value}"
+    return field, what if ", got" in what else f"{what}, got {_shown(line, field)}"
 
 
 class _Decoder:
@@ -131,7 +130,7 @@ def _columns(path: Path, bad: BadRows, rows: list[Any], lines: NDArray[np.int32]
     output_ids, output_counts, wrong_output = _parse_outputs(rows)
     if wrong >= 0 or wrong_output >= 0:
         rows, lines = _with_good_ids(path, bad, rows, lines)
-        ids, counts, _ = parse_lists(_joined(rows, "hash_ids"), len(rows))
+        ids, counts, _ = parse_lists(_joined(rows), len(rows))
         output_ids, output_counts, _ = _parse_outputs(rows)
     return Rows(
         path=path,
@@ -147,14 +146,19 @@ def _columns(path: Path, bad: BadRows, rows: list[Any], lines: NDArray[np.int32]
     )
 
 
-def _joined(rows: Sequence[Any], name: str) -> bytes:
-    return b",".join([getattr(row, name) or b"[]" for row in rows])
+def _joined(rows: Sequence[Any]) -> bytes:
+    return b",".join([row.hash_ids for row in rows])
 
 
 def _parse_outputs(rows: Sequence[Any]) -> tuple[IntArray, IntArray | None, int]:
-    if not _is_full(rows) or all(row.output_hash_ids is None for row in rows):
+    if not _is_full(rows) or not any(_has_outputs(row) for row in rows):
         return _NO_IDS, None, -1
-    return parse_lists(_joined(rows, "output_hash_ids"), len(rows))
+    lists = [row.output_hash_ids if _has_outputs(row) else b"[]" for row in rows]
+    return parse_lists(b",".join(lists), len(rows))
+
+
+def _has_outputs(row: Any) -> bool:
+    return row.output_hash_ids is not None and bytes(row.output_hash_ids) != b"null"
 
 
 def _is_full(rows: Sequence[Any]) -> bool:
@@ -190,14 +194,14 @@ def _with_good_ids(
     path: Path, bad: BadRows, rows: list[Any], lines: NDArray[np.int32]
 ) -> tuple[list[Any], NDArray[np.int32]]:
     """Return the rows whose block ids are what they should be; report the others."""
-    names = ["hash_ids", "output_hash_ids"] if _is_full(rows) else ["hash_ids"]
     good = []
     for i, row in enumerate(rows):
-        for name in names:
-            raw = getattr(row, name)
+        lists = {"hash_ids": row.hash_ids}
+        if _is_full(rows) and _has_outputs(row):
+            lists["output_hash_ids"] = row.output_hash_ids
+        for name, raw in lists.items():
             try:
-                if raw is not None:
-                    _ID_LIST.decode(raw)
+                _ID_LIST.decode(raw)
             except msgspec.DecodeError as error:
                 field, what = explain(error, bytes(raw))
                 bad.report(LogError(path, int(lines[i]), name + field.removeprefix("row"), f"{what}; {MEND}"))
@@ -207,10 +211,13 @@ def _with_good_ids(
     return [rows[i] for i in good], lines[good]
 
 
-def _shown(line: bytes, field: str) -> str | None:
+def _shown(line: bytes, field: str) -> str:
     """Return the value of a field as the row writes it, shortened."""
-    value = msgspec.json.decode(line)
-    for key in re.findall(r"[^.\[\]]+", field):
-        value = value[int(key)] if isinstance(value, list) else value[key]
-    shown = repr(value)
+    value = line
+    for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", field):
+        if index:
+            value = bytes(msgspec.json.decode(value, type=list[msgspec.Raw])[int(index)])
+        else:
+            value = bytes(msgspec.json.decode(value, type=dict[str, msgspec.Raw])[key])
+    shown = value.decode(errors="replace")
     return shown if len(shown) <= 40 else shown[:37] + "..."

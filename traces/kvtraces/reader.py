@@ -178,13 +178,15 @@ def _infer_block(batches: Sequence[Rows], bad: BadRows) -> int:
     if most == total or (bad.skip and 2 * most > total):
         if len(best) == 1:
             return best[0]
-        sizes = ", ".join(map(str, best))
+        sizes = ", ".join(map(str, best if len(best) <= 6 else [*best[:5], "...", best[-1]]))
         raise LogError(path, None, "hash_ids", f"fit blocks of {sizes} tokens alike; say which with --block-size")
     if len(best) == 1 and 2 * most > total:
         rows = next(rows for rows in batches if not _fits(rows, best[0]).all())
         raise _wrong_count(rows, int(np.flatnonzero(~_fits(rows, best[0]))[0]), best[0])
-    sizes = ", ".join(f"{size} ({fits[size]} of {total} rows)" for size in sorted(fits, key=lambda s: -fits[s])[:3])
-    raise LogError(path, None, "hash_ids", f"no block size fits every row, best {sizes}; say which with --block-size")
+    ranked = [size for size in sorted(fits, key=lambda size: -fits[size])[:3] if fits[size]]
+    sizes = ", ".join(f"{size} ({fits[size]} of {total} rows)" for size in ranked) or "none fits any"
+    what = f"no power of two is the block size of every row; best: {sizes}; say which it is with --block-size"
+    raise LogError(path, None, "hash_ids", what)
 
 
 def _fits(rows: Rows, size: int) -> NDArray[np.bool_]:

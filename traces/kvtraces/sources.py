@@ -44,20 +44,28 @@ def expand(paths: str | Path | Sequence[str | Path]) -> list[Stream]:
     streams: dict[object, list[Path]] = {}
     for file in found:
         streams.setdefault(_set_of(file), []).append(file)
-    return [Stream(tuple(sorted(files, key=_age))) for files in streams.values()]
+    return [Stream(tuple(sorted(files, key=rotation_number))) for files in streams.values()]
 
 
 def rotated_set(path: Path) -> list[Path]:
     """Return the files of the rotated set whose base name is `path`, oldest first; none if there are none."""
     if not path.parent.is_dir() or _set_of(path) == path:
         return []
-    return sorted((file for file in path.parent.iterdir() if _set_of(file) == _set_of(path)), key=_age)
+    return sorted((file for file in path.parent.iterdir() if _set_of(file) == _set_of(path)), key=rotation_number)
 
 
 def rotation(path: Path, number: int) -> Path:
     """Return the name of file `number` of the rotated set with base name `path`; file 0 is `path` itself."""
     stem, dot, suffix = path.name.rpartition(".jsonl")
     return path if number == 0 else path.with_name(f"{stem}.{number}{dot}{suffix}")
+
+
+def rotation_number(path: Path) -> int:
+    """Return a file's place in its rotated set: 0 for the base name, negative for logrotate's older files."""
+    match = _ROTATED.match(path.name)
+    if not match:
+        return 0
+    return int(match["up"] or 0) - int(match["down"] or 0)
 
 
 def read_pieces(path: Path, bad: BadRows, progress: Callable[[int], None] | None = None) -> Iterator[bytes]:
@@ -101,7 +109,7 @@ def _compression(head: bytes) -> str | None:
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file() and _LOG_NAME.match(file.name))
-    whole_set = rotated_set(path) if _age(path) == 0 else []
+    whole_set = rotated_set(path) if rotation_number(path) == 0 else []
     if whole_set:
         return whole_set
     if path.is_file():
@@ -118,14 +126,6 @@ def _set_of(path: Path) -> object:
     """Return what the files of one rotated set have in common; the path itself for a file that is never rotated."""
     match = _ROTATED.match(path.name)
     return (path.parent, match["stem"]) if match else path
-
-
-def _age(path: Path) -> int:
-    """Return a file's place in its rotated set: negative before, positive after the base name."""
-    match = _ROTATED.match(path.name)
-    if not match:
-        return 0
-    return int(match["up"] or 0) - int(match["down"] or 0)
 
 
 class _Decompressor(Protocol):
