@@ -34,7 +34,7 @@ class Summary:
     block_tokens: int | None
     unique_blocks: int | None
     unbounded_token_hit_ratio: float | None
-    """Prompt tokens in leading full blocks that an earlier prompt had, over all prompt tokens: a cache without bound."""
+    """Prompt tokens in leading full blocks that an earlier prompt had, over all of them: a cache without bound."""
 
 
 def describe(log: Log) -> Summary:

@@ -61,18 +61,20 @@ def explain(error: Exception, line: bytes) -> tuple[str, str]:
     """Return (field, what is wrong) for an error that msgspec raised over a row's text."""
     text = str(error)
     if not isinstance(error, msgspec.ValidationError):
-        if "truncated" in text:
-            return "row", "is cut short"
-        return "row", f"is not JSON ({text.removeprefix('JSON is malformed: ')})"
+        what = text.removeprefix("JSON is malformed: ")
+        return "row", "is cut short" if "truncated" in what else f"is not JSON ({what})"
     missing = re.match(r"Object missing required field `(.*?)`(?: - at `\$\.?(.*)`)?$", text)
     if missing:
         return ".".join(part for part in (missing[2], missing[1]) if part), "is missing"
     what, _, place = text.replace("`", "").partition(" - at $")
     field = place.lstrip(".")
-    what = what[:1].lower() + what[1:]
-    if not field:
-        return "row", what
-    return field, what if ", got" in what else f"{what}, got {_shown(line, field)}"
+    what = what[:1].lower() + what[1:].replace(" | ", " or ")
+    if not field or ", got" in what:
+        return field or "row", what
+    try:
+        return field, f"{what}, got {_shown(line, field)}"
+    except (msgspec.DecodeError, UnicodeDecodeError) as malformed:  # further on in the same row
+        return explain(malformed, line)
 
 
 class _Decoder:

@@ -41,17 +41,27 @@ def expand(paths: str | Path | Sequence[str | Path]) -> list[Stream]:
     for path in paths:
         for file in _files(Path(path)):
             found.setdefault(file)
-    streams: dict[object, list[Path]] = {}
+    streams: dict[object, dict[int, Path]] = {}
     for file in found:
-        streams.setdefault(_set_of(file), []).append(file)
-    return [Stream(tuple(sorted(files, key=rotation_number))) for files in streams.values()]
+        members = streams.setdefault(_set_of(file), {})
+        twin = members.setdefault(rotation_number(file), file)
+        if twin is not file:
+            raise LogError(file, None, None, f"is the same log as {twin.name} in another compression; name one of them")
+    return [Stream(tuple(files[number] for number in sorted(files))) for files in streams.values()]
 
 
 def rotated_set(path: Path) -> list[Path]:
-    """Return the files of the rotated set whose base name is `path`, oldest first; none if there are none."""
+    """Return the files of the rotated set whose base name is `path`, oldest first; none if there are none.
+
+    Where a file lies there in several compressions, the one that `path` has goes first.
+    """
     if not path.parent.is_dir() or _set_of(path) == path:
         return []
-    return sorted((file for file in path.parent.iterdir() if _set_of(file) == _set_of(path)), key=rotation_number)
+    files: dict[int, Path] = {}
+    siblings = sorted(file for file in path.parent.iterdir() if _set_of(file) == _set_of(path))
+    for file in sorted(siblings, key=lambda file: file.suffix != path.suffix):
+        files.setdefault(rotation_number(file), file)
+    return [files[number] for number in sorted(files)]
 
 
 def rotation(path: Path, number: int) -> Path:
@@ -108,7 +118,10 @@ def _compression(head: bytes) -> str | None:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file() and _LOG_NAME.match(file.name))
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _LOG_NAME.match(file.name))
+        if not files:
+            raise LogError(path, None, None, "a folder without .jsonl, .json or .csv files; check the path")
+        return files
     whole_set = rotated_set(path) if rotation_number(path) == 0 else []
     if whole_set:
         return whole_set
