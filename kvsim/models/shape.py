@@ -45,13 +45,13 @@ class ModelShape:
         value_bytes = self._value_bytes(kv_dtype)
         return self.layers * self._stored_heads(tensor_parallel) * self.head_values * value_bytes
 
-    def link_bytes_per_token(self, *, tensor_parallel: int = 1, kv_dtype: str = "auto") -> int:
-        """Return the bytes that cross one rank's link for one token: the ranks' links work side by side.
+    def moved_bytes_per_token(self, *, tensor_parallel: int = 1, kv_dtype: str = "auto") -> int:
+        """Return the bytes that a load of one token moves over all ranks' links together.
 
-        MLA's latent crosses every rank's link whole.
+        What L1 keeps, but for MLA, whose latent goes to every rank.
         """
-        total = self.bytes_per_token(tensor_parallel=tensor_parallel, kv_dtype=kv_dtype)
-        return total if self.latent else total // tensor_parallel
+        stored = self.bytes_per_token(tensor_parallel=tensor_parallel, kv_dtype=kv_dtype)
+        return stored * tensor_parallel if self.latent else stored
 
     def note(self) -> str | None:
         """Return what a reader must know about the count, if anything."""

@@ -1,0 +1,35 @@
+"""A tuning run for a person at a terminal."""
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from kvsim.cli.show import chart, facts, table
+from kvsim.report.charts import hit_ratio
+from kvsim.report.words import (
+    FRONTIER_HEADINGS,
+    frontier_rows,
+    further_notes,
+    headline,
+    log_facts,
+    marked_row,
+    sentences,
+)
+from kvsim.tuner.result import TuneResult
+
+
+def show(result: TuneResult) -> None:
+    """Print the log's summary, the best setting of each size, a plot, and the recommendation last."""
+    console = Console(highlight=False)
+    facts("Log and costs", log_facts(result))
+    if result.unbounded.cold.hit_tokens:
+        console.print(Text("\nThe best setting at each L1 size", style="bold"))
+        console.print(table(FRONTIER_HEADINGS, frontier_rows(result), marked_row(result)))
+        chart(console, hit_ratio(result))
+        console.print()
+    words = Text(headline(result), style="bold green" if result.pays else "bold yellow")
+    for sentence in sentences(result):
+        words.append(f"\n{sentence}", style="not bold default")
+    console.print(Panel(words, title="Recommendation", title_align="left", padding=(0, 1), width=min(console.width, 110)))
+    for note in further_notes(result):
+        console.print(Text(f"* {note}", style="dim"))
