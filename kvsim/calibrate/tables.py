@@ -186,7 +186,7 @@ def _provenance(target: Target, version: str) -> dict[str, Part]:
         "pcie": Part(
             kind="measured" if target.gpu == "h100" and target.tensor_parallel == 1 else "assumed",
             source=link + ("; each rank has its own link" if target.tensor_parallel > 1 else ""),
-            error="within 3% between runs" if target.gpu == "h100" else "another GPU on the same kind of link",
+            error="spread not recorded" if target.gpu == "h100" else "another GPU on the same kind of link",
         ),
         "disk": Part(kind="assumed", source="writes to /tmp ran at 1.5 GB/s; reads taken as equal", error="unknown"),
         "network": Part(kind="assumed", source="100 Gbit/s Ethernet at 88%", error="unknown"),
