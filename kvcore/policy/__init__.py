@@ -8,7 +8,6 @@ from kvcore.policy.core import Core, UnknownInstanceError, replay
 from kvcore.policy.cost import LoadCost
 from kvcore.policy.decisions import Decision, Demote, Evict, Load, Matched, Place, Refuse
 from kvcore.policy.driver import Clock, Driver, Transport
-from kvcore.policy.eviction import POLICIES
 from kvcore.policy.events import (
     Cleared,
     Event,
@@ -26,6 +25,7 @@ from kvcore.policy.events import (
     StoreCommitted,
     Unpinned,
 )
+from kvcore.policy.eviction import POLICIES
 from kvcore.policy.types import Chunk
 
 __all__ = [
@@ -59,7 +59,7 @@ __all__ = [
     "StoreCommitted",
     "TierConfig",
     "Transport",
-    "Unpinned",
     "UnknownInstanceError",
+    "Unpinned",
     "replay",
 ]

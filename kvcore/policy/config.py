@@ -23,7 +23,9 @@ class TierConfig:
         if self.pages is not None and self.pages < 0:
             raise ValueError(f"tier {self.name!r}: a capacity of {self.pages} pages")
         if self.eviction not in POLICIES:
-            raise ValueError(f"tier {self.name!r}: no eviction policy {self.eviction!r}; there are {', '.join(POLICIES)}")
+            raise ValueError(
+                f"tier {self.name!r}: no eviction policy {self.eviction!r}; there are {', '.join(POLICIES)}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,7 +71,7 @@ class Core:
         self._missed: OrderedDict[Chunk, None] = OrderedDict()
         """Chunks that were asked for once, for the second-use admission."""
 
-    def handle(self, event: Event) -> tuple[Decision, ...]:
+    def handle(self, event: Event) -> tuple[Decision, ...]:  # noqa: C901, PLR0912 - one case for each event
         """Take in one event and return what is decided, in the order in which it is to be carried out.
 
         Raises:
@@ -110,10 +110,8 @@ class Core:
                 self._pinned(event)
             case Unpinned():
                 self._unpinned(event.chunks, out)
-            case QuotaSet(pages=None):
-                self.tiers[0].quotas.pop(event.salt, None)
             case QuotaSet():
-                self.tiers[0].quotas[event.salt] = event.pages
+                self.tiers[0].set_quota(event.salt, event.pages)
             case _:
                 assert_never(event)
         return tuple(out)
@@ -227,7 +225,12 @@ class Core:
         return tuple(takewhile(lambda tier: tier >= 0, best))
 
     def _plan_loads(
-        self, request: Request, where: tuple[int, ...], event: LookedUp, instance: InstanceRegistered, out: list[Decision]
+        self,
+        request: Request,
+        where: tuple[int, ...],
+        event: LookedUp,
+        instance: InstanceRegistered,
+        out: list[Decision],
     ) -> None:
         """Decide which hits the engine loads, and fetch those that are not in tier 0."""
         computed, end = event.computed_chunks, len(where)
@@ -243,11 +246,15 @@ class Core:
             self._refuse(request.name, 0, event.chunks[end : len(where)], "recompute", out)
         below = [i for i in range(computed, end) if where[i]] if len(self.tiers) > 1 else []
         if below:
-            fit = self._make_room(0, [event.chunks[i] for i in below], instance.chunk_pages, request.name, request.salt, out)
+            fit = self._make_room(
+                0, [event.chunks[i] for i in below], instance.chunk_pages, request.name, request.salt, out
+            )
             if fit < len(below):
                 end = below[fit]
                 below = below[:fit]
-            request.fetching = self.tiers[0].reserve([event.chunks[i] for i in below], instance.chunk_pages, request.salt)
+            request.fetching = self.tiers[0].reserve(
+                [event.chunks[i] for i in below], instance.chunk_pages, request.salt
+            )
             for tier in range(1, len(self.tiers)):
                 wanted = tuple(event.chunks[i] for i in below if where[i] == tier)
                 if wanted:
@@ -374,7 +381,9 @@ class Core:
         if demoted:
             out.append(Demote(tier=index, chunks=tuple(demoted)))
 
-    def _reserve_below(self, index: int, entries: Sequence[Entry], out: list[Decision], name: str = "") -> dict[Chunk, Entry]:
+    def _reserve_below(
+        self, index: int, entries: Sequence[Entry], out: list[Decision], name: str = ""
+    ) -> dict[Chunk, Entry]:
         """Make room for `entries`, the least worth keeping first, in the tier below `index`; return those that fit."""
         lower = self.tiers[index + 1]
         placed: dict[Chunk, Entry] = {}
@@ -534,7 +543,9 @@ class Core:
     def _remove(self, index: int, chunks: Iterable[Chunk], reason: EvictReason, out: list[Decision]) -> None:
         """Take `chunks` out of a tier: at once those that nobody holds, the others when they are let go of."""
         tier = self.tiers[index]
-        free = [entry for chunk in chunks if chunk in tier.resident and (entry := tier.remove(chunk, reason)) is not None]
+        free = [
+            entry for chunk in chunks if chunk in tier.resident and (entry := tier.remove(chunk, reason)) is not None
+        ]
         self._gone(index, free, out)
 
     @staticmethod

@@ -21,7 +21,9 @@ class InstanceRegistered:
     def __post_init__(self) -> None:
         """Refuse sizes that no chunk has."""
         if self.chunk_pages < 1 or self.chunk_bytes < 0:
-            raise ValueError(f"instance {self.instance!r}: a chunk of {self.chunk_pages} pages, {self.chunk_bytes} bytes")
+            raise ValueError(
+                f"instance {self.instance!r}: a chunk of {self.chunk_pages} pages, {self.chunk_bytes} bytes"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

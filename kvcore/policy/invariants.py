@@ -46,10 +46,8 @@ def _check_tier(index: int, tier: Tier, strays: Sequence[Entry], pins: Counter[i
     _require(tier.idle == sum(entry.pages for entry in idle), f"{name}: idle pages are not those without pins")
     _require(all(entry.entered for entry in idle), f"{name}: a chunk can be neither evicted nor used")
     _require(all(entry.pins > 0 for entry in tier.leaving.values()), f"{name}: a chunk that nobody holds is leaving")
-    _require(
-        all(entry.pins == pins[id(entry)] for entry in places),
-        f"{name}: pins differ from holders: {[(e.chunk, e.pins, pins[id(e)]) for e in places if e.pins != pins[id(e)]]}",
-    )
+    wrong = [(entry.chunk, entry.pins, pins[id(entry)]) for entry in places if entry.pins != pins[id(entry)]]
+    _require(not wrong, f"{name}: chunks whose pins differ from their holders: {wrong}")
     salts: Counter[str] = Counter()
     for entry in [*places, *strays]:
         salts[entry.salt] += entry.pages

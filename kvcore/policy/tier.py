@@ -109,6 +109,12 @@ class Tier:
         allowed = max(0, quota - self.salt_pages.get(salt, 0) + idle) // pages
         return min(fit, allowed), allowed < fit
 
+    def set_quota(self, salt: str, pages: int | None) -> None:
+        """Limit the tenant `salt` to `pages` pages; None lifts the limit."""
+        self.quotas.pop(salt, None)
+        if pages is not None:
+            self.quotas[salt] = pages
+
     def quota_victims(self, pages: int, salt: str) -> list[Entry]:
         """Evict from the tenant's own chunks until `pages` more pages are within its quota; return them."""
         quota = self.quotas.get(salt)
