@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtraces.log import IntArray, Log
 
@@ -42,9 +43,12 @@ def describe(log: Log) -> Summary:
     if not len(log):
         raise ValueError("there is nothing to describe in a log without requests")
     duration_s = float(np.ptp(log.timestamp_ms)) / 1000
-    hashed = log.block_tokens is not None
     prompt_tokens = int(log.input_tokens.sum())
-    hits = leading_hits(log) if hashed else None
+    unique_blocks, hit_ratio = None, None
+    if log.block_tokens is not None:
+        new = _first_seen(log)
+        unique_blocks = int(np.count_nonzero(new))
+        hit_ratio = int(_leading_hits(log, new).sum()) * log.block_tokens / max(prompt_tokens, 1)
     return Summary(
         requests=len(log),
         skipped=log.skipped,
@@ -55,21 +59,27 @@ def describe(log: Log) -> Summary:
         input_lengths=_lengths(log.input_tokens),
         output_lengths=_lengths(log.output_tokens),
         block_tokens=log.block_tokens,
-        unique_blocks=len(np.unique(log.blocks)) if hashed else None,
-        unbounded_token_hit_ratio=None
-        if hits is None or log.block_tokens is None
-        else int(hits.sum()) * log.block_tokens / max(prompt_tokens, 1),
+        unique_blocks=unique_blocks,
+        unbounded_token_hit_ratio=hit_ratio,
     )
 
 
 def leading_hits(log: Log) -> IntArray:
     """Return [n] how many leading blocks of each prompt were in an earlier one: the hits of a cache without bound."""
-    new = np.zeros(len(log.blocks) + 1, bool)
-    new[np.unique(log.blocks, return_index=True)[1]] = True
-    new[-1] = True
-    positions = np.flatnonzero(new)
+    return _leading_hits(log, _first_seen(log))
+
+
+def _first_seen(log: Log) -> NDArray[np.bool_]:
+    from kvtraces._seen import first_seen  # noqa: PLC0415 - numba is loaded only where it is needed
+
+    return first_seen(log.blocks)
+
+
+def _leading_hits(log: Log, new: NDArray[np.bool_]) -> IntArray:
+    positions = np.append(np.flatnonzero(new), len(new))
     first_new = positions[np.searchsorted(positions, log.starts[:-1])]
-    return np.minimum(first_new, log.starts[1:]) - log.starts[:-1]
+    hits: IntArray = np.minimum(first_new, log.starts[1:]) - log.starts[:-1]
+    return hits
 
 
 def _lengths(tokens: IntArray) -> Lengths:

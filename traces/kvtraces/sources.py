@@ -10,7 +10,7 @@ from typing import BinaryIO, Protocol
 
 from kvtraces.errors import BadRows, LogError
 
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 4 << 20
 _COMPRESSED_READ = 128 << 10
 _LOG_NAME = re.compile(r".+\.(jsonl|json|csv)(\.[1-9]\d*)?(\.gz|\.zst)?$")
 # Ours counts up (prod.jsonl, prod.1.jsonl, ...: nothing is ever renamed); logrotate's counts down to the newest.
@@ -89,7 +89,7 @@ def read_pieces(path: Path, bad: BadRows, progress: Callable[[int], None] | None
     except OSError as error:
         raise LogError(path, None, None, f"cannot be opened: {error.strerror}") from error
     with file:
-        rest: list[bytes] = []
+        rest: list[bytes | memoryview] = []
         held = 0
         for data in _uncompressed(path, file, bad, progress):
             rest.append(data)
@@ -98,7 +98,7 @@ def read_pieces(path: Path, bad: BadRows, progress: Callable[[int], None] | None
                 continue
             cut = data.rfind(b"\n") + 1
             if cut:
-                rest[-1] = data[:cut]
+                rest[-1] = memoryview(data)[:cut]
                 yield b"".join(rest)
                 rest = [data[cut:]]
                 held = len(rest[0])

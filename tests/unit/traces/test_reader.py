@@ -1,11 +1,13 @@
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtraces import LogError, describe, read, sources
@@ -23,6 +25,7 @@ def mooncake(time_ms: float, tokens: int, block: int, **more: Any) -> dict[str, 
     return {"timestamp": time_ms, "input_length": tokens, "output_length": 1, "hash_ids": [*range(count)], **more}
 
 
+@settings(deadline=None)  # the kernel may be compiled
 @given(st.lists(st.lists(st.integers(0, 2**63 - 1), max_size=6), min_size=1, max_size=6), st.sampled_from(["", " "]))
 def test_the_kernel_parses_what_json_says(lists: list[list[int]], blank: str) -> None:
     texts = [json.dumps(one, separators=("," + blank, ":")).replace("[", "[" + blank) for one in lists]
@@ -304,3 +307,9 @@ def test_the_coding_agent_sessions(shared: Path) -> None:
     summary = describe(read(shared / "traces" / "claude_code"))
     assert (summary.requests, summary.block_tokens, summary.input_tokens) == (1654, 64, 157491108)
     assert summary.unbounded_token_hit_ratio == pytest.approx(0.9550249)
+
+
+def test_numba_is_loaded_only_to_read() -> None:
+    program = "import sys, kvtraces; print([name for name in ('numba', 'zstandard', 'csv') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
