@@ -72,7 +72,8 @@ class Engine:
 
     def ready(self, job: Job) -> None:
         """What a request waited for has arrived: it is next."""
-        job.exposed_load += self._env.now - job.load_began
+        if job.first_scheduled < 0:
+            job.exposed_load += self._env.now - job.load_began
         self._waiting.appendleft(job)
         self._blocked = False
         self._poke()
@@ -281,7 +282,9 @@ class Engine:
         else:
             end = now + compute
         for job, _ in self._loads:
-            job.exposed_load += end - self._began - compute
+            if job.first_token < 0:
+                job.exposed_load += end - self._began - compute
+                job.step_load += end - self._began - compute
             if self._shell is not None:
                 self._shell.loaded(job)
         self._wake_at(end)

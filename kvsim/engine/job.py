@@ -43,6 +43,7 @@ class Job:
         "run",
         "run_start",
         "salt",
+        "step_load",
         "stores",
         "target",
     )
@@ -103,7 +104,9 @@ class Job:
         """Whether it waits for them outside the queue."""
         self.load_began = 0.0
         self.exposed_load = 0.0
-        """What the load cost beyond compute, in seconds."""
+        """What loads cost until the first token beyond compute, in seconds."""
+        self.step_load = 0.0
+        """The part of that within steps."""
         self.l0_tokens = 0
         self.loaded = 0
         """Tokens copied beyond L0."""

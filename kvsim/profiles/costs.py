@@ -50,10 +50,10 @@ class Grid:
     def at(self, x: float, y: float) -> float:
         """Return the time at one point, in seconds; plain floats, for the simulator's inner loop."""
         log_x, log_y = self._log_x, self._log_y
-        a = max(math.log(x), log_x[0]) if x > 0 else log_x[0]
-        b = max(math.log(y + 1), log_y[0])
-        i = min(bisect_right(log_x, a), len(log_x) - 1) - 1
-        j = min(bisect_right(log_y, b), len(log_y) - 1) - 1
+        a = math.log(x) if x > self.x[0] else log_x[0]
+        b = math.log(y + 1) if y > self.y[0] else log_y[0]
+        i = bisect_right(log_x, a, 1, len(log_x) - 1) - 1
+        j = bisect_right(log_y, b, 1, len(log_y) - 1) - 1
         u = (a - log_x[i]) / (log_x[i + 1] - log_x[i])
         v = (b - log_y[j]) / (log_y[j + 1] - log_y[j])
         low, high = self._log_s[i], self._log_s[i + 1]
@@ -120,6 +120,7 @@ class TransferCurve:
     sizes: tuple[int, ...]
     bytes_per_s: tuple[float, ...]
     latency_s: float = 0.0
+    _times: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse a curve with no points, or where a larger copy is done sooner."""
@@ -127,13 +128,10 @@ class TransferCurve:
             raise ValueError("a transfer curve has a rate for each of its sizes, at least one")
         if self.sizes[0] < 1 or self.latency_s < 0 or any(rate <= 0 for rate in self.bytes_per_s):
             raise ValueError("a transfer curve's sizes and rates are above zero")
-        times = (self.latency_s, *self._seconds)
+        times = (self.latency_s, *(size / rate for size, rate in zip(self.sizes, self.bytes_per_s, strict=True)))
+        object.__setattr__(self, "_times", times)
         if any(b < a for a, b in pairwise(times)) or list(self.sizes) != sorted(set(self.sizes)):
             raise ValueError("a transfer curve's sizes ascend, and larger copies do not take less time")
-
-    @property
-    def _seconds(self) -> tuple[float, ...]:
-        return tuple(size / rate for size, rate in zip(self.sizes, self.bytes_per_s, strict=True))
 
     @property
     def peak_bytes_per_s(self) -> float:
@@ -142,12 +140,19 @@ class TransferCurve:
 
     def at(self, size: float) -> float:
         """Return the time of one copy of `size` bytes, in seconds; none for none."""
-        return float(self.at_array(size))
+        if size <= 0:
+            return 0.0
+        sizes, times = self.sizes, self._times
+        i = bisect_right(sizes, size)
+        if i == len(sizes):
+            return times[-1] + (size - sizes[-1]) / self.bytes_per_s[-1]
+        before = sizes[i - 1] if i else 0
+        return times[i] + (times[i + 1] - times[i]) * (size - before) / (sizes[i] - before)
 
     def at_array(self, size: ArrayLike) -> FloatArray:
         """Return the times of many copies, in seconds."""
         wanted = np.asarray(size, dtype=np.float64)
-        sizes, times = np.array((0, *self.sizes), dtype=np.float64), np.array((self.latency_s, *self._seconds))
+        sizes, times = np.array((0, *self.sizes), dtype=np.float64), np.array(self._times)
         inside = np.interp(wanted, sizes, times)
         past = times[-1] + (wanted - sizes[-1]) / self.peak_bytes_per_s
         return np.where(wanted <= 0, 0.0, np.where(wanted > sizes[-1], past, inside))

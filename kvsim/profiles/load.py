@@ -1,7 +1,7 @@
 """Profiles as JSON: the shipped ones by name, others by path."""
 
 import json
-from dataclasses import asdict
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,15 @@ def to_json(profile: Profile) -> str:
         if isinstance(value, Grid):
             value = {"x": value.x, "y": value.y, "seconds": value.seconds}
         elif name in ("transfers", "provenance"):
-            value = {key: asdict(part) for key, part in value.items()}
+            value = {key: _fields(part) for key, part in value.items()}
         elif isinstance(value, PrefillFit):
-            value = asdict(value)
+            value = _fields(value)
         data[name] = value
     return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in data.items()) + "\n}\n"
+
+
+def _fields(part: Any) -> dict[str, Any]:
+    return {field.name: getattr(part, field.name) for field in fields(part) if field.init}
 
 
 def _lines(value: Any) -> str:
@@ -53,13 +57,13 @@ def from_json(text: str, where: str) -> Profile:
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         raise ProfileError(f'profile {where}: not an object with "format": {FORMAT}')
     try:
-        fields = dict(data)
-        fields["prefill"] = None if data["prefill"] is None else _grid(data["prefill"])
-        fields["decode"] = _grid(data["decode"])
-        fields["prefill_fit"] = PrefillFit(**data["prefill_fit"])
-        fields["transfers"] = {key: _curve(curve) for key, curve in data["transfers"].items()}
-        fields["provenance"] = {key: Part(**part) for key, part in data["provenance"].items()}
-        return Profile(**fields)
+        values = dict(data)
+        values["prefill"] = None if data["prefill"] is None else _grid(data["prefill"])
+        values["decode"] = _grid(data["decode"])
+        values["prefill_fit"] = PrefillFit(**data["prefill_fit"])
+        values["transfers"] = {key: _curve(curve) for key, curve in data["transfers"].items()}
+        values["provenance"] = {key: Part(**part) for key, part in data["provenance"].items()}
+        return Profile(**values)
     except KeyError as error:
         raise ProfileError(f"profile {where}: field {error} is missing") from None
     except (TypeError, ValueError, AttributeError) as error:
