@@ -113,6 +113,8 @@ def _check(log: Log, chunk_tokens: int, capacity: int | None, policy: str, engin
         raise UsageError(f"unknown engine {engine!r}; there are sweep, core")
     if policy == "belady":
         if engine == "core":
-            raise UsageError("policy belady needs the future, and the core decides as requests come: use --engine sweep")
+            raise UsageError(
+                "policy belady needs the future, and the core decides as requests come: use --engine sweep"
+            )
     elif policy not in POLICIES:
         raise UsageError(f"unknown policy {policy!r}; there are {', '.join(POLICIES)}, belady")

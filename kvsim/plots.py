@@ -90,7 +90,7 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
 
 def number(value: float) -> str:
     """Return a number as an axis writes it: three digits, thousands with a comma."""
-    return f"{round(value, -int(math.floor(math.log10(value))) + 2):,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{round(value, -math.floor(math.log10(value)) + 2):,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _x_ticks(chart: Chart, most: int) -> list[tuple[float, str]]:
@@ -125,8 +125,7 @@ def terminal(chart: Chart, width: int = 72, height: int = 14) -> list[list[tuple
             pieces.append(cell if cell[0] != "\u2800" else (" ", ""))
         lines.append(pieces)
     lines += _terminal_x_axis(chart, margin, columns)
-    lines.append(_terminal_legend(chart, margin))
-    return lines
+    return lines + _terminal_legend(chart, margin, width)
 
 
 def _row(value: float, chart: Chart, rows: int) -> int:
@@ -137,13 +136,15 @@ def _dots(chart: Chart, one: Series, columns: int, rows: int) -> set[tuple[int, 
     """Return the dots of a line: one or a run for each column that it crosses."""
     low, high = chart.x_range()
     places = (chart.place_x(one.x) - low) / (high - low) * (columns - 1)
-    across = np.arange(math.ceil(places[0] - 1e-9), math.floor(places[-1] + 1e-9) + 1)
+    across = np.arange(round(float(places[0])), round(float(places[-1])) + 1)
     heights = [_row(float(y), chart, rows) for y in np.interp(across, places, one.y)]
     dots: set[tuple[int, int]] = set()
-    previous = heights[0] if heights else 0
+    previous = heights[0]
     for column, row in zip(across.tolist(), heights, strict=True):
         step = 1 if row >= previous else -1
-        dots.update((between, column) for between in range(previous + step if row != previous else row, row + step, step))
+        dots.update(
+            (between, column) for between in range(previous + step if row != previous else row, row + step, step)
+        )
         previous = row
     return dots
 
@@ -174,16 +175,24 @@ def _terminal_x_axis(chart: Chart, margin: int, columns: int) -> list[list[tuple
     ]
 
 
-def _terminal_legend(chart: Chart, margin: int) -> list[tuple[str, str]]:
-    pieces = [(f"{'':{margin}} ", "")]
-    for i, one in enumerate(chart.series):
-        pieces += [("━━ ", TERMINAL_COLORS[i % len(TERMINAL_COLORS)]), (f"{one.name}  ", "")]
+def _terminal_legend(chart: Chart, margin: int, width: int) -> list[list[tuple[str, str]]]:
+    entries = [("━━", TERMINAL_COLORS[i % len(TERMINAL_COLORS)], one.name) for i, one in enumerate(chart.series)]
     if chart.mark is not None:
-        pieces += [("● ", "bold"), (chart.mark[2], "")]
-    return pieces
+        entries.append(("●", "bold", chart.mark[2]))
+    lines: list[list[tuple[str, str]]] = []
+    free = 0
+    for sign, style, name in entries:
+        length = len(sign) + len(name) + 3
+        if length > free:
+            lines.append([(" " * (margin + 1), "")])
+            free = width - margin - 1
+        lines[-1] += [(f"{sign} ", style), (f"{name}  ", "")]
+        free -= length
+    return lines
 
 
 _WIDTH, _HEIGHT = 860, 480
+_SVG_STYLE = f'width="{_WIDTH}" height="{_HEIGHT}" font-family="system-ui, sans-serif" font-size="12" fill="#334155"'
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 170, 50, 60
 
 
@@ -197,8 +206,7 @@ def svg(chart: Chart) -> str:
         return _LEFT + (place - low) / (high - low) * across, _TOP + (1 - value / top) * down
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" '
-        'font-family="system-ui, sans-serif" font-size="12" fill="#334155">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" {_SVG_STYLE}>',
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>',
         f'<text x="{_LEFT}" y="28" font-size="16" font-weight="600">{escape(chart.title)}</text>',
     ]
@@ -227,6 +235,6 @@ def svg(chart: Chart) -> str:
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="none" stroke="#0f172a" stroke-width="2"/>')
         right = x > _LEFT + 0.7 * across
         anchor = "end" if right else "start"
-        place = f'x="{x - 10 if right else x + 10:.1f}" y="{y + 18:.1f}" text-anchor="{anchor}"'
-        parts.append(f'<text {place} font-weight="600">{escape(chart.mark[2])}</text>')
+        where = f'x="{x - 10 if right else x + 10:.1f}" y="{y + 18:.1f}" text-anchor="{anchor}"'
+        parts.append(f'<text {where} font-weight="600">{escape(chart.mark[2])}</text>')
     return "\n".join([*parts, "</svg>", ""])

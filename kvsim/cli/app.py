@@ -22,7 +22,7 @@ app.command("describe")(describe.describe)
 app.command("generate")(generate.generate)
 
 # Typer brings its own copy of click from some version on, and click's exceptions with it.
-_CommandLineError = typer.BadParameter.__mro__[2]
+_CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Kind: TypeAlias = Literal["chat", "rag", "agent", "mixed"]
 
 
-def generate(  # noqa: PLR0913, PLR0917 - a command's options
+def generate(
     out: Annotated[Path, typer.Argument(help="The log to write: .jsonl, .jsonl.gz or .jsonl.zst.")],
     kind: Annotated[Kind, typer.Option(help="Conversations, retrieval, agent loops, or all three.")] = "chat",
     requests: Annotated[int, typer.Option(help="How many; of a mix, at most so many of each kind.")] = 10_000,
@@ -21,13 +21,16 @@ def generate(  # noqa: PLR0913, PLR0917 - a command's options
     sessions_per_s: Annotated[
         float | None, typer.Option(help="Sessions begun a second, in a mix of each kind; default by kind.")
     ] = None,
-    bursty: Annotated[bool, typer.Option("--bursty", help="Sessions arrive in bursts, not as a Poisson process.")] = False,
+    bursty: Annotated[
+        bool, typer.Option("--bursty", help="Sessions arrive in bursts, not as a Poisson process.")
+    ] = False,
     block_size: Annotated[int, typer.Option(help="Tokens of a block.")] = 64,
     output_hashes: Annotated[bool, typer.Option("--output-hashes", help="Write the outputs' blocks too.")] = False,
 ) -> None:
     """Make a realistic log: prompts shared by Zipf's law, sessions of several turns, arrivals by chance."""
     from kvsim.files import check_writable  # noqa: PLC0415
-    from kvtraces import generate as make, write  # noqa: PLC0415
+    from kvtraces import generate as make  # noqa: PLC0415
+    from kvtraces import write  # noqa: PLC0415
 
     check_writable(out)
     if out.exists():

@@ -29,7 +29,8 @@ ProfilePath: TypeAlias = Annotated[
     typer.Option("--profile", help="A cost profile of your own, as kvsim calibrate writes.", rich_help_panel="Costs"),
 ]
 TensorParallel: TypeAlias = Annotated[
-    int | None, typer.Option(help="GPUs of one engine; default 1, or the profile's.", show_default=False, rich_help_panel="Costs")
+    int | None,
+    typer.Option(help="GPUs of one engine; default 1, or the profile's.", show_default=False, rich_help_panel="Costs"),
 ]
 KvDtype: TypeAlias = Annotated[
     str, typer.Option(help="The KV cache's dtype: auto, bf16, fp8, fp32, ...", rich_help_panel="Costs")
@@ -50,8 +51,9 @@ def integers(option: str, text: str | None) -> list[int] | None:
     """Return "256,512" as numbers, None for None. Raises UsageError for what is not a list of whole numbers."""
     if text is None:
         return None
+    parts = _parts(option, text)
     try:
-        return [int(part) for part in _parts(option, text)]
+        return [int(part) for part in parts]
     except ValueError as error:
         raise UsageError(f"{option} {text}: a list of whole numbers is expected, such as 256,512") from error
 
@@ -60,8 +62,9 @@ def sizes(option: str, text: str | None) -> list[float] | None:
     """Return "1,2.5" as numbers, None for None. Raises UsageError for what is not a list of numbers."""
     if text is None:
         return None
+    parts = _parts(option, text)
     try:
-        values = [float(part) for part in _parts(option, text)]
+        values = [float(part) for part in parts]
     except ValueError as error:
         raise UsageError(f"{option} {text}: a list of sizes in GiB is expected, such as 64,128.5") from error
     if not all(map(math.isfinite, values)):

@@ -11,9 +11,7 @@ from kvsim.errors import UsageError
 def simulate(  # noqa: PLR0913, PLR0917 - a command's options
     trace: Traces,
     chunk_tokens: Annotated[int, typer.Option(help="Tokens of a chunk, a multiple of the log's block.")],
-    capacity_chunks: Annotated[
-        int | None, typer.Option(help="Chunks that fit in L1; default without end.")
-    ] = None,
+    capacity_chunks: Annotated[int | None, typer.Option(help="Chunks that fit in L1; default without end.")] = None,
     l1_size_gb: Annotated[float | None, typer.Option(help="L1 in GiB instead, all ranks; needs --model.")] = None,
     policy: Annotated[str, typer.Option(help="lru, fifo, lfu, sieve, s3fifo, arc, gdsf, w-tinylfu, belady.")] = "lru",
     engine: Annotated[
@@ -61,7 +59,7 @@ def simulate(  # noqa: PLR0913, PLR0917 - a command's options
 def _capacity(
     l1_size_gb: float, chunk_tokens: int, model: str | None, tensor_parallel: int | None, kv_dtype: str
 ) -> int:
-    from kvsim.tuner.costs import kv_size  # noqa: PLC0415
+    from kvsim.tuner.pricing import kv_size  # noqa: PLC0415
 
     if model is None:
         raise UsageError("--l1-size-gb needs --model: how many chunks fit depends on the KV's size")

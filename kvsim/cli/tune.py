@@ -62,13 +62,16 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
     report: Annotated[
         Path | None, typer.Option(help="Write an HTML report (extra 'report').", rich_help_panel="Output")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the plots to a folder as SVG.", rich_help_panel="Output")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write the plots to a folder as SVG.", rich_help_panel="Output")
+    ] = None,
     progress: ShowProgress = None,
 ) -> None:
     """Recommend chunk size, L1 size and eviction policy for a log, by an exact sweep and a cost profile."""
     from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415 - loaded when it runs, not for --help
     from kvsim.files import check_writable, make_folder  # noqa: PLC0415
-    from kvsim.tuner import Rule, costs, tune as run  # noqa: PLC0415
+    from kvsim.tuner import Rule, costs  # noqa: PLC0415
+    from kvsim.tuner import tune as run  # noqa: PLC0415
 
     priced = costs(model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype)
     chosen_sizes, chosen_l1 = integers("--chunk-sizes", chunk_sizes), sizes("--l1-sizes-gb", l1_sizes_gb)

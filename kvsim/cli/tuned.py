@@ -17,6 +17,10 @@ from kvsim.report.words import (
 )
 from kvsim.tuner.result import TuneResult
 
+_WIDE = 104
+_ONLY_WIDE = ("saved p50", "saved p95")
+"""Columns left out where the terminal is narrower than `_WIDE`."""
+
 
 def show(result: TuneResult) -> None:
     """Print the log's summary, the best setting of each size, a plot, and the recommendation last."""
@@ -24,12 +28,16 @@ def show(result: TuneResult) -> None:
     facts("Log and costs", log_facts(result))
     if result.unbounded.cold.hit_tokens:
         console.print(Text("\nThe best setting at each L1 size", style="bold"))
-        console.print(table(FRONTIER_HEADINGS, frontier_rows(result), marked_row(result)))
+        columns = [i for i, name in enumerate(FRONTIER_HEADINGS) if console.width >= _WIDE or name not in _ONLY_WIDE]
+        rows = [[row[i] for i in columns] for row in frontier_rows(result)]
+        console.print(table([FRONTIER_HEADINGS[i] for i in columns], rows, marked_row(result)))
         chart(console, hit_ratio(result))
         console.print()
     words = Text(headline(result), style="bold green" if result.pays else "bold yellow")
     for sentence in sentences(result):
         words.append(f"\n{sentence}", style="not bold default")
-    console.print(Panel(words, title="Recommendation", title_align="left", padding=(0, 1), width=min(console.width, 110)))
+    console.print(
+        Panel(words, title="Recommendation", title_align="left", padding=(0, 1), width=min(console.width, 110))
+    )
     for note in further_notes(result):
         console.print(Text(f"* {note}", style="dim"))

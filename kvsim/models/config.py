@@ -22,14 +22,26 @@ _UNEVEN = {
     "global_head_dim": "its global layers have other heads than its sliding ones",
     "swa_num_key_value_heads": "its sliding layers have other heads than its global ones",
 }
-_UNEVEN_TYPES = {"nemotron_h", "jamba", "bamba", "zamba2", "falcon_h1", "granitemoehybrid", "lfm2", "mamba", "mamba2", "rwkv"}
+_UNEVEN_TYPES = {
+    "nemotron_h",
+    "jamba",
+    "bamba",
+    "zamba2",
+    "falcon_h1",
+    "granitemoehybrid",
+    "lfm2",
+    "mamba",
+    "mamba2",
+    "rwkv",
+}
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def read_config(path: Path) -> ModelShape:
     """Return the shape of the model that a config.json describes.
 
-    Raises UsageError for a file that cannot be read, that lacks a field, or whose model's KV is not so many bytes a token.
+    Raises UsageError for a file that cannot be read, that lacks a field, or whose model's KV is not so many bytes
+    a token.
     """
     config = _load(path)
     text = config.get("text_config")
@@ -39,13 +51,15 @@ def read_config(path: Path) -> ModelShape:
         if config.get(field):
             raise UsageError(f"{path}: {field}: {reason}; KV is not so many bytes a token")
     if config.get("model_type") in _UNEVEN_TYPES:
-        raise UsageError(f"{path}: model_type: {config['model_type']} has state-space layers; KV is not so many bytes a token")
+        raise UsageError(
+            f"{path}: model_type: {config['model_type']} has state-space layers; KV is not so many bytes a token"
+        )
     layers = _integer(path, config, "num_hidden_layers", "num_layers", "n_layer")
     local_layers, window = _local(path, config, layers)
-    common = {"name": _name(path, config), "layers": layers, "kv_dtype": _dtype(config)}
+    name, kv_dtype = _name(path, config), _dtype(config)
     if config.get("kv_lora_rank"):
         latent = _integer(path, config, "kv_lora_rank") + _integer(path, config, "qk_rope_head_dim")
-        return ModelShape(kv_heads=1, head_values=latent, latent=True, **common)
+        return ModelShape(name=name, layers=layers, kv_heads=1, head_values=latent, latent=True, kv_dtype=kv_dtype)
     heads = _integer(path, config, "num_attention_heads", "n_head")
     # ChatGLM says multi_query_group_num and kv_channels; a model without the field has as many KV heads as heads.
     kv_heads = _integer(path, config, "num_key_value_heads", "multi_query_group_num", default=heads)
@@ -54,7 +68,13 @@ def read_config(path: Path) -> ModelShape:
     if not head_dim:
         raise UsageError(f"{path}: head_dim: missing, and so is hidden_size")
     return ModelShape(
-        kv_heads=kv_heads, head_values=2 * head_dim, local_layers=local_layers, window_tokens=window, **common
+        name=name,
+        layers=layers,
+        kv_heads=kv_heads,
+        head_values=2 * head_dim,
+        local_layers=local_layers,
+        window_tokens=window,
+        kv_dtype=kv_dtype,
     )
 
 

@@ -38,9 +38,9 @@ class ModelShape:
     def bytes_per_token(self, *, tensor_parallel: int = 1, kv_dtype: str = "auto") -> int:
         """Return the bytes of KV that L1 keeps for one token, all ranks together.
 
-        With fewer KV heads than ranks each rank keeps a whole head, so heads are kept several times; MLA's latent is the
-        same on every rank and is stored once. Raises UsageError for a dtype without a name here, or ranks that do not
-        divide the heads.
+        With fewer KV heads than ranks each rank keeps a whole head, so heads are kept several times; MLA's latent is
+        the same on every rank and is stored once. Raises UsageError for a dtype without a name here, or ranks that do
+        not divide the heads.
         """
         value_bytes = self._value_bytes(kv_dtype)
         return self.layers * self._stored_heads(tensor_parallel) * self.head_values * value_bytes
@@ -58,8 +58,8 @@ class ModelShape:
         if not self.local_layers:
             return None
         return (
-            f"{self.local_layers} of {self.layers} layers attend to {self.window_tokens} tokens only; L1 keeps them whole, "
-            "as vLLM does under a KV connector, so they are counted whole"
+            f"{self.local_layers} of {self.layers} layers attend to {self.window_tokens} tokens only; L1 keeps them "
+            "whole, as vLLM does under a KV connector, so they are counted whole"
         )
 
     def _value_bytes(self, kv_dtype: str) -> int:
@@ -74,5 +74,7 @@ class ModelShape:
         if self.latent:
             return 1
         if self.kv_heads % ranks and ranks % self.kv_heads:
-            raise UsageError(f"{self.name} has {self.kv_heads} KV heads, which {ranks} tensor-parallel ranks cannot share")
+            raise UsageError(
+                f"{self.name} has {self.kv_heads} KV heads, which {ranks} tensor-parallel ranks cannot share"
+            )
         return max(self.kv_heads, ranks)

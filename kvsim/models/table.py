@@ -13,7 +13,9 @@ from kvsim.models.names import plain, unknown
 from kvsim.models.shape import ModelShape
 
 _HINT = " (or give the path of its config.json)"
-_QUANTISED = re.compile(r"(-(fp8|nvfp4|mxfp4|awq|gptq|int4|int8|w4a16|w8a8|4bit|8bit|bnb|dynamic|static|per-?tensor))+$")
+_QUANTISED = re.compile(
+    r"(-(fp8|nvfp4|mxfp4|awq|gptq|int4|int8|w4a16|w8a8|4bit|8bit|bnb|dynamic|static|per-?tensor))+$"
+)
 
 
 @functools.cache
@@ -52,7 +54,8 @@ def canonical(name: str) -> str | None:
 def model(name: str) -> ModelShape:
     """Return a model by its name (`qwen3-8b`, `Qwen/Qwen3-8B`) or by the path of its config.json or of its folder.
 
-    Raises UsageError for a name that is neither, listing close ones, and for a model whose KV is not so many bytes a token.
+    Raises UsageError for a name that is neither, listing close ones, and for a model whose KV is not so many bytes a
+    token.
     """
     path = Path(name).expanduser()
     if path.is_file() or (path / "config.json").is_file():

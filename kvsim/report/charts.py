@@ -24,12 +24,12 @@ def hit_ratio(result: TuneResult) -> Chart:
     here = result.point
     sizes = sorted({point.chunk_tokens for point in result.points})
     lines = [
-        _line(f"{size:,} tokens", (p for p in result.points if (p.chunk_tokens, p.policy) == (size, here.policy)))
+        _line(f"{size:,}", (p for p in result.points if (p.chunk_tokens, p.policy) == (size, here.policy)))
         for size in sizes
     ]
     mark = (here.l1_size_gb, here.cold.token_hit_ratio, f"{gib(here.l1_size_gb)}") if result.pays else None
     return Chart(
-        title=f"Prompt tokens found in L1, by chunk size ({here.policy})",
+        title=f"Prompt tokens found in L1, by tokens of a chunk ({here.policy})",
         x_name="L1 size, GiB",
         y_name="token hit ratio",
         series=lines,
@@ -73,11 +73,14 @@ def marginal_gain(result: TuneResult) -> Chart:
     """Return what a GiB more adds to the hit ratio, by L1 size, for the recommended chunk size and policy."""
     here = result.point
     points = _by_size(p for p in result.points if (p.chunk_tokens, p.policy) == (here.chunk_tokens, here.policy))
-    sizes = np.array([0.0, *(point.l1_size_gb for point in points)])
-    ratios = np.array([0.0, *(point.cold.token_hit_ratio for point in points)])
-    gain = 100 * np.diff(ratios) / np.diff(sizes)
-    line = Series(f"{here.chunk_tokens:,} tokens, {here.policy}", sizes[1:], np.maximum(gain, 0.0))
-    mark = (here.l1_size_gb, float(line.y[line.x == here.l1_size_gb][0]), gib(here.l1_size_gb)) if result.pays else None
+    sizes = np.array([point.l1_size_gb for point in points])
+    ratios = np.array([point.cold.token_hit_ratio for point in points])
+    if len(points) == 1:  # nothing to compare it with but no cache at all
+        sizes, ratios = np.append(0.0, sizes), np.append(0.0, ratios)
+    gain = np.maximum(100 * np.diff(ratios) / np.diff(sizes), 0.0)
+    line = Series(f"{here.chunk_tokens:,} tokens, {here.policy}", sizes[1:], gain)
+    marked = np.flatnonzero(line.x == here.l1_size_gb)
+    mark = (here.l1_size_gb, float(gain[marked[0]]), gib(here.l1_size_gb)) if result.pays and len(marked) else None
     return Chart(
         title="Gain of another GiB",
         x_name="L1 size, GiB",
@@ -94,9 +97,7 @@ def _by_size(points: Iterable[Point]) -> list[Point]:
 
 def _line(name: str, points: Iterable[Point]) -> Series:
     ordered = _by_size(points)
-    return Series(
-        name, np.array([p.l1_size_gb for p in ordered]), np.array([p.cold.token_hit_ratio for p in ordered])
-    )
+    return Series(name, np.array([p.l1_size_gb for p in ordered]), np.array([p.cold.token_hit_ratio for p in ordered]))
 
 
 def _cdf(name: str, ttft_s: FloatArray) -> Series:

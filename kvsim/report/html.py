@@ -1,6 +1,7 @@
 """The report: one HTML file with its plots, its data and plotly's script inside."""
 
 import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from kvsim.tuner.result import TuneResult
 
 _STYLE = """
 :root { color-scheme: light; --ink: #0f172a; --soft: #475569; --line: #e2e8f0; --accent: #2563eb; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 1080px; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink);
+  margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 1080px; }
 h1 { font-size: 1.1rem; font-weight: 600; color: var(--soft); margin: 0 0 1rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 .answer { border-left: 4px solid var(--accent); background: #f8fafc; padding: 1rem 1.25rem; }
@@ -33,7 +35,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } tr.marked td { background: #dbeafe; font-weight: 650; }
 .facts td { text-align: left; white-space: normal; } .facts td:first-child { color: var(--soft); }
-.wide { overflow-x: auto; } ul { padding-left: 1.2rem; color: var(--soft); } summary { cursor: pointer; color: var(--accent); }
+.wide { overflow-x: auto; } ul { padding-left: 1.2rem; color: var(--soft); }
+summary { cursor: pointer; color: var(--accent); }
 """
 
 
@@ -136,7 +139,7 @@ def _answer(result: TuneResult) -> str:
     return f'<section class="answer"><p class="headline">{escape(headline(result))}</p>{words}</section>'
 
 
-def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]], marked: int | None = None) -> str:
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None = None) -> str:
     head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     tags = ['<tr class="marked">' if i == marked else "<tr>" for i in range(len(rows))]
@@ -150,10 +153,10 @@ def _facts(facts: list[tuple[str, str]]) -> str:
 
 
 def _notes(result: TuneResult) -> str:
+    share, near = 100 * result.rule.within, 100 * result.rule.near
     rule = (
-        f"The rule: the smallest L1 that saves within {100 * result.rule.within:g}% of the most mean TTFT that any setting "
-        f"saves; there the simplest policy within {100 * result.rule.near:g}% of the best, and the largest chunk within "
-        f"{100 * result.rule.near:g}% of that policy's best."
+        f"The rule: the smallest L1 that saves within {share:g}% of the most mean TTFT that any setting saves; there "
+        f"the simplest policy within {near:g}% of the best, and its largest chunk within {near:g}% of its best."
     )
     provenance = [
         f"Cost profile, {name}: {part.kind}; {part.source}; error {part.error}."

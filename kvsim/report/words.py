@@ -1,15 +1,21 @@
 """A recommendation in plain words, for the terminal and the report."""
 
-from kvsim.tuner.points import Figures
+from kvsim.tuner.points import Figures, Point
 from kvsim.tuner.result import TuneResult
 
 
 def seconds(value: float) -> str:
     """Return a time with its unit, three digits."""
     size = abs(value)
+    if size >= 100:
+        return f"{value:,.0f} s"
     if size >= 1:
-        return f"{value:.3g} s" if size < 1000 else f"{value:,.0f} s"
-    return f"{1e3 * value:.3g} ms" if size >= 1e-3 else f"{1e6 * value:.3g} us"
+        return f"{_three_digits(value)} s"
+    return f"{_three_digits(1e3 * value)} ms" if size >= 1e-3 else f"{1e6 * value:.3g} us"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".")
 
 
 def gib(value: float) -> str:
@@ -46,17 +52,27 @@ def sentences(result: TuneResult) -> list[str]:
         f"It finds {percent(cold.token_hit_ratio)} of all prompt tokens in L1: {_share(result)}.",
         f"TTFT without a queue: {_times(cold)}.",
     ]
-    state = "after the cache had filled" if point.filled else "the second half of the log; the cache was not full by then"
-    words.append(
-        f"Once warm (from request {point.warm_from:,} on, {state}): {percent(warm.token_hit_ratio)} found, {_times(warm)}."
+    state = (
+        "after the cache had filled" if point.filled else "the second half of the log; the cache was not full by then"
     )
-    more = result.next_gib.cold
-    words.append(
-        f"The next GiB would change the hit ratio by {100 * (more.token_hit_ratio - cold.token_hit_ratio):+.3f} points "
-        f"and save {seconds(cold.ttft.mean_s - more.ttft.mean_s)} of the mean TTFT."
-    )
+    found = percent(warm.token_hit_ratio)
+    words.append(f"Once warm (from request {point.warm_from:,} on, {state}): {found} found, {_times(warm)}.")
+    words.append(_more(result))
     words.append(_alignment(result))
     return words
+
+
+def _more(result: TuneResult) -> str:
+    words = f"One GiB more would add {_gain(result.point, result.next_gib)} of the mean TTFT"
+    larger = result.next_size
+    if larger is None:
+        return f"{words}; no larger L1 was tried."
+    return f"{words}; {gib(larger.l1_size_gb)} would add {_gain(result.point, larger)}."
+
+
+def _gain(here: Point, larger: Point) -> str:
+    points = 100 * (larger.cold.token_hit_ratio - here.cold.token_hit_ratio)
+    return f"{points:.2g} points of hit ratio and save {seconds(here.cold.ttft.mean_s - larger.cold.ttft.mean_s)}"
 
 
 def _share(result: TuneResult) -> str:
@@ -83,8 +99,8 @@ def _alignment(result: TuneResult) -> str:
     if result.point.chunk_tokens == lost.finest_tokens:
         return f"A chunk is one block of the log ({lost.finest_tokens:,} tokens): no finer one can be tried."
     return (
-        f"Against chunks of one block ({lost.finest_tokens:,} tokens) it loses {100 * lost.lost_ratio_here:.2f} points of "
-        f"hit ratio at this size, {100 * lost.lost_ratio:.2f} without end."
+        f"Against chunks of one block ({lost.finest_tokens:,} tokens) it loses {100 * lost.lost_ratio_here:.2f} points "
+        f"of hit ratio at this size, {100 * lost.lost_ratio:.2f} without end."
     )
 
 
@@ -99,18 +115,30 @@ def further_notes(result: TuneResult) -> list[str]:
     return [f"{note[0].upper()}{note[1:]}." for note in notes]
 
 
-FRONTIER_HEADINGS = ("L1 GiB", "chunk", "policy", "hits", "TTFT p50", "p95", "saved p50", "saved p95", "saved mean", "points/GiB")
+FRONTIER_HEADINGS = (
+    "L1 GiB",
+    "chunk",
+    "policy",
+    "hits",
+    "TTFT p50",
+    "p95",
+    "saved p50",
+    "saved p95",
+    "saved mean",
+    "points/GiB",
+)
 
 
-def frontier_rows(result: TuneResult) -> list[tuple[str, ...]]:
+def frontier_rows(result: TuneResult) -> list[list[str]]:
     """Return the best setting of each L1 size, as text under `FRONTIER_HEADINGS`."""
-    rows, ratio, size = [], 0.0, 0.0
+    rows: list[list[str]] = []
+    ratio, size = 0.0, 0.0
     for point in result.choice.frontier:
         cold = point.cold
         gain = 100 * (cold.token_hit_ratio - ratio) / (point.l1_size_gb - size)
         ratio, size = cold.token_hit_ratio, point.l1_size_gb
         rows.append(
-            (
+            [
                 f"{point.l1_size_gb:,.6g}",
                 f"{point.chunk_tokens:,}",
                 point.policy,
@@ -120,8 +148,8 @@ def frontier_rows(result: TuneResult) -> list[tuple[str, ...]]:
                 seconds(cold.no_cache.p50_s - cold.ttft.p50_s),
                 seconds(cold.no_cache.p95_s - cold.ttft.p95_s),
                 percent(cold.saved_mean_s / cold.no_cache.mean_s if cold.no_cache.mean_s else 0.0),
-                f"{gain:.3g}",
-            )
+                f"{gain:.4f}",
+            ]
         )
     return rows
 
@@ -143,7 +171,10 @@ def log_facts(result: TuneResult) -> list[tuple[str, str]]:
         ("output tokens", f"{log.output_tokens:,}"),
         ("block", f"{log.block_tokens:,} tokens"),
         ("KV", f"{kv.stored_bytes_per_token:,} bytes a token in L1, all ranks together"),
-        ("cost profile", f"{profile.name}: {profile.model} on {profile.gpu}, tensor parallel {profile.tensor_parallel}"),
+        (
+            "cost profile",
+            f"{profile.name}: {profile.model} on {profile.gpu}, tensor parallel {profile.tensor_parallel}",
+        ),
     ]
     if log.skipped_rows:
         facts.append(("bad rows", f"{log.skipped_rows:,} left out"))

@@ -10,8 +10,8 @@ from kvsim.errors import UsageError
 from kvsim.sweep import Chains, hit_chunks, lru_curve
 from kvsim.sweep.chains import chains_of_sizes
 from kvsim.sweep.paths import Paths
-from kvsim.tuner.costs import Costs
 from kvsim.tuner.points import Figures, FloatArray, IntArray, Point, Times
+from kvsim.tuner.pricing import Costs
 from kvtraces import Log
 
 
@@ -33,10 +33,10 @@ class ChunkedLog:
         return self.chains.chunk_tokens
 
     def warm_from(self, capacity: int | None) -> tuple[int, bool]:
-        """Return the first request after a cache of `capacity` chunks had filled, at the latest the middle one, and
-        whether it had filled by then.
+        """Return the first request after a cache of `capacity` chunks had filled, and whether it had by the middle one.
 
-        Nothing is evicted before a cache is full, so it fills when so many different chunks have been stored.
+        The middle one is the latest that is returned. Nothing is evicted before a cache is full, so it fills when so
+        many different chunks have been stored.
         """
         n = len(self.distinct)
         full = n if capacity is None else int(np.searchsorted(self.distinct, capacity)) + 1
@@ -49,7 +49,9 @@ def chunked_logs(log: Log, sizes: Sequence[int]) -> dict[int, ChunkedLog]:
         found = chains_of_sizes(log, sizes)
     except ValueError as error:  # a prompt that names a block twice: hashes that do not chain
         raise UsageError(str(error)) from error
-    return {size: ChunkedLog(chains=chains, distinct=_distinct(chains.paths, len(log))) for size, chains in found.items()}
+    return {
+        size: ChunkedLog(chains=chains, distinct=_distinct(chains.paths, len(log))) for size, chains in found.items()
+    }
 
 
 def _distinct(paths: Paths, requests: int) -> IntArray:
@@ -163,7 +165,7 @@ _SLAB = 1 << 20
 
 
 def useful_range(chunked: ChunkedLog) -> tuple[int, int]:
-    """Return the capacities in chunks between which a cache gains: from a twentieth to all but a 200th of the gain.
+    """Return the capacities in chunks between which a cache gains: from a hundredth to all but a 200th of the gain.
 
     The gain is what LRU hits beyond a cache of one chunk. Where it hits no more than that, or has no single curve, the
     ends are one chunk and all of them.
@@ -175,5 +177,5 @@ def useful_range(chunked: ChunkedLog) -> tuple[int, int]:
     first, last = int(curve[min(1, len(curve) - 1)]), int(curve[-1])
     if first == last:
         return 1, most
-    low, high = np.searchsorted(curve, (first + 0.05 * (last - first), first + 0.995 * (last - first)))
+    low, high = np.searchsorted(curve, (first + 0.01 * (last - first), first + 0.995 * (last - first)))
     return int(low), int(high)

@@ -51,17 +51,20 @@ def check_policies(names: Sequence[str], known: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def spread(low: float, high: float, points: int) -> list[float]:
+def spread(low: float, high: float, points: int, most: float | None = None) -> list[float]:
     """Return about `points` sizes from `low` to `high`, evenly spread by ratio, rounded up to two or three digits.
 
-    Raises UsageError for no points.
+    None is above `most`, which then stands for those that would be; a range that would lie above it begins at an eighth
+    of it. Raises UsageError for no points.
     """
     if points < 1:
         raise UsageError(f"--l1-points {points}: at least 1")
-    low = min(low, high)
+    if most is not None and most < high:
+        low, high = min(low, most / 8), most
     ratio = (high / low) ** (1 / max(points - 1, 1))
     sizes = [high] if points == 1 else [low * ratio**i for i in range(points)]
-    return sorted({_round_up(size) for size in sizes})
+    rounded = {_round_up(size) for size in sizes}
+    return sorted(rounded if most is None else {min(size, most) for size in rounded})
 
 
 def _round_up(size: float) -> float:

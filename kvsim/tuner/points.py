@@ -32,7 +32,8 @@ def quantiles(values: FloatArray, levels: tuple[float, ...]) -> list[float]:
     high = [min(i + 1, len(values) - 1) for i in low]
     ordered = np.partition(values, sorted({*low, *high}))
     return [
-        float(ordered[i] + (ordered[j] - ordered[i]) * (place - i)) for place, i, j in zip(places, low, high, strict=True)
+        float(ordered[i] + (ordered[j] - ordered[i]) * (place - i))
+        for place, i, j in zip(places, low, high, strict=True)
     ]
 
 

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvsim.profiles.load import to_json
-from kvsim.tuner.choose import Choice, Rule
-from kvsim.tuner.costs import Costs
 from kvsim.tuner.points import FloatArray, Point
+from kvsim.tuner.pricing import Costs
+from kvsim.tuner.rule import Choice, Rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +113,18 @@ class TuneResult:
         """The recommended setting; where reuse does not pay, the one that saves most."""
         return self.choice.point
 
+    @property
+    def next_size(self) -> Point | None:
+        """The recommended chunk size and policy at the next larger L1 swept; None at the largest."""
+        here = self.point
+        larger = [
+            point
+            for point in self.points
+            if (point.chunk_tokens, point.policy) == (here.chunk_tokens, here.policy)
+            and point.l1_size_gb > here.l1_size_gb
+        ]
+        return min(larger, key=lambda point: point.l1_size_gb, default=None)
+
     def columns(self) -> dict[str, NDArray[Any]]:
         """Return the sweep as columns [s] by name, in the order of `points`."""
         rows = [point.to_dict() for point in self.points]
@@ -137,17 +149,21 @@ class TuneResult:
             return {**nothing, **_without(cold.no_cache), **common, "best_setting": self.point.to_dict()}
         return {
             **self.point.to_dict(),
+            "cold": {"from_request": 0, "requests": cold.requests, **cold.to_dict()},
             **common,
             "chunk_bytes": self.costs.kv.chunk_bytes(self.point.chunk_tokens),
-            "next_gib": self._next_gib(),
+            "next_gib": self._gain(self.next_gib),
+            "next_size": None if self.next_size is None else self._gain(self.next_size),
             "of_unbounded": self._share(self.unbounded),
             "of_belady": self._share(self.belady),
             "alignment": self.alignment.to_dict(),
         }
 
-    def _next_gib(self) -> dict[str, Any]:
-        more, here = self.next_gib.cold, self.point.cold
+    def _gain(self, larger: Point) -> dict[str, Any]:
+        """Return what a larger L1 adds to the recommended one."""
+        more, here = larger.cold, self.point.cold
         return {
+            "l1_size_gb": larger.l1_size_gb,
             "token_hit_ratio": round(more.token_hit_ratio - here.token_hit_ratio, 6),
             "ttft_mean_saved_s": round(here.ttft.mean_s - more.ttft.mean_s, 9),
             "ttft_p50_saved_s": round(here.ttft.p50_s - more.ttft.p50_s, 9),

@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from kvcore.policy import POLICIES
 from kvsim.errors import UsageError
-from kvsim.tuner.choose import Choice, Rule, choose
-from kvsim.tuner.costs import Costs
 from kvsim.tuner.evaluate import ChunkedLog, Evaluator, Priced, chunked_logs, useful_range
 from kvsim.tuner.grid import check_chunk_sizes, check_l1_sizes, check_policies, default_chunk_sizes, spread
 from kvsim.tuner.points import Point
+from kvsim.tuner.pricing import Costs
 from kvsim.tuner.result import Alignment, LogSummary, TuneResult
+from kvsim.tuner.rule import Choice, Rule, choose
 from kvtraces import Log
 
 DEFAULT_L1_POINTS = 20
@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None]
 """Called with settings done and settings in all."""
 
 
-def tune(
+def tune(  # noqa: PLR0913 - what a sweep is
     log: Log,
     costs: Costs,
     *,
@@ -33,7 +33,7 @@ def tune(
     threads: int = 2,
     progress: Progress | None = None,
 ) -> TuneResult:
-    """Sweep chunk size x L1 size x policy exactly, and recommend one setting by the rule of `kvsim.tuner.choose`.
+    """Sweep chunk size x L1 size x policy exactly, and recommend one setting by the rule of `kvsim.tuner.rule`.
 
     TTFT is that of a request alone on an engine without a prefix cache of its own: no queue, nothing else on the link.
 
@@ -53,6 +53,10 @@ def tune(
         UsageError: A setting that is not one, or a log without block hashes or without prompt tokens.
     """
     block_tokens = _block_of(log)
+    if threads < 1:
+        raise UsageError(f"--threads {threads}: at least 1")
+    if l1_sizes_gb and l1_max_gb is not None:
+        raise UsageError("--l1-sizes-gb and --l1-max-gb: give one")
     sizes = check_chunk_sizes(chunk_sizes, block_tokens) if chunk_sizes else default_chunk_sizes(block_tokens)
     names = check_policies(policies, POLICIES) if policies else list(POLICIES)
     evaluator = Evaluator(log, costs)
@@ -80,8 +84,7 @@ def _spread_l1(chunked: ChunkedLog, costs: Costs, points: int, largest_gb: float
     low_gb, high_gb = (costs.kv.size_gb(capacity, chunked.chunk_tokens) for capacity in useful_range(chunked))
     if largest_gb is not None:
         check_l1_sizes([largest_gb])
-        high_gb = min(high_gb, largest_gb)
-    return spread(low_gb, high_gb, points)
+    return spread(low_gb, high_gb, points, largest_gb)
 
 
 def _sweep(
@@ -99,7 +102,7 @@ def _sweep(
         return evaluator.point(priced[size], policy, capacity, l1)
 
     points = []
-    pool = ThreadPoolExecutor(max_workers=max(threads, 1))
+    pool = ThreadPoolExecutor(max_workers=threads)
     try:
         for point in pool.map(evaluate, tasks):
             points.append(point)
@@ -185,7 +188,8 @@ def _notes(evaluator: Evaluator, choice: Choice, unbounded: Point) -> tuple[str,
     if longest > costs.profile.max_model_len:
         count = int((log.input_tokens > costs.profile.max_model_len).sum())
         notes.append(
-            f"{count:,} prompts are longer than the model's {costs.profile.max_model_len:,} tokens; they are counted all the same"
+            f"{count:,} prompts are longer than the model's {costs.profile.max_model_len:,} tokens, "
+            "but counted all the same"
         )
     beyond = costs.profile.extrapolation(longest, 0)
     if beyond:

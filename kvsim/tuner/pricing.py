@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kvsim.errors import UsageError
 from kvsim import models
+from kvsim.errors import UsageError
 from kvsim.models.shape import ModelShape
 from kvsim.models.table import canonical
 from kvsim.profiles import Profile, load, lookup
@@ -119,11 +119,12 @@ def costs(
         if model is None or gpu is None:
             raise UsageError("--model and --gpu are needed, or a --profile")
         shape = models.model(model)
-        ranks = tensor_parallel or 1
-        found = lookup(canonical(shape.name) or shape.name, models.gpu(gpu).name, ranks)
+        kind = models.gpu(gpu).name
+        ranks = 1 if tensor_parallel is None else tensor_parallel
+        found = lookup(canonical(shape.name) or shape.name, kind, ranks)
     else:
         found = load(profile)
-        ranks = tensor_parallel or found.tensor_parallel
+        ranks = found.tensor_parallel if tensor_parallel is None else tensor_parallel
         if ranks != found.tensor_parallel:
             raise UsageError(f"--tensor-parallel {ranks}: the profile {profile} is of {found.tensor_parallel}")
         if model is None and kv_dtype == "auto":

@@ -13,6 +13,7 @@ requests it is the prefill time that the engine gets back. Then, with `within` (
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from kvsim.errors import UsageError
 from kvsim.tuner.points import Point
 
 SIMPLEST = ("lru", "fifo", "sieve", "lfu", "s3fifo", "arc", "gdsf", "w-tinylfu")
@@ -26,6 +27,12 @@ class Rule:
     within: float = 0.05
     near: float = 0.01
     worth: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Refuse a threshold that is no fraction."""
+        for name, value in (("within", self.within), ("near", self.near), ("worth", self.worth)):
+            if not 0 <= value < 1:
+                raise UsageError(f"--{name} {value:g}: a fraction from 0 to below 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
