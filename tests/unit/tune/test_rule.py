@@ -1,5 +1,6 @@
 """The rule of choice, on sweeps made by hand."""
 
+import numpy as np
 import pytest
 
 from kvsim.errors import UsageError
@@ -123,8 +124,6 @@ def test_settings_that_are_none():
 
 
 def test_quantiles_are_linear():
-    import numpy as np
-
     values = np.random.default_rng(3).exponential(size=137)
     assert quantiles(values, (0.5, 0.95)) == pytest.approx(np.quantile(values, [0.5, 0.95]).tolist(), rel=1e-14)
     assert quantiles(np.array([2.5]), (0.5, 0.95)) == [2.5, 2.5]

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ class Printed:
         curve = self.profile["transfers"]["h2d"]
         points = [(0, curve["latency_s"])]
         points += [(s, s / rate) for s, rate in zip(curve["sizes"], curve["bytes_per_s"], strict=True)]
-        for (s0, t0), (s1, t1) in zip(points, points[1:], strict=False):
+        for (s0, t0), (s1, t1) in pairwise(points):
             if size <= s1:
                 return t0 + (t1 - t0) * (size - s0) / (s1 - s0)
         return points[-1][1] + (size - points[-1][0]) / curve["bytes_per_s"][-1]
