@@ -17,6 +17,7 @@ from kvsim.report.words import (
 )
 from kvsim.tuner.result import TuneResult
 
+_MOST_ROWS = 24
 _WIDE = 104
 _ONLY_WIDE = ("saved p50", "saved p95")
 """Columns left out where the terminal is narrower than `_WIDE`."""
@@ -29,8 +30,8 @@ def show(result: TuneResult) -> None:
     if result.unbounded.cold.hit_tokens:
         console.print(Text("\nThe best setting at each L1 size", style="bold"))
         columns = [i for i, name in enumerate(FRONTIER_HEADINGS) if console.width >= _WIDE or name not in _ONLY_WIDE]
-        rows = [[row[i] for i in columns] for row in frontier_rows(result)]
-        console.print(table([FRONTIER_HEADINGS[i] for i in columns], rows, marked_row(result)))
+        rows, marked = _thinned([[row[i] for i in columns] for row in frontier_rows(result)], marked_row(result))
+        console.print(table([FRONTIER_HEADINGS[i] for i in columns], rows, marked))
         chart(console, hit_ratio(result))
         console.print()
     words = Text(headline(result), style="bold green" if result.pays else "bold yellow")
@@ -41,3 +42,10 @@ def show(result: TuneResult) -> None:
     )
     for note in further_notes(result):
         console.print(Text(f"* {note}", style="dim"))
+
+
+def _thinned(rows: list[list[str]], marked: int | None) -> tuple[list[list[str]], int | None]:
+    """Return at most about `_MOST_ROWS` rows, evenly chosen, with the marked one among them."""
+    step = -(-len(rows) // _MOST_ROWS)
+    kept = sorted({*range(len(rows) - 1, -1, -step), *([] if marked is None else [marked])})
+    return [rows[i] for i in kept], None if marked is None else kept.index(marked)

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from kvsim.errors import UsageError
 
 LARGEST_CHUNK_TOKENS = 16384
-SMALLEST_CHUNK_TOKENS = 128
+SMALLEST_CHUNK_TOKENS = 32
 """The default's ends: smaller chunks are many small copies, larger ones lose most hits to alignment."""
 
 
 def default_chunk_sizes(block_tokens: int) -> list[int]:
-    """Return the chunk sizes to try: the block times powers of two, from 128 to 16384 tokens, at most eight.
+    """Return the chunk sizes to try: the block times powers of two, from 32 to 16384 tokens.
 
     A block above 16384 tokens is tried alone.
     """
     sizes = [block_tokens << i for i in range(25) if block_tokens << i <= LARGEST_CHUNK_TOKENS]
-    return [size for size in sizes if size >= SMALLEST_CHUNK_TOKENS][:8] or sizes[-1:] or [block_tokens]
+    return [size for size in sizes if size >= SMALLEST_CHUNK_TOKENS] or sizes[-1:] or [block_tokens]
 
 
 def check_chunk_sizes(sizes: Sequence[int], block_tokens: int) -> list[int]:

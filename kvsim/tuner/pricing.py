@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from kvsim import models
 from kvsim.errors import UsageError
+from kvsim.models.names import plain
 from kvsim.models.shape import ModelShape
 from kvsim.models.table import canonical
 from kvsim.profiles import Profile, load, lookup
@@ -124,6 +125,8 @@ def costs(
         found = lookup(canonical(shape.name) or shape.name, kind, ranks)
     else:
         found = load(profile)
+        if gpu is not None and plain(gpu) != plain(found.gpu) and models.gpu(gpu).name != found.gpu:
+            raise UsageError(f"--gpu {gpu}: the profile {profile} is of {found.gpu}")
         ranks = found.tensor_parallel if tensor_parallel is None else tensor_parallel
         if ranks != found.tensor_parallel:
             raise UsageError(f"--tensor-parallel {ranks}: the profile {profile} is of {found.tensor_parallel}")

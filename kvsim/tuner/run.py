@@ -17,7 +17,7 @@ DEFAULT_L1_POINTS = 20
 COMMON_HOST_GB = 2048.0
 
 Progress = Callable[[int, int], None]
-"""Called with settings done and settings in all."""
+"""Called with steps done and steps in all: one a chunk size, one a setting."""
 
 
 def tune(  # noqa: PLR0913 - what a sweep is
@@ -60,13 +60,13 @@ def tune(  # noqa: PLR0913 - what a sweep is
     sizes = check_chunk_sizes(chunk_sizes, block_tokens) if chunk_sizes else default_chunk_sizes(block_tokens)
     names = check_policies(policies, POLICIES) if policies else list(POLICIES)
     evaluator = Evaluator(log, costs)
-    priced = {size: evaluator.priced(chunked) for size, chunked in chunked_logs(log, sizes).items()}
+    chunked = chunked_logs(log, sizes)
     if l1_sizes_gb:
         l1_sizes = check_l1_sizes(l1_sizes_gb)
     else:
-        l1_sizes = _spread_l1(priced[sizes[0]].chunked, costs, l1_points, l1_max_gb)
+        l1_sizes = _spread_l1(chunked[sizes[0]], costs, l1_points, l1_max_gb)
     tasks = [(size, policy, l1) for size in sizes for policy in names for l1 in l1_sizes]
-    points = _sweep(evaluator, priced, tasks, threads, progress)
+    priced, points = _sweep(evaluator, chunked, tasks, threads, progress)
     rule = rule or Rule()
     return _settled(evaluator, priced, points, choose(points, rule), rule)
 
@@ -89,28 +89,34 @@ def _spread_l1(chunked: ChunkedLog, costs: Costs, points: int, largest_gb: float
 
 def _sweep(
     evaluator: Evaluator,
-    priced: dict[int, Priced],
+    chunked: dict[int, ChunkedLog],
     tasks: Sequence[tuple[int, str, float]],
     threads: int,
     progress: Progress | None,
-) -> list[Point]:
-    """Return the points of all tasks, in their order."""
+) -> tuple[dict[int, Priced], list[Point]]:
+    """Return the priced chunk sizes, and the points of all tasks in their order."""
+    priced: dict[int, Priced] = {}
+    points: list[Point] = []
+
+    def tell() -> None:
+        if progress is not None:
+            progress(len(priced) + len(points), len(chunked) + len(tasks))
 
     def evaluate(task: tuple[int, str, float]) -> Point:
         size, policy, l1 = task
-        capacity = evaluator.costs.kv.capacity_chunks(l1, size)
-        return evaluator.point(priced[size], policy, capacity, l1)
+        return evaluator.point(priced[size], policy, evaluator.costs.kv.capacity_chunks(l1, size), l1)
 
-    points = []
     pool = ThreadPoolExecutor(max_workers=threads)
     try:
+        for one in pool.map(evaluator.priced, chunked.values()):
+            priced[one.chunked.chunk_tokens] = one
+            tell()
         for point in pool.map(evaluate, tasks):
             points.append(point)
-            if progress is not None:
-                progress(len(points), len(tasks))
+            tell()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)  # on Ctrl-C only the settings under way are waited for
-    return points
+    return priced, points
 
 
 def _settled(
@@ -179,8 +185,8 @@ def _notes(evaluator: Evaluator, choice: Choice, unbounded: Point) -> tuple[str,
         notes.append(
             f"{here.l1_size_gb:,.0f} GiB is more than most hosts hold: give yours with --l1-max-gb, or read the table"
         )
-    if choice.pays and here.cold.loaded_tokens < here.cold.hit_tokens:
-        share = 1 - here.cold.loaded_tokens / here.cold.hit_tokens
+    share = 1 - here.cold.loaded_tokens / max(here.cold.hit_tokens, 1)
+    if choice.pays and share >= 0.001:
         notes.append(f"{100 * share:.1f}% of the hit tokens are faster computed than copied, and are not loaded")
     if costs.kv.note:
         notes.append(costs.kv.note)

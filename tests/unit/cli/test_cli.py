@@ -133,6 +133,18 @@ def test_tune_by_a_profile_of_ones_own(capsys, trace, tmp_path):
     path = tmp_path / "own.json"
     path.write_text(json.dumps(shipped["profile"]))
     assert parsed(capsys, *command, "--profile", path) == shipped
+    assert parsed(capsys, *command, "--profile", path, *COSTS) == shipped
+    assert "is of h100" in refused(capsys, *command, "--profile", path, "--gpu", "h200")
+    assert "is of 1" in refused(capsys, *command, "--profile", path, "--tensor-parallel", 2)
+
+
+def test_a_long_table_is_thinned_around_the_recommendation(capsys, trace):
+    code, out, _ = run(capsys, "tune", "--trace", trace, *COSTS, "--l1-points", 150, "--policies", "lru")
+    assert code == 0
+    size = re.search(r"an L1 of ([\d.,]+) GiB", out).group(1)
+    table = out[out.index("L1 GiB") : out.index("Prompt tokens found")]
+    assert 15 <= table.count("lru") <= 25
+    assert re.search(rf"^\s*{re.escape(size)}", table, flags=re.MULTILINE)
 
 
 def test_tune_writes_plots(capsys, trace, tmp_path):

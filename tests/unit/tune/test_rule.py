@@ -91,11 +91,11 @@ def test_thresholds_are_fractions():
 
 def test_default_chunk_sizes():
     assert default_chunk_sizes(512) == [512, 1024, 2048, 4096, 8192, 16384]
-    assert default_chunk_sizes(16) == [128, 256, 512, 1024, 2048, 4096, 8192, 16384]
-    assert default_chunk_sizes(48) == [192, 384, 768, 1536, 3072, 6144, 12288]
+    assert default_chunk_sizes(16) == [32 << i for i in range(10)]
+    assert default_chunk_sizes(48) == [48 << i for i in range(9)]
     assert default_chunk_sizes(16384) == [16384]
     assert default_chunk_sizes(20_000) == [20_000]
-    assert default_chunk_sizes(1) == [128, 256, 512, 1024, 2048, 4096, 8192, 16384]
+    assert default_chunk_sizes(1) == default_chunk_sizes(16)
 
 
 def test_spread_is_even_by_ratio_and_ends_at_the_most():

@@ -218,12 +218,13 @@ def test_progress_reaches_the_end(log, priced):
     seen = []
     tune(log, priced, chunk_sizes=[512], policies=["lru"], l1_points=4, progress=lambda *at: seen.append(at))
     total = seen[-1][1]
+    assert 3 <= total <= 5
     assert seen == [(done, total) for done in range(1, total + 1)]
 
 
 def test_default_sizes_span_the_useful_range(log, priced):
     result = tune(log, priced, policies=["lru"])
-    by_size = sorted((p.l1_size_gb, p.cold.hit_tokens) for p in result.points if p.chunk_tokens == 128)
+    by_size = sorted((p.l1_size_gb, p.cold.hit_tokens) for p in result.points if p.chunk_tokens == 64)
     assert 15 <= len(by_size) <= 20
     most = result.unbounded_finest.cold.hit_tokens
     assert by_size[-1][1] >= 0.99 * most
