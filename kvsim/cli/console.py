@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from kvsim.errors import UsageError
 from kvtraces import Log, read
+from kvtraces.schema import MAX_BLOCK_TOKENS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -43,7 +45,9 @@ def stages(show: bool | None) -> Iterator[Stages]:
 
 
 def read_log(paths: Sequence[str], block_size: int | None, skip_bad: bool, shown: Stages) -> Log:
-    """Read a log with progress; bad rows left out are told on stderr. Raises as `kvtraces.read`."""
+    """Read a log with progress; bad rows left out are told on stderr. Raises as `kvtraces.read`, and UsageError."""
+    if block_size is not None and not 1 <= block_size <= MAX_BLOCK_TOKENS:
+        raise UsageError(f"--block-size {block_size}: from 1 to {MAX_BLOCK_TOKENS:,}")
     log = read(
         list(paths),
         block_tokens=block_size,

@@ -244,6 +244,8 @@ def test_bad_settings(capsys, trace):
         ((*simulate, "--l1-size-gb", 4, "--model", "qwen3-8b", "--kv-dtype", "int3"), "unknown KV dtype"),
         ((*simulate, "--l1-size-gb", 4, "--model", "qwen3-8b", "--tensor-parallel", 3), "8 KV heads"),
         ((*simulate, "--l1-size-gb", 4, "--model", "qwen3-8b", "--tensor-parallel", 0), "at least 1"),
+        ((*simulate, "--block-size", 0), "--block-size 0"),
+        ((*simulate, "--block-size", 128), "block_size"),
         (("simulate", "--trace", trace), "--chunk-tokens"),
         (("simulate", "--chunk-tokens", 64), "--trace"),
         (("simulate", "--trace", trace, "--chunk-tokens", "many"), "--chunk-tokens"),
