@@ -8,7 +8,7 @@ from kvtraces import Log
 
 
 def arrival_times(log: Log, settings: RunSettings) -> NDArray[np.float64]:
-    """Return when each request of a log arrives, in seconds from the first one; never backwards.
+    """Return when each request of a log arrives, in seconds from the first one.
 
     Raises:
         SettingsError: The log is empty.
@@ -17,8 +17,8 @@ def arrival_times(log: Log, settings: RunSettings) -> NDArray[np.float64]:
     if not count:
         raise SettingsError("the log has no requests")
     if settings.arrivals == "recorded":
-        times = np.maximum.accumulate(log.timestamp_ms) * 1e-3
-        return np.asarray((times - times[0]) / settings.rate_scale)
+        times = 1e-3 * (log.timestamp_ms - log.timestamp_ms.min())
+        return np.asarray(times / settings.rate_scale)
     rate = (settings.rate_per_s or 1.0) * settings.rate_scale
     if settings.arrivals == "uniform":
         return np.arange(count) / rate
