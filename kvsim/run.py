@@ -28,7 +28,8 @@ class RunResult:
         columns: [n] each, a row a request in the log's order. Seconds: `arrived_s`, `handling_s`, `queue_s`, `load_s`,
             `prefill_s` and their sum `ttft_s`, `finished_s` (all NaN where `refused`). Tokens: `prompt_tokens`,
             `output_tokens`, `l0_tokens` (hit in L0), `matched_l1`, `matched_l2` (leading chunks found in L1, and in L2
-            but not above, whatever L0 held), `loaded_tokens` (copied beyond L0). Also `engine`, `preemptions`, `refused`.
+            but not above, whatever L0 held), `loaded_tokens` (copied beyond L0). Also `engine`, `preemptions` and
+            `refused`.
         load: What was offered against what was served.
         ttft_s: Percentiles of TTFT, `p50` to `p99`; None each where the engines cannot sustain the load.
         ttft_no_cache_s: The same of a run without L1 and L2, with L0 as vLLM has it; None where it was not asked for.
@@ -39,8 +40,8 @@ class RunResult:
         evicted_chunks: Chunks that left L1.
         refused_chunks: Chunks that were not stored or not loaded, by the core's reason.
         warnings: Extrapolations beyond the profile's grids, with the ranges.
-        steps: By engine, a tuple for each event: start and end in s, prompt tokens, decodes and engine steps; empty unless
-            a timeline was asked for.
+        steps: By engine, a tuple for each event: start and end in s, prompt tokens, decodes and engine steps; empty
+            unless a timeline was asked for.
     """
 
     settings: RunSettings

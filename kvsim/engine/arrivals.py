@@ -27,7 +27,7 @@ def arrival_times(log: Log, settings: RunSettings) -> NDArray[np.float64]:
 
 
 def refused(log: Log, settings: RunSettings) -> NDArray[np.bool_]:
-    """Return which requests the engine turns away: no prompt, longer than the model's length, or than the GPU's cache."""
+    """Return which requests are turned away: no prompt, longer than the model's length, or than the GPU's cache."""
     tokens = log.input_tokens + log.output_tokens
     room = settings.l0_blocks * settings.l0_block_tokens
     return np.asarray((log.input_tokens < 1) | (tokens > settings.model_len) | (tokens > room))

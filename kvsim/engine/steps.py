@@ -26,10 +26,8 @@ class StepCosts:
 
     def decode(self, batch: int, context: float) -> float:
         """Return the time in which `batch` requests of `context` tokens on average get a token each, in seconds."""
-        if batch > self.most_batch:
-            self.most_batch = batch
-        if context > self.longest:
-            self.longest = context
+        self.most_batch = max(self.most_batch, batch)
+        self.longest = max(self.longest, context)
         return self._decode(batch, context)
 
     def mixed(self, parts: Iterable[tuple[int, int]], batch: int, context: float) -> float:
@@ -44,11 +42,9 @@ class StepCosts:
         for new, cached in parts:
             tokens += new
             work += new * (new + 2 * cached)
-            if cached > self.most_cached:
-                self.most_cached = cached
+            self.most_cached = max(self.most_cached, cached)
         together = tokens + batch
-        if together > self.most_new:
-            self.most_new = together
+        self.most_new = max(self.most_new, together)
         behind = (work - tokens * tokens) / (2 * tokens)
         took = self._prefill(together, abs(behind))
         if behind < 0:  # several short prompts attend to less than one long one does

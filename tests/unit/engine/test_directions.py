@@ -16,7 +16,7 @@ LOG = generate(
         requests=1200,
         seed=9,
         block_tokens=16,
-        arrivals=Poisson(sessions_per_s=1.2),
+        arrivals=Poisson(sessions_per_s=0.13),
         system_tokens=Spread(median=2000, sigma=0.8, high=8000),
         user_tokens=Spread(median=1500, sigma=0.8, high=8000),
     )
@@ -51,7 +51,7 @@ def test_a_slower_link(usual):
 
 
 def test_a_smaller_l0():
-    small, large = (mean_ttft(l0_gb=size, l1_gb=0.0) for size in (4.0, 40.0))
+    small, large = (mean_ttft(l0_gb=size, l1_gb=0.0) for size in (8.0, 40.0))
     assert small > 1.02 * large
 
 
@@ -60,7 +60,7 @@ def test_a_larger_l1(usual):
 
 
 def test_more_traffic(usual):
-    assert mean_ttft(rate_scale=1.5) > 1.02 * usual
+    assert mean_ttft(rate_scale=2.0) > 1.02 * usual
 
 
 def test_one_more_engine(usual):
@@ -79,7 +79,9 @@ def test_a_faster_gpu(usual):
 
 def test_prefix_aware_routing_finds_more_in_l0():
     def l0(routing):
-        chosen = RunSettings(profile=PROFILE, chunk_tokens=64, l0_gb=8.0, engines=4, routing=routing, max_model_len=65_536)
+        chosen = RunSettings(
+            profile=PROFILE, chunk_tokens=64, l0_gb=8.0, engines=4, routing=routing, max_model_len=65_536
+        )
         return run(LOG, chosen, baseline=False).total("l0_tokens")
 
     assert l0("prefix-aware") > 1.2 * l0("round-robin")

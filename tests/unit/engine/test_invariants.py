@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kvcore.policy import LoadDone, Place, RequestEnded, StoreCommitted
+from kvcore.policy import Core, LoadDone, Place, RequestEnded, StoreCommitted
 from kvsim.engine.settings import GIB, RunSettings
 from kvsim.engine.simulation import prepare, simulate
 from kvsim.profiles import lookup
@@ -17,7 +17,14 @@ LOG = generate(Chat(requests=400, seed=3, block_tokens=16, arrivals=Poisson(sess
 
 
 def settings(**changes):
-    defaults = {"profile": PROFILE, "chunk_tokens": 64, "engines": 2, "l0_gb": 3.0, "l1_gb": 4.0, "max_model_len": 16_384}
+    defaults = {
+        "profile": PROFILE,
+        "chunk_tokens": 64,
+        "engines": 2,
+        "l0_gb": 3.0,
+        "l1_gb": 4.0,
+        "max_model_len": 16_384,
+    }
     return RunSettings(**(defaults | changes))
 
 
@@ -36,19 +43,20 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
-def test_nothing_is_lost(changes):
+def test_nothing_is_lost(changes, monkeypatch):
     chosen = settings(**changes)
-    workload = prepare(LOG, 64)
     seen = []
 
-    def observe(event, decisions):
-        seen.append((event, decisions))
-        if len(seen) % 97 == 0:
-            finished_core[0].check()
+    class Checked(Core):
+        def handle(self, event):
+            decisions = super().handle(event)
+            seen.append((event, decisions))
+            if len(seen) % 97 == 0:
+                self.check()
+            return decisions
 
-    finished_core = [None]
-    # The core is reached through the observer's first call: the shell exists before its first event is observed.
-    finished = simulate_with_core(workload, chosen, observe, finished_core)
+    monkeypatch.setattr("kvsim.engine.shell.Core", Checked)
+    finished = simulate(prepare(LOG, 64), chosen)
     jobs = [job for job in finished.jobs if job is not None]
     assert jobs
     for job in jobs:
@@ -79,27 +87,6 @@ def test_nothing_is_lost(changes):
     assert (finished.lower.bytes[0] if finished.lower else 0) == chunk_bytes * fetched
     ended = [event.request for event, _ in seen if isinstance(event, RequestEnded)]
     assert set(ended) == {job.name for job in jobs}
-
-
-def simulate_with_core(workload, chosen, observe, place):
-    from kvsim.engine import simulation
-
-    made = simulation.Shell
-
-    class Watched(made):
-        def __init__(self, *args, **kwargs):
-            place[0] = None
-            super().__init__(*args, **(kwargs | {"observe": self.observe}))
-
-        def observe(self, event, decisions):
-            place[0] = self.driver.core
-            observe(event, decisions)
-
-    simulation.Shell = Watched
-    try:
-        return simulate(workload, chosen)
-    finally:
-        simulation.Shell = made
 
 
 @pytest.mark.parametrize("changes", VARIANTS)

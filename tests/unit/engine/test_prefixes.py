@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,7 +57,7 @@ def test_nodes_are_as_long_as_they_can_be(paths):
     tree = prefixes(log_of(chains))
     follow, ends = {}, set()
     for path in tree.paths:
-        for a, b in zip(path, path[1:], strict=False):
+        for a, b in pairwise(path):
             follow.setdefault(a, set()).add(b)
         ends.update(path[-1:])
     assert all(len(after) > 1 or node in ends for node, after in follow.items())
