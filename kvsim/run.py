@@ -1,21 +1,22 @@
 """One setting in full detail: TTFT under load, hits by tier, and what every resource was doing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvcore.policy.driver import Observer
-from kvsim.engine.job import Job
+from kvsim.engine.columns import Columns, columns_of, copied_bytes, utilisation
 from kvsim.engine.load import Load, offered_load
 from kvsim.engine.settings import RunSettings
-from kvsim.engine.simulation import Finished, Workload, prepare, simulate
+from kvsim.engine.simulation import Workload, prepare, simulate
 from kvtraces import Log
 
 PERCENTILES = (50, 90, 95, 99)
-Columns = dict[str, NDArray[np.generic]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -28,7 +29,8 @@ class RunResult:
         columns: [n] each, a row a request in the log's order. Seconds: `arrived_s`, `handling_s`, `queue_s`, `load_s`,
             `prefill_s` and their sum `ttft_s`, `finished_s` (all NaN where `refused`). Tokens: `prompt_tokens`,
             `output_tokens`, `l0_tokens` (hit in L0), `matched_l1`, `matched_l2` (leading chunks found in L1, and in L2
-            but not above, whatever L0 held), `loaded_tokens` (copied beyond L0). Also `engine`, `preemptions`, `refused`.
+            but not above, whatever L0 held), `loaded_tokens` (copied beyond L0). Also `engine`, `preemptions` and
+            `refused`.
         load: What was offered against what was served.
         ttft_s: Percentiles of TTFT, `p50` to `p99`; None each where the engines cannot sustain the load.
         ttft_no_cache_s: The same of a run without L1 and L2, with L0 as vLLM has it; None where it was not asked for.
@@ -39,8 +41,8 @@ class RunResult:
         evicted_chunks: Chunks that left L1.
         refused_chunks: Chunks that were not stored or not loaded, by the core's reason.
         warnings: Extrapolations beyond the profile's grids, with the ranges.
-        steps: By engine, a tuple for each event: start and end in s, prompt tokens, decodes and engine steps; empty unless
-            a timeline was asked for.
+        steps: By engine, a tuple for each event: start and end in s, prompt tokens, decodes and engine steps; empty
+            unless a timeline was asked for.
     """
 
     settings: RunSettings
@@ -131,11 +133,11 @@ def run(
     if workload is None:
         workload = prepare(log, settings.chunk_tokens, reuse=cached)
     finished = simulate(workload, settings, observe=observe, timeline=timeline)
-    columns = _columns(log, finished, workload.chunk_tokens)
+    columns = columns_of(log, finished, workload.chunk_tokens)
     load = offered_load(columns, settings.engines)
     without = load_without = None
     if baseline and cached:
-        other = _columns(log, simulate(workload, _without_cache(settings)), None)
+        other = columns_of(log, simulate(workload, _without_cache(settings)), None)
         load_without = offered_load(other, settings.engines)
         without = _ttft(other, load_without)
     elif baseline:
@@ -149,14 +151,58 @@ def run(
         ttft_s=_ttft(columns, load),
         ttft_no_cache_s=without,
         load_no_cache=load_without,
-        utilisation=_utilisation(finished),
-        copied_bytes=_copied(finished),
+        utilisation=utilisation(finished),
+        copied_bytes=copied_bytes(finished),
         stored_chunks=0 if shell is None else shell.stored,
         evicted_chunks=0 if shell is None else shell.evicted,
         refused_chunks={} if shell is None else dict(shell.refused),
         warnings=tuple(finished.warnings),
         steps=tuple(tuple(engine.steps or ()) for engine in finished.engines),
     )
+
+
+def run_many(
+    log: Log,
+    settings: Sequence[RunSettings],
+    *,
+    baseline: bool = False,
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[RunResult]:
+    """Simulate each of several settings; results come in their order, and are those of `run`.
+
+    Args:
+        log: The requests.
+        settings: What to run.
+        baseline: As in `run`, for each setting.
+        workers: Processes; with 1, or one setting, everything happens in this one.
+        progress: Called with the settings done and all of them, from none on.
+
+    Raises:
+        SettingsError: As `run`, for the first setting that fails.
+        ValueError: As `run`.
+    """
+    done, total = 0, len(settings)
+    report = progress or (lambda done, total: None)
+    report(done, total)
+    if workers <= 1 or total <= 1:
+        results = []
+        for chosen in settings:
+            results.append(run(log, chosen, baseline=baseline))
+            report(len(results), total)
+        return results
+    # Processes start afresh: a fork would copy the threads' locks of whatever library has any.
+    with ProcessPoolExecutor(min(workers, total), mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(run, log, chosen, baseline=baseline) for chosen in settings]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                done += 1
+                report(done, total)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [future.result() for future in futures]
 
 
 def _without_cache(settings: RunSettings) -> RunSettings:
@@ -166,72 +212,3 @@ def _without_cache(settings: RunSettings) -> RunSettings:
 def _ttft(columns: Columns, load: Load) -> dict[str, float | None]:
     values = columns["ttft_s"].astype(np.float64)
     return percentiles(values) if load.sustained else dict.fromkeys(f"p{p}" for p in PERCENTILES)
-
-
-def _columns(log: Log, finished: Finished, chunk_tokens: int | None) -> Columns:
-    """Lay the jobs out as columns; a request that was refused has NaN times and zero tokens."""
-    jobs = finished.jobs
-    served = np.array([job is not None for job in jobs], dtype=bool)
-    rows = [_row(job, chunk_tokens or 0) for job in jobs if job is not None]
-    table = np.full((len(jobs), 12), np.nan)
-    table[served] = np.array(rows, dtype=np.float64).reshape(-1, 12)
-    names = ("arrived_s", "handling_s", "queue_s", "load_s", "prefill_s", "ttft_s", "finished_s")
-    columns: Columns = {"refused": ~served}
-    columns.update({name: table[:, i].copy() for i, name in enumerate(names)})
-    counts = np.where(np.isnan(table[:, len(names) :]), 0, table[:, len(names) :]).astype(np.int64)
-    for i, name in enumerate(("l0_tokens", "matched_l1", "matched_l2", "loaded_tokens", "preemptions")):
-        columns[name] = counts[:, i].copy()
-    columns["engine"] = np.array([-1 if job is None else job.engine for job in jobs], dtype=np.int64)
-    columns["prompt_tokens"] = log.input_tokens.astype(np.int64)
-    columns["output_tokens"] = log.output_tokens.astype(np.int64)
-    return columns
-
-
-def _row(job: Job, chunk_tokens: int) -> tuple[float, ...]:
-    ttft = job.first_token - job.arrived
-    handling = job.enqueued - job.arrived
-    load = job.exposed_load
-    matched = job.matched or (0,)
-    waited = job.first_scheduled - job.enqueued
-    in_step = job.step_load
-    return (
-        job.arrived,
-        handling,
-        waited - (load - in_step),
-        load,
-        job.first_token - job.first_scheduled - in_step,
-        ttft,
-        job.finished,
-        job.l0_tokens,
-        matched[0] * chunk_tokens,
-        sum(matched[1:]) * chunk_tokens,
-        job.loaded,
-        job.preemptions,
-    )
-
-
-def _utilisation(finished: Finished) -> dict[str, float]:
-    engines, span = finished.engines, finished.now
-    if span <= 0:
-        return {}
-    share = 1 / (span * len(engines))
-    used = {
-        "gpu": share * sum(engine.busy_s for engine in engines),
-        "gpu_prefill": share * sum(engine.prefill_s for engine in engines),
-        "pcie_h2d": share * sum(engine.link.busy_s[0] for engine in engines),
-        "pcie_d2h": share * sum(engine.link.busy_s[1] for engine in engines),
-    }
-    if finished.lower is not None:
-        used["l2_read"] = finished.lower.busy_s[0] / span
-        used["l2_write"] = finished.lower.busy_s[1] / span
-    return used
-
-
-def _copied(finished: Finished) -> dict[str, int]:
-    copied = {
-        "pcie_h2d": sum(engine.link.bytes[0] for engine in finished.engines),
-        "pcie_d2h": sum(engine.link.bytes[1] for engine in finished.engines),
-    }
-    if finished.lower is not None:
-        copied["l2_read"], copied["l2_write"] = finished.lower.bytes
-    return copied

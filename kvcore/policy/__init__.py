@@ -4,7 +4,7 @@ Pure: no clock, no input or output, no thread, no logging. The simulator and the
 """
 
 from kvcore.policy.config import CoreConfig, TierConfig
-from kvcore.policy.core import Core, UnknownInstanceError, replay
+from kvcore.policy.core import Core, replay
 from kvcore.policy.cost import LoadCost
 from kvcore.policy.decisions import Decision, Demote, Evict, Load, Matched, Place, Refuse
 from kvcore.policy.driver import Clock, Driver, Transport
@@ -26,6 +26,7 @@ from kvcore.policy.events import (
     Unpinned,
 )
 from kvcore.policy.eviction import POLICIES
+from kvcore.policy.loads import UnknownInstanceError
 from kvcore.policy.types import Chunk
 
 __all__ = [

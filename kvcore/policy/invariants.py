@@ -1,35 +1,24 @@
 """What must hold of the core's state between any two events."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
-from kvcore.policy.request import Request
+from kvcore.policy.state import State
 from kvcore.policy.tier import Entry, Tier
-from kvcore.policy.types import Chunk
 
 
-class _Lost(Protocol):
-    entries: dict[Chunk, Entry]
-
-
-def check(
-    tiers: Sequence[Tier],
-    requests: Mapping[str, Request],
-    lost: Mapping[str, _Lost],
-    copying: Mapping[tuple[int, Chunk], Entry],
-) -> None:
+def check(state: State) -> None:
     """Raise AssertionError naming the invariant that does not hold."""
     pins: Counter[int] = Counter()
-    for request in requests.values():
+    for request in state.requests.values():
         for found in request.found:
             pins.update(id(entry) for entry in found)
         pins.update(id(entry) for entry in request.held)
         pins.update(id(entry) for entry in [*request.writing.values(), *request.fetching.values()])
         _require(request.busy or not request.ended, f"request {request.name!r} has ended and is still here")
-    pins.update(id(entry) for entry in copying.values())
-    strays = [entry for one in lost.values() for entry in one.entries.values()]
-    for index, tier in enumerate(tiers):
+    pins.update(id(entry) for entry in state.copying.values())
+    strays = [entry for one in state.lost.values() for entry in one.entries.values()]
+    for index, tier in enumerate(state.tiers):
         _check_tier(index, tier, strays if index == 0 else [], pins)
 
 

@@ -9,6 +9,7 @@ class Request:
     """A request at work. It holds a pin on every entry named here."""
 
     __slots__ = (
+        "awaited",
         "chunks",
         "ended",
         "fetching",
@@ -47,6 +48,8 @@ class Request:
         """Chunks on their way into the engine."""
         self.fetching: dict[Chunk, Entry] = {}
         """Entries of tier 0 being filled from a lower tier."""
+        self.awaited: dict[Chunk, None] = {}
+        """Chunks that another request fetches from a lower tier."""
         self.writing: dict[Chunk, Entry] = {}
         """Entries of tier 0 that the engine writes."""
         self.ended = False
@@ -54,4 +57,4 @@ class Request:
     @property
     def busy(self) -> bool:
         """Whether something of the request's is still being copied."""
-        return bool(self.loading or self.fetching or self.writing)
+        return bool(self.loading or self.fetching or self.awaited or self.writing)

@@ -158,9 +158,10 @@ class Tier:
         """Take room for `chunks`, to be written, and pin them."""
         entries = {chunk: Entry(chunk, pages, salt) for chunk in chunks}
         self.writing.update(entries)
-        taken = pages * len(entries)
-        self.used += taken
-        self.salt_pages[salt] = self.salt_pages.get(salt, 0) + taken
+        if entries:
+            taken = pages * len(entries)
+            self.used += taken
+            self.salt_pages[salt] = self.salt_pages.get(salt, 0) + taken
         return entries
 
     def commit(self, chunk: Chunk) -> Entry:

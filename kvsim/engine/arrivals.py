@@ -8,7 +8,7 @@ from kvtraces import Log
 
 
 def arrival_times(log: Log, settings: RunSettings) -> NDArray[np.float64]:
-    """Return when each request of a log arrives, in seconds from the first one; never backwards.
+    """Return when each request of a log arrives, in seconds from the first one.
 
     Raises:
         SettingsError: The log is empty.
@@ -17,8 +17,8 @@ def arrival_times(log: Log, settings: RunSettings) -> NDArray[np.float64]:
     if not count:
         raise SettingsError("the log has no requests")
     if settings.arrivals == "recorded":
-        times = np.maximum.accumulate(log.timestamp_ms) * 1e-3
-        return np.asarray((times - times[0]) / settings.rate_scale)
+        times = 1e-3 * (log.timestamp_ms - log.timestamp_ms.min())
+        return np.asarray(times / settings.rate_scale)
     rate = (settings.rate_per_s or 1.0) * settings.rate_scale
     if settings.arrivals == "uniform":
         return np.arange(count) / rate
@@ -27,7 +27,7 @@ def arrival_times(log: Log, settings: RunSettings) -> NDArray[np.float64]:
 
 
 def refused(log: Log, settings: RunSettings) -> NDArray[np.bool_]:
-    """Return which requests the engine turns away: no prompt, longer than the model's length, or than the GPU's cache."""
+    """Return which requests are turned away: no prompt, longer than the model's length, or than the GPU's cache."""
     tokens = log.input_tokens + log.output_tokens
     room = settings.l0_blocks * settings.l0_block_tokens
     return np.asarray((log.input_tokens < 1) | (tokens > settings.model_len) | (tokens > room))

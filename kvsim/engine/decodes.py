@@ -48,9 +48,18 @@ class Decodes:
 
     def blocks(self, steps: int) -> int:
         """Return the new blocks that all requests together need for the next `steps` steps."""
-        phases, block, step = self._phases, self._block, self.step
+        phases, block = self._phases, self._block
+        first = -self.step % block  # who stands there needs a block in the first step; then those before them, in turn
+        if steps == 1:
+            return phases[first]
         cycles, rest = divmod(steps, block)
-        return cycles * self.batch + sum(phases[-(step + i) % block] for i in range(rest))
+        needed = cycles * self.batch
+        if rest:
+            wrapped = rest - first - 1
+            needed += sum(phases[max(0, -wrapped) : first + 1])
+            if wrapped > 0:
+                needed += sum(phases[-wrapped:])
+        return needed
 
     def grown(self, tokens: int, steps: int) -> int:
         """Return the new blocks that a request of `tokens` tokens took for `steps` steps."""

@@ -23,7 +23,9 @@ class Engine:
     the first request that ends, or the end of the step in which a request arrives that can be admitted.
     """
 
-    def __init__(self, env: Any, number: int, settings: RunSettings, costs: StepCosts, cache: GpuCache, link: Link) -> None:
+    def __init__(
+        self, env: Any, number: int, settings: RunSettings, costs: StepCosts, cache: GpuCache, link: Link
+    ) -> None:
         self._env = env
         self.number = number
         self.cache = cache
@@ -266,9 +268,7 @@ class Engine:
             return
         size = sum(load for _, load in self._loads)
         turn = [self._began]
-        self.link.send(
-            0, size, lambda: self._step_loaded(size, turn[0]), lambda: turn.__setitem__(0, self._env.now)
-        )
+        self.link.send(0, size, lambda: self._step_loaded(size, turn[0]), lambda: turn.__setitem__(0, self._env.now))
 
     def _step_loaded(self, size: int, turn: float) -> None:
         """The loads of the step that is under way have arrived: say when the step ends.

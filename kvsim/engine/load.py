@@ -44,7 +44,9 @@ class Load:
     def sentence(self) -> str:
         """Return what a reader has to know, in one line."""
         one = self.engines == 1
-        offered = f"{self.offered_requests_per_s:.2f} requests/s ({self.offered_prompt_tokens_per_s:,.0f} prompt tokens/s)"
+        offered = (
+            f"{self.offered_requests_per_s:.2f} requests/s ({self.offered_prompt_tokens_per_s:,.0f} prompt tokens/s)"
+        )
         served = f"{self.served_requests_per_s:.2f} requests/s ({self.served_prompt_tokens_per_s:,.0f} prompt tokens/s)"
         if self.sustained:
             return f"{offered} offered, and {'one engine serves' if one else f'{self.engines} engines serve'} them"

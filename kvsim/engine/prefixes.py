@@ -5,6 +5,7 @@ together in every prompt that has the first of them, and that no prompt ends ins
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def prefixes(log: Log) -> Prefixes:
     _, where, nodes = np.unique(ids[firsts], return_index=True, return_inverse=True)
     cuts = np.searchsorted(firsts, log.starts).tolist()
     path = nodes.tolist()
-    return Prefixes([tuple(path[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)], lengths[where].tolist())
+    return Prefixes([tuple(path[a:b]) for a, b in pairwise(cuts)], lengths[where].tolist())
 
 
 def _opening(

@@ -11,9 +11,9 @@ from kvtraces import Log
 def router(routing: Routing, engines: Sequence[Engine], log: Log, block_tokens: int) -> Callable[[Job], Engine]:
     """Return the function that chooses a request's engine on its arrival.
 
-    round-robin: in turn. least-loaded: the fewest unfinished requests. prefix-aware: the fewest prompt tokens to compute
-    before this request's first token: those waiting there and its own beyond that engine's L0 hit. recorded: the log's
-    `instance`. Ties go to the lowest number.
+    round-robin: in turn. least-loaded: the fewest unfinished requests. prefix-aware: the fewest prompt tokens to
+    compute before this request's first token: those waiting there and its own beyond that engine's L0 hit. recorded:
+    the log's `instance`. Ties go to the lowest number.
 
     Raises:
         SettingsError: `recorded` without that column, or with more instances than engines.

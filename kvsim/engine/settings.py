@@ -115,7 +115,9 @@ class RunSettings:
     def l0_blocks(self) -> int:
         """Engine blocks of one instance's GPU cache."""
         profile = self.profile
-        size = 0.9 * profile.gpu_memory_bytes - profile.weight_bytes - 2 * GIB if self.l0_gb is None else self.l0_gb * GIB
+        size = (
+            0.9 * profile.gpu_memory_bytes - profile.weight_bytes - 2 * GIB if self.l0_gb is None else self.l0_gb * GIB
+        )
         return max(0, int(size // (profile.kv_bytes_per_token * self.l0_block_tokens)))
 
     @property

@@ -36,7 +36,8 @@ class SimClock:
 
     def now_ns(self) -> int:
         """Return the simulated time, in ns from the log's first arrival."""
-        return round(1e9 * self._env.now)
+        now: float = self._env.now
+        return round(1e9 * now)
 
 
 class Shell:
@@ -145,9 +146,7 @@ class Shell:
     def _fetched(self, job: Job, decision: Load) -> None:
         job.fetching -= 1
         self.driver.handle(
-            LoadDone(
-                now_ns=self._clock.now_ns(), request=decision.request, tier=decision.tier, chunks=decision.chunks
-            )
+            LoadDone(now_ns=self._clock.now_ns(), request=decision.request, tier=decision.tier, chunks=decision.chunks)
         )
         if job.held and not job.fetching:
             job.held = False

@@ -168,36 +168,24 @@ def _jobs(workload: Workload, settings: RunSettings) -> list[Job | None]:
     arrived = arrival_times(log, settings)
     handling = settings.profile.handling_base_s + settings.profile.handling_token_s * log.input_tokens
     findable = np.diff(log.starts) * ((log.block_tokens or 0) // block)
-    rows = zip(
-        log.input_tokens.tolist(),
-        log.output_tokens.tolist(),
-        workload.chains,
-        workload.prefixes.paths,
-        findable.tolist(),
-        workload.salts,
-        arrived.tolist(),
-        (arrived + handling).tolist(),
-        refused(log, settings).tolist(),
-        strict=True,
-    )
-    return [None if row[-1] else _job(index, *row[:-1]) for index, row in enumerate(rows)]
-
-
-def _job(
-    index: int,
-    prompt: int,
-    output: int,
-    chain: tuple[int, ...],
-    path: tuple[int, ...],
-    findable: int,
-    salt: str,
-    arrived: float,
-    enqueued: float,
-) -> Job:
-    job = Job(index=index, prompt=prompt, output=output, chain=chain, path=path, findable=findable, salt=salt)
-    job.arrived = arrived
-    job.enqueued = enqueued
-    return job
+    turned_away = refused(log, settings).tolist()
+    jobs: list[Job | None] = []
+    for index, row in enumerate(
+        zip(
+            log.input_tokens.tolist(),
+            log.output_tokens.tolist(),
+            workload.chains,
+            workload.prefixes.paths,
+            findable.tolist(),
+            workload.salts,
+            strict=True,
+        )
+    ):
+        jobs.append(None if turned_away[index] else Job(index, *row))
+    for job, arrival, enqueued in zip(jobs, arrived.tolist(), (arrived + handling).tolist(), strict=True):
+        if job is not None:
+            job.arrived, job.enqueued = arrival, enqueued
+    return jobs
 
 
 @contextmanager
@@ -210,5 +198,3 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
-
-

@@ -1,6 +1,6 @@
 """What a step of the engine takes: prompts' parts and decodes in one batch."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from kvsim.profiles import Profile
 
@@ -20,36 +20,31 @@ class StepCosts:
         self._shortest = profile.decode.y[0]
         self._empty: dict[int, float] = {}
         self.most_new = 0
-        self.most_cached = 0
+        self.most_cached: float = 0
         self.most_batch = 0
         self.longest = 0.0
 
     def decode(self, batch: int, context: float) -> float:
         """Return the time in which `batch` requests of `context` tokens on average get a token each, in seconds."""
-        if batch > self.most_batch:
-            self.most_batch = batch
-        if context > self.longest:
-            self.longest = context
+        self.most_batch = max(self.most_batch, batch)
+        self.longest = max(self.longest, context)
         return self._decode(batch, context)
 
-    def mixed(self, parts: Iterable[tuple[int, int]], batch: int, context: float) -> float:
+    def mixed(self, parts: Sequence[tuple[int, int]], batch: int, context: float) -> float:
         """Return the time of a step, in seconds.
 
         Args:
-            parts: New tokens and the tokens in front of them, for each prompt in the step.
+            parts: New tokens and the tokens in front of them, for each prompt in the step; at least one.
             batch: Requests that decode beside them.
             context: Their average context, in tokens.
         """
-        tokens = work = 0
-        for new, cached in parts:
-            tokens += new
-            work += new * (new + 2 * cached)
-            if cached > self.most_cached:
-                self.most_cached = cached
+        behind: float
+        tokens, behind = parts[0]
+        if len(parts) > 1:
+            tokens, behind = self._as_one(parts)
+        self.most_cached = max(self.most_cached, behind)
         together = tokens + batch
-        if together > self.most_new:
-            self.most_new = together
-        behind = (work - tokens * tokens) / (2 * tokens)
+        self.most_new = max(self.most_new, together)
         took = self._prefill(together, abs(behind))
         if behind < 0:  # several short prompts attend to less than one long one does
             alone = self._prefill(together, 0)
@@ -61,10 +56,19 @@ class StepCosts:
             took += max(0.0, self.decode(batch, context) - empty)
         return took
 
+    @staticmethod
+    def _as_one(parts: Sequence[tuple[int, int]]) -> tuple[int, float]:
+        """Return the tokens of the parts, and the context behind which one prefill of them attends to as much."""
+        tokens = work = 0
+        for new, cached in parts:
+            tokens += new
+            work += new * (new + 2 * cached)
+        return tokens, (work - tokens * tokens) / (2 * tokens)
+
     def warnings(self) -> list[str]:
         """Return a line for each grid that was left, with its range and what was asked of it."""
         found = []
-        prefill = self._profile.extrapolation(self.most_new, self.most_cached)
+        prefill = self._profile.extrapolation(self.most_new, round(self.most_cached))
         if prefill is not None:
             found.append(prefill)
         grid = self._profile.decode
