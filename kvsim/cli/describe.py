@@ -23,9 +23,10 @@ def describe(
         print_json(asdict(found))
         return
     from kvsim.cli.show import facts  # noqa: PLC0415
+    from kvsim.plots import number  # noqa: PLC0415
 
     rows = [
-        ("requests", f"{found.requests:,} in {found.duration_s:,.0f} s, {found.requests_per_s:.3g} a second"),
+        ("requests", f"{found.requests:,} in {found.duration_s:,.0f} s, {number(found.requests_per_s)} a second"),
         ("prompt tokens", f"{found.input_tokens:,}"),
         ("  a request", _lengths(found.input_lengths.p50, found.input_lengths.p95, found.input_lengths.max)),
         ("output tokens", f"{found.output_tokens:,}"),

@@ -1,5 +1,6 @@
 """A recommendation in plain words, for the terminal and the report."""
 
+from kvsim.plots import number
 from kvsim.tuner.points import Figures, Point
 from kvsim.tuner.result import TuneResult
 
@@ -125,7 +126,7 @@ FRONTIER_HEADINGS = (
     "saved p50",
     "saved p95",
     "saved mean",
-    "points/GiB",
+    "pts/GiB",
 )
 
 
@@ -164,7 +165,7 @@ def log_facts(result: TuneResult) -> list[tuple[str, str]]:
     """Return the log's summary and the costs used, by name."""
     log, costs = result.log, result.costs
     profile, kv = costs.profile, costs.kv
-    rate = f", {log.requests / log.duration_s:.3g} a second" if log.duration_s else ""
+    rate = f", {number(log.requests / log.duration_s)} a second" if log.duration_s else ""
     facts = [
         ("requests", f"{log.requests:,} in {log.duration_s:,.0f} s{rate}"),
         ("prompt tokens", f"{log.input_tokens:,}, {log.input_tokens / log.requests:,.0f} a request"),
