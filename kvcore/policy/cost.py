@@ -1,0 +1,80 @@
+"""Load or recompute: whether a prefix hit is worth its copy."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadCost:
+    """What loading a chunk and computing one cost.
+
+    Prefill of n new tokens behind c cached ones takes `max(floor, base + linear n + quadratic n (n + 2 c))` ns: the
+    linear term is the weights' work, the quadratic one attention's. A load of b bytes from tier t takes
+    `latency_ns[t] + b / bytes_per_s[t]`, behind the bytes that wait on the link already.
+    """
+
+    chunk_tokens: int
+    prefill_floor_ns: float
+    prefill_base_ns: float
+    prefill_linear_ns: float
+    prefill_quadratic_ns: float
+    latency_ns: tuple[float, ...]
+    bytes_per_s: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse a link without bandwidth."""
+        if len(self.latency_ns) != len(self.bytes_per_s) or any(rate <= 0 for rate in self.bytes_per_s):
+            raise ValueError(f"bandwidths {self.bytes_per_s}, latencies {self.latency_ns}: one each a tier, above zero")
+
+    def prefill_ns(self, new_tokens: int, cached_tokens: int) -> float:
+        """Return the time to compute `new_tokens` behind `cached_tokens`, in ns."""
+        if not new_tokens:
+            return 0.0
+        attention = self.prefill_quadratic_ns * new_tokens * (new_tokens + 2 * cached_tokens)
+        return max(self.prefill_floor_ns, self.prefill_base_ns + self.prefill_linear_ns * new_tokens + attention)
+
+    def load_ns(self, tier_bytes: tuple[int, ...], queued_bytes: int) -> float:
+        """Return the time until `tier_bytes[t]` bytes of every tier t have arrived in the engine, in ns.
+
+        Bytes of a lower tier travel through tier 0, so they pay for both.
+        """
+        total = sum(tier_bytes)
+        if not total:
+            return 0.0
+        below = sum(
+            self.latency_ns[tier] + 1e9 * size / self.bytes_per_s[tier]
+            for tier, size in enumerate(tier_bytes)
+            if tier and size
+        )
+        return below + self.latency_ns[0] + 1e9 * (queued_bytes + total) / self.bytes_per_s[0]
+
+
+def chunks_worth_loading(
+    cost: LoadCost, *, tiers: tuple[int, ...], computed: int, total: int, chunk_bytes: int, queued_bytes: int
+) -> int:
+    """Return how many leading chunks to have in the engine: `computed` (load nothing) up to `len(tiers)` (load all).
+
+    Args:
+        cost: The costs.
+        tiers: The tier of each leading hit, head first.
+        computed: Leading chunks that the engine holds already.
+        total: Chunks of the whole prompt, hits and misses: what is not loaded is computed in one go.
+        chunk_bytes: Bytes of a chunk.
+        queued_bytes: Bytes waiting on the link to the engine.
+
+    Only the two ends and the borders between tiers are compared: within one tier the gain of another chunk grows with
+    the depth of the prefix (attention's share), so the best cut never lies inside a run of one tier.
+    """
+    cuts = [computed]
+    cuts += [i for i in range(computed + 1, len(tiers)) if tiers[i] != tiers[i - 1]]
+    if len(tiers) > computed:
+        cuts.append(len(tiers))
+    best, best_ns = computed, float("inf")
+    for cut in cuts:
+        sizes = [0] * len(cost.latency_ns)
+        for tier in tiers[computed:cut]:
+            sizes[tier] += chunk_bytes
+        tokens = (total - cut) * cost.chunk_tokens
+        took = cost.load_ns(tuple(sizes), queued_bytes) + cost.prefill_ns(tokens, cut * cost.chunk_tokens)
+        if took < best_ns:
+            best, best_ns = cut, took
+    return best

@@ -1,0 +1,66 @@
+"""What instances and operators say, beside requests."""
+
+from collections.abc import Iterable
+
+from kvcore.policy.ending import void
+from kvcore.policy.events import Cleared, InstanceRegistered, Pinned
+from kvcore.policy.loads import go_on, not_fetched
+from kvcore.policy.request import Request
+from kvcore.policy.room import evicted, take_out
+from kvcore.policy.state import State
+from kvcore.policy.types import Chunk
+
+
+def registered(state: State, event: InstanceRegistered) -> None:
+    """An instance announced itself."""
+    known = state.instances.get(event.instance)
+    if known is not None and (known.chunk_pages, known.chunk_bytes) != (event.chunk_pages, event.chunk_bytes):
+        raise ValueError(f"instance {event.instance!r} is registered with chunks of {known.chunk_bytes} bytes")
+    state.instances[event.instance] = event
+
+
+def cleared(state: State, event: Cleared) -> None:
+    """The operator empties the cache, or takes chunks out of it."""
+    if event.chunks is None:
+        state.missed.clear()
+    unpinned(state, tuple(state.tiers[0].kept) if event.chunks is None else event.chunks)
+    for index, tier in enumerate(state.tiers):
+        take_out(state, index, tuple(tier.resident) if event.chunks is None else event.chunks, "cleared")
+    wanted = None if event.chunks is None else dict.fromkeys(event.chunks)
+    for tier in state.tiers[1:]:
+        for chunk, entry in tier.writing.items():
+            if entry.entered and (wanted is None or chunk in wanted):
+                tier.policy.forget((chunk,))
+                tier.expiry.pop(chunk, None)
+                entry.entered = False
+    for request in tuple(state.requests.values()):
+        clear_writes(state, request, wanted)
+
+
+def clear_writes(state: State, request: Request, wanted: dict[Chunk, None] | None) -> None:
+    """Void what is being written to tier 0 for a request, of `wanted` or all of it."""
+    waiters: dict[str, Request] = {}
+    for entries in (request.writing, request.fetching):
+        hit = [chunk for chunk in entries if wanted is None or chunk in wanted]
+        void(state, request, entries, hit, "cleared")
+        if entries is request.fetching:
+            for chunk in hit:
+                waiters.update(not_fetched(state, request, chunk))
+    go_on(state, [request, *waiters.values()])
+
+
+def pinned(state: State, event: Pinned) -> None:
+    """The operator keeps chunks in tier 0."""
+    top = state.tiers[0]
+    for chunk in event.chunks:
+        entry = top.resident.get(chunk)
+        if entry is not None and chunk not in top.kept:
+            top.pin((entry,))
+            top.kept[chunk] = entry
+
+
+def unpinned(state: State, chunks: Iterable[Chunk]) -> None:
+    """The operator keeps them no longer."""
+    top = state.tiers[0]
+    kept = [entry for chunk in chunks if (entry := top.kept.pop(chunk, None)) is not None]
+    evicted(state, 0, top.unpin(kept))

@@ -1,0 +1,243 @@
+"""One tier of the cache: what is in it, how full it is, and who goes when room is needed."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from kvcore.policy.config import TierConfig
+from kvcore.policy.decisions import EvictReason
+from kvcore.policy.eviction import EvictionPolicy, make_policy
+from kvcore.policy.types import Chunk
+
+
+class Entry:
+    """A chunk's place in a tier.
+
+    An entry is written (in `Tier.writing`), then resident; a resident one that may no longer be matched but is still
+    read is leaving. Nobody evicts an entry that has pins.
+    """
+
+    __slots__ = ("chunk", "entered", "pages", "pins", "reason", "salt")
+
+    def __init__(self, chunk: Chunk, pages: int, salt: str) -> None:
+        self.chunk = chunk
+        self.pages = pages
+        self.salt = salt
+        self.pins = 1
+        self.entered = False
+        """Whether the eviction policy knows it."""
+        self.reason: EvictReason = "cleared"
+        """Why it leaves, if it is leaving."""
+
+
+class Tier:
+    """Chunks and pages of one tier; it takes orders and decides nothing but the victims."""
+
+    __slots__ = (
+        "capacity",
+        "expiry",
+        "idle",
+        "kept",
+        "leaving",
+        "name",
+        "policy",
+        "quotas",
+        "resident",
+        "salt_pages",
+        "ttl_ns",
+        "used",
+        "writing",
+    )
+
+    def __init__(self, config: TierConfig, ttl_ns: int | None) -> None:
+        self.name = config.name
+        self.capacity = config.pages
+        self.policy: EvictionPolicy = make_policy(config.eviction, config.pages)
+        self.resident: dict[Chunk, Entry] = {}
+        self.writing: dict[Chunk, Entry] = {}
+        self.leaving: dict[Chunk, Entry] = {}
+        self.kept: dict[Chunk, Entry] = {}
+        self.used = 0
+        """Pages of everything that occupies any: resident, written, leaving, or held by a lost worker."""
+        self.idle = 0
+        """Pages of the resident chunks without pins: what eviction can free."""
+        self.salt_pages: dict[str, int] = {}
+        self.quotas: dict[str, int] = {}
+        self.ttl_ns = ttl_ns
+        self.expiry: OrderedDict[Chunk, int] = OrderedDict()
+        """When each chunk was used last, oldest first; empty without a TTL."""
+
+    # Pins
+
+    def pin(self, entries: Iterable[Entry]) -> None:
+        """Hold resident `entries` where they are."""
+        idle = self.idle
+        for entry in entries:
+            pins = entry.pins
+            if not pins:
+                idle -= entry.pages
+            entry.pins = pins + 1
+        self.idle = idle
+
+    def unpin(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Let go of `entries`; return those that were only waiting for this to leave."""
+        idle = self.idle
+        gone: list[Entry] = []
+        for entry in entries:
+            pins = entry.pins - 1
+            entry.pins = pins
+            if not pins:
+                idle += entry.pages
+                if self.leaving and self.leaving.get(entry.chunk) is entry:
+                    idle -= entry.pages
+                    del self.leaving[entry.chunk]
+                    self.release(entry)
+                    gone.append(entry)
+        self.idle = idle
+        return gone
+
+    # Room
+
+    def room_for(self, count: int, pages: int, salt: str) -> tuple[int, bool]:
+        """Return how many of `count` chunks of `pages` pages can be had, and whether a quota is what limits them."""
+        fit = count
+        if self.capacity is not None:
+            fit = min(count, max(0, self.capacity - self.used + self.idle) // pages)
+        quota = self.quotas.get(salt)
+        if quota is None:
+            return fit, False
+        idle = sum(entry.pages for entry in self.resident.values() if entry.salt == salt and not entry.pins)
+        allowed = max(0, quota - self.salt_pages.get(salt, 0) + idle) // pages
+        return min(fit, allowed), allowed < fit
+
+    def set_quota(self, salt: str, pages: int | None) -> None:
+        """Limit the tenant `salt` to `pages` pages; None lifts the limit."""
+        self.quotas.pop(salt, None)
+        if pages is not None:
+            self.quotas[salt] = pages
+
+    def quota_victims(self, pages: int, salt: str) -> list[Entry]:
+        """Evict from the tenant's own chunks until `pages` more pages are within its quota; return them."""
+        quota = self.quotas.get(salt)
+        over = 0 if quota is None else self.salt_pages.get(salt, 0) + pages - quota
+        if over <= 0:
+            return []
+        resident = self.resident
+
+        def own(chunk: Chunk) -> bool:
+            entry = resident.get(chunk)
+            return entry is not None and not entry.pins and entry.salt == salt
+
+        return self._pop(self.policy.victims(over, own))
+
+    def victims(self, pages: int) -> list[Entry]:
+        """Evict until `pages` pages are free; return what went, in policy order."""
+        short = 0 if self.capacity is None else self.used + pages - self.capacity
+        if short <= 0:
+            return []
+        return self._pop(self.policy.victims(short, self._is_idle))
+
+    def _is_idle(self, chunk: Chunk) -> bool:
+        entry = self.resident.get(chunk)
+        return entry is not None and not entry.pins
+
+    def _pop(self, chunks: list[Chunk] | None) -> list[Entry]:
+        if chunks is None:
+            raise AssertionError("the policy found less to evict than the tier counts as idle")
+        entries = [*map(self.resident.pop, chunks)]
+        for entry in entries:
+            self.idle -= entry.pages
+            self.release(entry)
+        if self.ttl_ns is not None:
+            for chunk in chunks:
+                del self.expiry[chunk]
+        return entries
+
+    # A chunk's way through the tier
+
+    def reserve(self, chunks: Iterable[Chunk], pages: int, salt: str) -> dict[Chunk, Entry]:
+        """Take room for `chunks`, to be written, and pin them."""
+        entries = {chunk: Entry(chunk, pages, salt) for chunk in chunks}
+        self.writing.update(entries)
+        if entries:
+            taken = pages * len(entries)
+            self.used += taken
+            self.salt_pages[salt] = self.salt_pages.get(salt, 0) + taken
+        return entries
+
+    def commit(self, chunk: Chunk) -> Entry:
+        """Make a written chunk resident; it keeps its pins."""
+        entry = self.writing.pop(chunk)
+        self.resident[chunk] = entry
+        return entry
+
+    def insert(self, entries: Sequence[Entry], now_ns: int) -> None:
+        """Tell the policy of `entries`, in this order."""
+        at = 0
+        while at < len(entries):  # one call for each stretch of chunks of one size
+            pages, start = entries[at].pages, at
+            while at < len(entries) and entries[at].pages == pages:
+                entries[at].entered = True
+                at += 1
+            self.policy.insert([entry.chunk for entry in entries[start:at]], pages)
+        if self.ttl_ns is not None:
+            for entry in entries:
+                self.expiry[entry.chunk] = now_ns
+
+    def touch(self, chunks: Sequence[Chunk], now_ns: int) -> None:
+        """Tell the policy that `chunks` were used, in this order."""
+        self.policy.touch(chunks)
+        if self.ttl_ns is not None:
+            for chunk in chunks:
+                self.expiry[chunk] = now_ns
+                self.expiry.move_to_end(chunk)
+
+    def holds(self, chunk: Chunk) -> bool:
+        """Return whether a chunk has a place here, matchable or not."""
+        return chunk in self.resident or chunk in self.writing or chunk in self.leaving
+
+    def release(self, entry: Entry) -> None:
+        """Give an entry's pages back."""
+        self.used -= entry.pages
+        left = self.salt_pages[entry.salt] - entry.pages
+        if left:
+            self.salt_pages[entry.salt] = left
+        else:
+            del self.salt_pages[entry.salt]
+
+    def abandon(self, entry: Entry) -> None:
+        """Give up a chunk of a lower tier that was being written: the policy knew of it already."""
+        if entry.entered:
+            self.policy.forget((entry.chunk,))
+            self.expiry.pop(entry.chunk, None)
+        self.release(entry)
+
+    def remove(self, chunk: Chunk, reason: EvictReason) -> Entry | None:
+        """Make a resident chunk unmatchable; return it where its pages are free at once, for nobody holds it."""
+        entry = self.resident.pop(chunk)
+        entry.reason = reason
+        if entry.entered:
+            entry.entered = False
+            self.policy.forget((chunk,))
+            self.expiry.pop(chunk, None)
+        if entry.pins:
+            self.leaving[chunk] = entry
+            return None
+        self.idle -= entry.pages
+        self.release(entry)
+        return entry
+
+    def expired(self, now_ns: int) -> list[Entry]:
+        """Remove the chunks unused for longer than the TTL and return them; pinned ones are in use."""
+        gone: list[Entry] = []
+        if self.ttl_ns is None:
+            return gone
+        while self.expiry:
+            chunk, used_ns = next(iter(self.expiry.items()))
+            if used_ns + self.ttl_ns > now_ns:
+                break
+            if self._is_idle(chunk) and (entry := self.remove(chunk, "expired")) is not None:
+                gone.append(entry)
+            else:
+                self.expiry[chunk] = now_ns
+                self.expiry.move_to_end(chunk)
+        return gone
