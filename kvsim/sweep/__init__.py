@@ -4,7 +4,17 @@ Requests take no time here, so a figure depends on their order alone. Importing 
 numba; the first sweep does.
 """
 
-from kvsim.sweep.chains import Chains, chains
-from kvsim.sweep.points import Point, hit_chunks, lru_curve, point, sweep
+from kvsim.sweep.chains import Chains, chains, chains_of_sizes
+from kvsim.sweep.points import Point, hit_chunks, lru_curve, point, sweep, sweep_chains
 
-__all__ = ["Chains", "Point", "chains", "hit_chunks", "lru_curve", "point", "sweep"]
+__all__ = [
+    "Chains",
+    "Point",
+    "chains",
+    "chains_of_sizes",
+    "hit_chunks",
+    "lru_curve",
+    "point",
+    "sweep",
+    "sweep_chains",
+]

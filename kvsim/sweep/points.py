@@ -41,21 +41,36 @@ def sweep(
 ) -> list[Point]:
     """Return the point of every setting: by chunk size, then policy, then capacity, in the order given.
 
-    `capacities` are the same for all chunk sizes, or given by chunk size. `progress` is called with the number of
-    settings done and of all settings. Raises ValueError for an unknown policy, a negative capacity, and as `chains`.
+    `capacities` are the same for all chunk sizes, or given by chunk size; a size or policy given twice counts once.
+    `progress` is called with the number of settings done and of all settings. Raises ValueError for an unknown policy,
+    a negative capacity, and as `chains`.
     """
-    sizes = list(dict.fromkeys(chunk_tokens))
+    wanted = dict.fromkeys(chunk_tokens)
+    names = list(policies)
+    if isinstance(capacities, Mapping):
+        capacities = {size: capacities[size] for size in wanted}
+    _check(names, capacities)
+    return sweep_chains(
+        chains_of_sizes(log, wanted), capacities=capacities, policies=names, threads=threads, progress=progress
+    )
+
+
+def sweep_chains(
+    chains: Mapping[int, Chains],
+    *,
+    capacities: Capacities | Mapping[int, Capacities],
+    policies: Iterable[str],
+    threads: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Point]:
+    """Do as `sweep` with the chains of every chunk size, which `chains_of_sizes` gives."""
     names = list(dict.fromkeys(policies))
-    wanted = {size: capacities[size] if isinstance(capacities, Mapping) else capacities for size in sizes}
-    for name in names:
-        _check_policy(name)
-    for capacity in (capacity for each in wanted.values() for capacity in each):
-        _check_capacity(capacity)
-    chains = chains_of_sizes(log, sizes)
+    wanted = {size: capacities[size] if isinstance(capacities, Mapping) else capacities for size in chains}
+    _check(names, wanted)
     totals = _run(_jobs(chains, wanted, names), threads, progress)
     return [
         _point(chains[size], name, capacity, totals[size, name, capacity])
-        for size in sizes
+        for size in chains
         for name in names
         for capacity in wanted[size]
     ]
@@ -66,8 +81,7 @@ def hit_chunks(chains: Chains, policy: str, capacity_chunks: int | None) -> Ints
 
     Raises ValueError for an unknown policy and a negative capacity.
     """
-    _check_policy(policy)
-    _check_capacity(capacity_chunks)
+    _check([policy], [capacity_chunks])
     from kvsim.sweep import kernels  # noqa: PLC0415 - loads numba
 
     paths = chains.paths
@@ -169,12 +183,13 @@ def _bound(paths: Paths, capacity: int | None) -> int:
     return paths.unique if capacity is None else min(capacity, paths.unique)
 
 
-def _check_policy(name: str) -> None:
+def _check(policies: Iterable[str], capacities: Capacities | Mapping[int, Capacities]) -> None:
+    """Raise ValueError for an unknown policy and a negative capacity."""
     known = (*POLICIES, *OFFLINE)
-    if name not in known:
-        raise ValueError(f"unknown policy {name!r}; known are {', '.join(known)}")
-
-
-def _check_capacity(capacity: int | None) -> None:
-    if capacity is not None and capacity < 0:
-        raise ValueError(f"a cache cannot hold {capacity} chunks")
+    for policy in policies:
+        if policy not in known:
+            raise ValueError(f"unknown policy {policy!r}; known are {', '.join(known)}")
+    for each in capacities.values() if isinstance(capacities, Mapping) else [capacities]:
+        for capacity in each:
+            if capacity is not None and capacity < 0:
+                raise ValueError(f"a cache cannot hold {capacity} chunks")
