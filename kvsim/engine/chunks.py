@@ -1,0 +1,22 @@
+"""The chunks of a log's prompts, as the core names them."""
+
+from itertools import pairwise
+
+from kvtraces import Log
+
+
+def chunk_chains(log: Log, chunk_tokens: int) -> list[tuple[int, ...]]:
+    """Return each request's full chunks, head first; a chunk of k blocks is named by its last block.
+
+    Raises:
+        ValueError: The log has lengths alone, or a chunk is no whole number of its blocks.
+    """
+    starts, names = log.chunks(chunk_tokens)
+    flat = names.tolist()
+    return [tuple(flat[a:b]) for a, b in pairwise(starts.tolist())]
+
+
+def salts(log: Log) -> list[str]:
+    """Return each request's tenant: the log's `salt` column, empty strings without one."""
+    column = log.extra.get("salt")
+    return [""] * len(log) if column is None else [str(salt) for salt in column.tolist()]
