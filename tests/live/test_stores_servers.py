@@ -245,6 +245,18 @@ def test_threads_share_a_store(bed: Bed) -> None:
         assert list(threads.map(work, range(12))) == [True] * 12
 
 
+def test_a_scan_of_redis_keeps_to_its_prefix(redis_server: RedisServer) -> None:
+    ours, others = open_store(f"{redis_server.url}?prefix=a*:"), open_store(f"{redis_server.url}?prefix=ab:")
+    ours.put(NAME, [memoryview(DATA)])
+    others.put(OTHER, [memoryview(DATA)])
+    assert [chunk for chunk, _ in ours.scan()] == [NAME]
+    assert [chunk for chunk, _ in others.scan()] == [OTHER]
+    ours.delete([NAME])
+    others.delete([OTHER])
+    ours.close()
+    others.close()
+
+
 # --- faults ---
 
 

@@ -81,7 +81,7 @@ class FileStore:
         before = self._reserve(chunk, size)
         part = self._parts_folder / str(next(self._numbers))
         try:
-            _write(part, [header, *parts], size)
+            _write(part, [header, *parts])
             place = self._place(chunk)
             place.parent.mkdir(exist_ok=True)
             part.replace(place)
@@ -184,10 +184,9 @@ class FileStore:
         self._unknown.discard(shard)
 
 
-def _write(path: Path, parts: Parts, size: int) -> None:
+def _write(path: Path, parts: Parts) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.posix_fallocate(fd, 0, size)  # a full disk says so before it has cost the time of writing
         left = list(parts)
         while left:
             _advance(left, os.writev(fd, left[:_MAX_VECTOR]))

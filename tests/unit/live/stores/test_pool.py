@@ -1,4 +1,4 @@
-import gc
+import os
 import random
 import select
 import threading
@@ -195,14 +195,26 @@ def test_close_finishes_or_fails_what_is_queued(store: GatedStore) -> None:
     assert {end.error for end in ends} <= {None, "the server stops"}
 
 
-def test_memory_is_let_go_before_the_end_is_told(pool: StorePool) -> None:
+def test_memory_is_let_go_before_the_end_is_told(
+    pool: StorePool, store: GatedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     array = np.zeros(8, np.uint8)
-    gone = weakref.ref(array)
+    memory = weakref.ref(array)
+    was_gone: list[bool] = []
+    tell = os.eventfd_write
+
+    def look(fd: int, value: int) -> None:
+        was_gone.append(memory() is None)
+        tell(fd, value)
+
+    monkeypatch.setattr(os, "eventfd_write", look)
+    store.gate.clear()
     assert pool.submit_put(1, b"a", [array.data])
     del array
+    assert memory() is not None
+    store.gate.set()
     wait_for(pool, 1)
-    gc.collect()
-    assert gone() is None
+    assert was_gone == [True]
 
 
 def test_many_operations_on_files_end_as_a_dict_would(tmp_path: Path) -> None:
