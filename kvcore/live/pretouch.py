@@ -19,9 +19,9 @@ class Pretouch:
     """A thread that touches `length` bytes of a mapping from `offset` on, in slices, contents kept.
 
     When all are touched (`done_bytes` of `total_bytes`, told to `progress`), it goes over them again and turns them
-    into huge pages where the kernel can (`huge_bytes`): that takes several times as long, and is of use to whoever maps
-    or pins the arena later. `error` tells why touching was given up (the memory that was reserved is not there after all);
-    None otherwise.
+    into huge pages where the kernel can (`huge_bytes`): that takes several times as long, and is of use to whoever
+    maps or pins the arena later. `error` tells why touching was given up (the memory that was reserved is not there
+    after all); None otherwise.
     """
 
     def __init__(
