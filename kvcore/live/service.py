@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, TypeAlias
 
 import msgspec
@@ -18,6 +19,7 @@ from kvcore.live.book import Room
 from kvcore.live.l2 import StorePool
 from kvcore.live.members import Instance, Member, Members, RefusedError, UnknownMemberError, Work
 from kvcore.live.metrics import Metrics, model_of
+from kvcore.live.pretouch import Pretouch
 from kvcore.live.ranks import Acknowledgements
 from kvcore.live.recorder import Recorder, Seen
 from kvcore.live.settings import Settings
@@ -104,6 +106,8 @@ class Service:
         )
         self.driver = Driver(parts.state.core, self.transport, self._observe)
         self.transport.handle = self.driver.handle
+        self.pretouch: Pretouch | None = None
+        """How far the arena's pages are faulted in, where that was asked for."""
         self.later: list[Callable[[], None]] = []
         """What is to be done after the replies are out."""
         self._works: dict[str, Work] = {}
@@ -256,7 +260,7 @@ class Service:
         if not count:
             return
         now_ns = self.clock.now_ns()
-        chunks = tuple(b"quarantined %d" % index for index in range(count))
+        chunks = tuple(sha256(b"quarantined %d" % index).digest() for index in range(count))
         name = QUARANTINE
         self._feed(InstanceRegistered(now_ns=now_ns, instance=name, chunk_pages=1))
         self._feed(LookedUp(now_ns=now_ns, request=name, instance=name, chunks=chunks, salt=name))
@@ -556,6 +560,8 @@ class Service:
                 "free_pages": allocator.free,
                 "quarantined_pages": allocator.quarantined,
                 "taken_over": arena.taken_over,
+                "touched_bytes": None if self.pretouch is None else self.pretouch.done_bytes,
+                "huge_bytes": None if self.pretouch is None else self.pretouch.huge_bytes,
             },
             "chunk_tokens": self.settings.chunk_size,
             "tiers": tiers,
