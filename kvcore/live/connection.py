@@ -85,7 +85,7 @@ class Connection:
                 replies.append(decode_reply(self._socket.recv_multipart(zmq.NOBLOCK)))
             except WireError as error:
                 replies.append((error.id, Error(error.kind, f"a reply that cannot be read: {error}")))
-            more = bool(self._socket.get(zmq.EVENTS) & zmq.POLLIN)
+            more = bool(int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN)
         return replies
 
     def close(self) -> None:

@@ -300,7 +300,9 @@ class Server:
             identity, *frames = socket.recv_multipart(zmq.NOBLOCK)
             correlation, reply = self._answer(frames)
             replies.append((socket, [identity, *wire.encode(reply, correlation)]))
-            if not socket.get(zmq.EVENTS) & zmq.POLLIN:  # an exception, which recv would raise, costs ten times more
+            if (
+                not int(socket.get(zmq.EVENTS)) & zmq.POLLIN
+            ):  # an exception, which recv would raise, costs ten times more
                 return
 
     def _answer(self, frames: list[bytes]) -> tuple[int, wire.Reply]:
