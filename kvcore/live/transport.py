@@ -146,7 +146,11 @@ class LiveTransport:
             answer.rooms = self._place(decision, self._shape_of(decision.request).writer, fetched=False)
             answer.placed = decision.chunks
             return
-        late = [chunk for chunk in decision.chunks if not self._put(decision.request, chunk, self.book.resident[chunk])]
+        late = [
+            chunk
+            for chunk in decision.chunks
+            if not self._put(decision.request, chunk, self._parts(self.book.resident[chunk]))
+        ]
         self._not_written(decision.request, decision.tier, late)
 
     def demote(self, decision: Demote) -> None:
