@@ -65,8 +65,8 @@ class ServerProcess:
         self.start()
 
     def start(self):
-        self.log = (self.folder / "server.log").open("ab")
-        self.process = subprocess.Popen(self.command, stderr=self.log, env=environment())
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(self.command, stderr=log, env=environment())
         deadline = time.monotonic() + START_S
         while True:
             assert self.process.poll() is None, (self.folder / "server.log").read_text()
@@ -86,7 +86,6 @@ class ServerProcess:
             self.process.send_signal(signal.SIGCONT)
             self.process.terminate()
             self.process.wait(20)
-        self.log.close()
         return self.process.returncode
 
     def status(self):
