@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # live_fakes is shared by the modules of this folder
+from live_fakes import ServerProcess
 
 
 @pytest.fixture
@@ -19,8 +20,6 @@ def folder():
 @pytest.fixture
 def start(folder):
     """Start `kvcore serve` with more flags; it is stopped in the end."""
-    from live_fakes import ServerProcess
-
     servers = []
 
     def starter(*flags, **sizes):

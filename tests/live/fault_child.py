@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 from live_fakes import SyncEngine, chain, content
 
 from kvcore.live.arena import StaleChunk, Writer
@@ -12,8 +13,6 @@ def say(*words):
 
 
 def main(endpoint, what, name):
-    import numpy as np
-
     engine = SyncEngine(endpoint, name)
     prompt = chain(f"{name}-prompt", 4)
     if what == "store":

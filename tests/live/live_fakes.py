@@ -58,7 +58,6 @@ class ServerProcess:
             *("--http", "off"),
             *("--page-size", str(page_bytes)),
             *("--l1-size-gb", repr(l1_pages * page_bytes / 2**30)),
-            *("--chunk-size", "256"),
             "--no-pretouch",
             *flags,
         ]
@@ -106,10 +105,21 @@ class ServerProcess:
 class SyncEngine:
     """An engine that awaits every reply: a scheduler and `world` workers, with real bytes in the arena."""
 
-    def __init__(self, endpoint, name="engine", *, chunk_bytes=4096, world=1, shards=None, block_tokens=16, drained=0):
+    def __init__(
+        self,
+        endpoint,
+        name="engine",
+        *,
+        chunk_bytes=4096,
+        world=1,
+        shards=None,
+        block_tokens=16,
+        chunk_tokens=256,
+        drained=0,
+    ):
         self.client = Client(endpoint)
         self.shards = world if shards is None else shards
-        blocks = 256 // block_tokens
+        blocks = chunk_tokens // block_tokens
         self.nbytes = chunk_bytes
         self.sockets = []
 
@@ -179,9 +189,7 @@ class SyncEngine:
         return zip(chunks, pages, generations, strict=True)
 
     def committed(self, request, chunks, rank=0, **fields):
-        return self.client.call(
-            wire.Committed(self.workers[rank].member, request, rank, tuple(chunks), **fields), 5
-        )
+        return self.client.call(wire.Committed(self.workers[rank].member, request, rank, tuple(chunks), **fields), 5)
 
     def aborted(self, request, chunks, rank=0):
         return self.client.call(wire.Aborted(self.workers[rank].member, request, rank, tuple(chunks)), 5)

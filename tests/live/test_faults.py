@@ -14,7 +14,7 @@ import pytest
 from live_fakes import SyncEngine, chain, environment, wait_for
 
 from kvcore.live import wire
-from kvcore.live.client import MISS, NOT_YET, Register, RemoteError, SchedulerClient, WorkerClient
+from kvcore.live.client import MISS, NOT_YET, Client, Register, RemoteError, SchedulerClient, WorkerClient
 from kvtraces.journal import Equal, verify
 
 PROMPTS = [chain(f"p{at}", 5) for at in range(6)]
@@ -292,8 +292,6 @@ def tell(process, word):
 @contextmanager
 def heartbeat(engine):
     """Renew an engine's lease in the background, as clients do; over a connection of its own."""
-    from kvcore.live.client import Client
-
     over = threading.Event()
 
     def beat():

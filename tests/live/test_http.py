@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import socket
+import threading
 import urllib.error
 import urllib.request
 
@@ -12,6 +13,8 @@ from live_fakes import SyncEngine, chain, wait_for
 
 from kvcore.live import wire
 from kvcore.live.openapi import OPERATIONS
+from kvcore.live.server import Server
+from kvcore.live.settings import load
 
 
 @pytest.fixture
@@ -45,11 +48,6 @@ def test_health_tells_of_the_loop_not_of_the_web_thread(served):
 
 
 def test_health_fails_while_the_loop_hangs(folder):
-    import threading
-
-    from kvcore.live.server import Server
-    from kvcore.live.settings import load
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -104,7 +102,10 @@ def test_the_operators_api(served):
     names = [chunk.hex() for chunk in prompt]
     with SyncEngine(served.endpoint) as engine:
         engine.serve("1", prompt)
-        assert ask(served, f"/chunks/{names[0]}") == (200, json.dumps({"chunk": names[0], "tier": "l1"}, separators=(",", ":")))
+        assert ask(served, f"/chunks/{names[0]}") == (
+            200,
+            json.dumps({"chunk": names[0], "tier": "l1"}, separators=(",", ":")),
+        )
         assert ask(served, "/chunks/00ff")[0] == 404
         assert json.loads(ask(served, "/chunks", "POST", {"chunks": [*names, "00"]})[1]) == {
             "tiers": ["l1", "l1", "l1", None]

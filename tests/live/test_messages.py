@@ -26,6 +26,9 @@ BAD = {
     "a field too few": ([HEADER, msgspec.msgpack.encode(["lookup", 1])], "bad_message", 7),
     "a field of another type": ([HEADER, msgspec.msgpack.encode(["end", "me", "r"])], "bad_message", 7),
     "a number out of range": ([HEADER, msgspec.msgpack.encode(["end", -1, "r"])], "bad_message", 7),
+    "text that is no UTF-8": ([HEADER, b"\x93\xa3end\x01\xa1\xff"], "bad_message", 7),
+    "a tag that is no UTF-8": ([HEADER, b"\x91\xa1\xff"], "bad_message", 7),
+    "arrays without end": ([HEADER, b"\x91" * 100_000], "bad_message", 7),
     "a reply": ([HEADER, msgspec.msgpack.encode(["done"])], "unknown_operation", 7),
     "an unknown member": (wire.encode(wire.End(5, "r"), 7), "unknown_instance", 7),
 }
