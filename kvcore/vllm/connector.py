@@ -64,6 +64,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        compat.log_with_vllm()
         compat.check_version()
         parallel = vllm_config.parallel_config
         for kind in ("decode_context_parallel_size", "prefill_context_parallel_size"):
