@@ -78,7 +78,7 @@ class HostArena:
 
 def _as_bytes(buffer: Any) -> Bytes:
     if hasattr(buffer, "numpy"):
-        array = buffer.numpy()
+        array: Bytes = buffer.numpy()
     elif isinstance(buffer, np.ndarray):
         array = buffer
     else:

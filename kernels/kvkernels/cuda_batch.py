@@ -7,8 +7,10 @@ into one copy. The arrays of addresses are computed by NumPy and reused from cal
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import numpy as np
 
@@ -33,9 +35,8 @@ class BatchTransfer:
         batch_rows: the fewest rows that a driver call is made for, but for the last: small loads still get an event
             a layer, large ones do not wait for planning.
         lanes: streams in each direction that batches are dealt out to.
+        name: the backend's name.
     """
-
-    name = "cuda_batch"
 
     def __init__(
         self,
@@ -46,7 +47,9 @@ class BatchTransfer:
         *,
         batch_rows: int = 256,
         lanes: int = 2,
+        name: str = "cuda_batch",
     ) -> None:
+        self.name = name
         self.layout = layout
         self._tensors = listed(tensors)  # held: only their addresses are used below
         self._arena = arena
@@ -70,6 +73,12 @@ class BatchTransfer:
     ) -> Handle:
         """Copy slots into blocks, layer after layer, after the current stream's work so far."""
         return self._run(block_ids, slots, planes, after, loading=True)
+
+    def over(self, arena: Arena) -> Self:
+        """The same streams, staging and cache over another arena."""
+        sibling = copy.copy(self)
+        sibling._arena = arena
+        return sibling
 
     def close(self) -> None:
         """Wait for what is under way."""
@@ -99,7 +108,9 @@ class BatchTransfer:
                     lane.copy(target[mine], source[mine], length[mine])
                 marks.append((group.stop, [lane.record() for lane in lanes]))
             last = marks[-1][1] if marks else []
-            return self._flying.add(EventHandle(self.layout, self._runtime, last, marks if loading else (), request))
+            return self._flying.add(
+                EventHandle(self.layout, self._runtime, last, marks if loading else (), self._arena)
+            )
 
     def _groups(self, request: Request) -> Iterator[range]:
         """As few planes as make a batch worth its call."""

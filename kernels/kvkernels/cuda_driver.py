@@ -123,7 +123,7 @@ class CudaDriver:
     def _address(self, symbol: str, version: int) -> int:
         """The driver's function for one CUDA version, 0 where it has none."""
         try:
-            from cuda.bindings import driver
+            from cuda.bindings import driver  # noqa: PLC0415  (optional, and only on a CUDA machine)
         except ImportError:
             return self._address_from_driver(symbol, version)
         code, address, _ = driver.cuGetProcAddress(symbol.encode(), version, 0)

@@ -27,7 +27,7 @@ class CudaStream:
         batched: one call for all ranges of a copy, or one each.
     """
 
-    def __init__(self, stream: torch.cuda.Stream, driver: CudaDriver, *, batched: bool) -> None:
+    def __init__(self, stream: Any, driver: CudaDriver, *, batched: bool) -> None:
         self.torch = stream
         self._driver = driver
         self._batched = batched
@@ -38,10 +38,8 @@ class CudaStream:
 
     def record(self) -> Event:
         """A CUDA event without timing."""
-        event = torch.cuda.Event()
-        event.record(self.torch)
-        recorded: Event = event
-        return recorded
+        event: Event = self.torch.record_event()
+        return event
 
     def copy(self, target: Ints, source: Ints, length: Ints) -> None:
         """Enqueue copies; host ranges must be pinned and stay so until an event after them."""
@@ -73,7 +71,8 @@ class CudaRuntime:
 
     def stream(self, *, urgent: bool) -> Stream:
         """A side stream; urgent ones have a higher priority for their kernels."""
-        return self._wrap(torch.cuda.Stream(self.device, priority=_HIGH if urgent else _NORMAL))
+        make: Any = torch.cuda.Stream
+        return self._wrap(make(self.device, priority=_HIGH if urgent else _NORMAL))
 
     def current(self) -> Stream:
         """The calling thread's current torch stream."""
@@ -103,5 +102,5 @@ class CudaRuntime:
         """Make the device's primary context current in this thread."""
         torch.cuda.set_device(self.device)
 
-    def _wrap(self, stream: torch.cuda.Stream) -> CudaStream:
+    def _wrap(self, stream: Any) -> CudaStream:
         return CudaStream(stream, self._driver, batched=self._batched)

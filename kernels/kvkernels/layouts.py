@@ -295,18 +295,16 @@ def _planes(
     # Layer-major whatever the dimension order, so that a layer's planes are neighbours in the slot.
     ordered = sorted(outer, key=lambda dim: (dim.index != layer_dim, dim.index))
     leads = bool(ordered) and ordered[0].index == layer_dim
-    planes = []
-    for place in product(*(range(dim.size) for dim in ordered)):
-        planes.append(
-            Plane(
-                tensor=tensor,
-                offset=sum(i * dim.stride for i, dim in zip(place, ordered, strict=True)),
-                row_bytes=row_bytes,
-                block_stride=block.stride,
-                layer=place[0] if leads else tensor,
-            )
+    return [
+        Plane(
+            tensor=tensor,
+            offset=sum(i * dim.stride for i, dim in zip(place, ordered, strict=True)),
+            row_bytes=row_bytes,
+            block_stride=block.stride,
+            layer=place[0] if leads else tensor,
         )
-    return planes
+        for place in product(*(range(dim.size) for dim in ordered))
+    ]
 
 
 def _form(spec: TensorSpec, outer: list[_Dim], inner: list[_Dim]) -> str:

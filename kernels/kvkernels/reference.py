@@ -55,7 +55,7 @@ class ReferenceTransfer:
         return DoneHandle()
 
     def load(self, slots: Sequence[Slot], block_ids: BlockIds, *, planes: range | None = None) -> Handle:
-        """Copy slots into blocks; done on return (on a GPU: in the current stream's order)."""
+        """Copy slots into blocks; done on return."""
         request = check_request(self.layout, self._arena, block_ids, slots, planes, loading=True)
         for plane, ids, pieces in self._rows(request):
             view = self._views[plane]
@@ -63,6 +63,8 @@ class ReferenceTransfer:
             if whole is None:
                 whole = torch.cat([piece for _, piece in pieces]).view(view.dtype)
             view.index_copy_(0, ids, whole.view(len(ids), -1).to(view.device))
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
         return DoneHandle()
 
     def close(self) -> None:

@@ -11,10 +11,11 @@ until their last event, whatever the caller does with the handle.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from kvkernels.errors import LayoutError, RequestError
 from kvkernels.layouts import PagedLayout
 from kvkernels.pieces import StagedPiece, load_pieces, store_pieces
 from kvkernels.slots import Slot, merge_copies
-from kvkernels.streams import Event, Runtime, Stream
+from kvkernels.streams import Event, Runtime
 from kvkernels.transfer import BlockIds, Handle, Request, check_request
 
 __all__ = ["EventHandle", "InFlight", "Mover", "StagedTransfer", "ready_request"]
@@ -150,7 +151,7 @@ class StagedTransfer:
         LayoutError: a single row does not fit a staging buffer.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (each is a measured choice of its own)
         self,
         layout: PagedLayout,
         arena: Arena,
@@ -197,7 +198,9 @@ class StagedTransfer:
                 host, device, length = self._copies(request, piece, buffer)
                 buffer.emptied = side.copy([side.kernels.record()], host, device, length)
                 last.update(enumerate(buffer.emptied))  # a lane's later event covers its earlier ones
-            return self._flying.add(EventHandle(self.layout, self._runtime, list(last.values()), (), (ids, request)))
+            return self._flying.add(
+                EventHandle(self.layout, self._runtime, list(last.values()), (), (ids, side, self._arena))
+            )
 
     def load(
         self, slots: Sequence[Slot], block_ids: BlockIds, *, planes: range | None = None, after: Event | None = None
@@ -223,7 +226,13 @@ class StagedTransfer:
                     marks.pop()
                 marks.append((piece.planes.stop, buffer.emptied))
             last = marks[-1][1] if marks else []
-            return self._flying.add(EventHandle(self.layout, self._runtime, last, marks, (ids, request)))
+            return self._flying.add(EventHandle(self.layout, self._runtime, last, marks, (ids, side, self._arena)))
+
+    def over(self, arena: Arena) -> Self:
+        """The same streams, staging and cache over another arena."""
+        sibling = copy.copy(self)
+        sibling._arena = arena
+        return sibling
 
     def close(self) -> None:
         """Wait for what is under way."""

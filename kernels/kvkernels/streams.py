@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, Protocol
 
@@ -16,7 +17,9 @@ from numpy.typing import NDArray
 
 from kvkernels.arena import Ints
 
-__all__ = ["Event", "HostRuntime", "Runtime", "Stream"]
+__all__ = ["Event", "HostRuntime", "Runtime", "Stream", "move_bytes"]
+
+_THREADED_BYTES = 4 << 20
 
 
 class Event(Protocol):
@@ -93,7 +96,14 @@ class _Reached:
 
 
 class HostStream:
-    """Does its work before each call returns."""
+    """Does its work before each call returns.
+
+    Args:
+        pool: threads to share large copies among, and their number; none: the calling thread alone.
+    """
+
+    def __init__(self, pool: tuple[ThreadPoolExecutor, int] | None = None) -> None:
+        self._pool = pool
 
     def wait(self, event: Event) -> None:
         """Everything already happened."""
@@ -103,8 +113,16 @@ class HostStream:
         return _Reached()
 
     def copy(self, target: Ints, source: Ints, length: Ints) -> None:
-        """One memmove a range."""
-        move_bytes(target, source, length)
+        """One memmove a range, dealt out over the threads: one core alone does not fill the memory bus."""
+        if self._pool is None or int(length.sum()) < _THREADED_BYTES:
+            move_bytes(target, source, length)
+            return
+        pool, threads = self._pool
+        parts = [slice(number, None, threads) for number in range(threads)]
+        jobs = [pool.submit(move_bytes, target[part], source[part], length[part]) for part in parts[1:]]
+        move_bytes(target[parts[0]], source[parts[0]], length[parts[0]])
+        for job in jobs:
+            job.result()
 
     def launch(self, kernel: Callable[[], None]) -> None:
         """Call it."""
@@ -112,27 +130,35 @@ class HostStream:
 
 
 class HostRuntime:
-    """The CPU as a device; needs torch."""
+    """The CPU as a device; needs torch.
+
+    Args:
+        threads: how many threads share a large copy, the calling one included.
+    """
 
     needs_pinned = False
 
+    def __init__(self, *, threads: int = 1) -> None:
+        pool = (ThreadPoolExecutor(threads - 1, "kv-memmove"), threads) if threads > 1 else None
+        self._stream = HostStream(pool)
+
     def stream(self, *, urgent: bool) -> Stream:
         """All streams are alike."""
-        return HostStream()
+        return self._stream
 
     def current(self) -> Stream:
         """All streams are alike."""
-        return HostStream()
+        return self._stream
 
     def staging(self, nbytes: int) -> Any:
         """Plain memory."""
-        import torch
+        import torch  # noqa: PLC0415  (this module serves engines without torch)
 
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def upload(self, values: Ints, stream: Stream) -> Any:
         """A copy as a CPU tensor."""
-        import torch
+        import torch  # noqa: PLC0415  (this module serves engines without torch)
 
         return torch.from_numpy(np.array(values, dtype=np.int64))
 

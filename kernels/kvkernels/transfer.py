@@ -62,7 +62,7 @@ class Transfer(Protocol):
         ...
 
     def close(self) -> None:
-        """Wait for what is under way and give back streams and staging memory."""
+        """Wait for what is under way. Call it before letting go of a transfer: staging memory goes with it."""
         ...
 
 

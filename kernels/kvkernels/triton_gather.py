@@ -30,7 +30,7 @@ _VARYING = ["first_plane", "first_chunk", "first_block", "planes", "blocks", "ch
 
 
 @triton.jit(do_not_specialize=_VARYING)  # type: ignore[untyped-decorator]
-def _move_rows(  # type: ignore[no-untyped-def] # pragma: no cover  (compiled by Triton)
+def _move_rows(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
     addresses,
     strides,
     ids,
@@ -48,7 +48,7 @@ def _move_rows(  # type: ignore[no-untyped-def] # pragma: no cover  (compiled by
     TILE: tl.constexpr,  # noqa: N803
     GATHER: tl.constexpr,  # noqa: N803
 ):
-    tiles = tl.cdiv(ROW_WORDS, TILE)
+    tiles = (ROW_WORDS + TILE - 1) // TILE
     unit = tl.program_id(0)
     while unit < rows * tiles:  # not range(): Triton's interpreter cannot take it with NumPy 2.4
         row = unit // tiles

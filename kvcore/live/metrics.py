@@ -49,6 +49,7 @@ HELP: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
     "kvcore_l2_chunks": ("counter", "Chunks copied to and from L2.", ("operation", "result")),
     "kvcore_errors": ("counter", "Error replies, by kind.", ("kind",)),
     "kvcore_lookup_seconds": ("histogram", "Handling of a lookup in the request loop.", ()),
+    "kvcore_turn_seconds": ("histogram", "A turn of the request loop, journal included.", ()),
     "kvcore_load_seconds": ("histogram", "Copy of a request's chunks into the engine, as its worker measured it.", ()),
     "kvcore_store_seconds": ("histogram", "Copy of chunks into the arena, as the worker measured it.", ()),
     "kvcore_l2_seconds": ("histogram", "Copy of a chunk to or from L2.", ("operation",)),

@@ -33,6 +33,7 @@ from kvtraces.journal import Head, JournalWriter, take_snapshot
 _LOG = logging.getLogger("kvcore.server")
 _TURN_MESSAGES = 256
 """Messages taken from one socket before the replies go out."""
+_SLOW_TURN_S = 0.2
 
 
 class StartError(Exception):
@@ -57,6 +58,7 @@ class Server:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._logged: set[str] = set()
+        self._journal_s = 0.0
 
     # Start and stop
 
@@ -84,6 +86,7 @@ class Server:
                 self.service.sweep()
                 self._flush()
                 next_sweep = now + sweep_s
+            self._time_turn(time.monotonic() - now)
 
     def start(self) -> None:
         """Open, and run in a thread. Raises StartError."""
@@ -286,6 +289,12 @@ class Server:
             for task in later:
                 task()
 
+    def _time_turn(self, took_s: float) -> None:
+        self.service.metrics.histograms["kvcore_turn_seconds",].add(took_s)
+        if took_s > _SLOW_TURN_S:
+            _LOG.warning("a turn of the request loop took %.2f s, %.2f s of it the journal", took_s, self._journal_s)
+        self._journal_s = 0.0
+
     def _receive(self, socket: "zmq.Socket[bytes]", replies: "list[tuple[zmq.Socket[bytes], list[bytes]]]") -> None:
         for _ in range(_TURN_MESSAGES):
             try:
@@ -336,10 +345,12 @@ class Server:
         journal = self.service.parts.journal
         if journal is None:
             return
+        start = time.monotonic()
         journal.flush()
         if journal.due:
             state = self.service.parts.state
             journal.rotate(take_snapshot(state.core, state.book.dump()))
+        self._journal_s += time.monotonic() - start
 
 
 def _epoch_of(paths: ArenaPaths) -> int:

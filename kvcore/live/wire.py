@@ -27,7 +27,7 @@ Role: TypeAlias = Literal["scheduler", "worker"]
 Digest: TypeAlias = Annotated[bytes, Meta(min_length=1, max_length=64)]
 Digests: TypeAlias = tuple[Digest, ...]
 Name: TypeAlias = Annotated[str, Meta(max_length=1024)]
-Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
 Id: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=1e9)]
 
