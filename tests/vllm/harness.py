@@ -4,6 +4,7 @@
 import gc
 import json
 import os
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,10 +102,14 @@ def scheduler(llm):
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
-def step_idle(llm, steps=3):
-    """Step an engine that has no request: what an engine in a process of its own does by itself."""
-    for _ in range(steps):
-        llm.llm_engine.engine_core.engine_core.step()
+def step_idle(llm):
+    """Step an engine until no request is left: what an engine in a process of its own does by itself."""
+    core = llm.llm_engine.engine_core.engine_core
+    until = time.monotonic() + 10
+    while core.scheduler.has_requests():
+        assert time.monotonic() < until, scheduler(llm).requests
+        core.step()
+        time.sleep(0.002)
 
 
 def to_json(answers):

@@ -1,6 +1,7 @@
 """Real vLLM on the CPU reuses KV through a server, and answers as it does without one."""
 
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import harness
@@ -81,7 +82,8 @@ class Setup:
         self.reference = reference
 
     def forget_locally(self):
-        assert self.llm.reset_prefix_cache()
+        held = {name: str(request.status) for name, request in harness.scheduler(self.llm).requests.items()}
+        assert self.llm.reset_prefix_cache(), held
 
     def clear(self):
         with Client(self.endpoint) as client:
@@ -98,7 +100,7 @@ class Setup:
         ]
         assert_same(answers, [self.reference[name] for name in names])
         after, now = metrics(self.llm), counters(self.endpoint)
-        gained = {name: after[name] - before.get(name, 0) for name in after}
+        gained = defaultdict(int, {name: after[name] - before.get(name, 0) for name in after})
         gained |= {name: now[name] - served.get(name, 0) for name in now}
         return gained
 
