@@ -1,1 +1,28 @@
-"""Transfers between an engine's paged KV cache and chunk slots in host memory."""
+"""Transfers between an engine's paged KV cache and chunk slots in host memory.
+
+`describe` works out a cache's layout, `best_backend` measures the backends and returns the fastest, and every backend
+is a `Transfer`. Importing this package imports NumPy only; torch, Triton, CUDA and JAX are imported by the backend
+that uses them.
+"""
+
+from kvkernels.arena import Arena, HostArena
+from kvkernels.errors import DeviceError, LayoutError, RequestError
+from kvkernels.layouts import PagedLayout, Plane, describe
+from kvkernels.slots import Piece, Slot, slot_range
+from kvkernels.transfer import Handle, Transfer
+
+__all__ = [
+    "Arena",
+    "DeviceError",
+    "Handle",
+    "HostArena",
+    "LayoutError",
+    "PagedLayout",
+    "Piece",
+    "Plane",
+    "RequestError",
+    "Slot",
+    "Transfer",
+    "describe",
+    "slot_range",
+]

@@ -1,0 +1,164 @@
+"""Pick a backend by measuring it on the engine's own cache, before the engine serves."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+
+from kvkernels.arena import Arena, HostArena
+from kvkernels.errors import DeviceError, LayoutError
+from kvkernels.layouts import PagedLayout
+from kvkernels.registered import BounceTransfer, StreamTransfer
+from kvkernels.slots import Slot
+from kvkernels.streams import HostRuntime, Runtime
+from kvkernels.transfer import Tensors, Transfer, listed
+
+__all__ = ["Choice", "best_backend", "measure"]
+
+_SCRATCH_BYTES = 256 << 20
+_SEED = 5
+_HOST_THREADS = 4
+
+Make = Callable[[Arena], Transfer]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The fastest backend over the arena that was asked for, and every backend's curve.
+
+    `profile` is plain JSON: `backend`, `layout` (the fingerprint), `slot_bytes`, and `curves`: for each backend either
+    `store` and `load` as lists of `[bytes, GB/s]` (GB is 10^9), or `error`.
+    """
+
+    transfer: Transfer
+    profile: dict[str, Any]
+
+
+def best_backend(
+    layout: PagedLayout,
+    tensors: Tensors,
+    arena: Arena,
+    *,
+    only: Sequence[str] = (),
+    scratch_bytes: int = _SCRATCH_BYTES,
+) -> Choice:
+    """Measure every backend for this cache's device and return the fastest, built over `arena`.
+
+    It stores random blocks to scratch memory of its own and loads the same bytes back to where they came from, so the
+    cache and the arena keep their contents; the engine must be idle. A few hundred milliseconds on a GPU, the first
+    compilation apart.
+
+    Args:
+        layout: what `describe` returned for these tensors.
+        tensors: the engine's KV cache (torch; JAX engines use `JaxTransfer`, which owns its arrays).
+        arena: the arena to serve, not touched here. Over a `RegisteredArena` the transfer bounces what is not pinned.
+        only: names of backends to consider (`reference`, `cuda_batch`, `memmove`, `triton`); all by default.
+        scratch_bytes: the most host memory (pinned on a GPU) to measure with; one chunk at least.
+
+    Raises:
+        LayoutError: no backend can serve this layout on this device.
+    """
+    runtime, makers = _candidates(layout, tensors)
+    chosen = {name: make for name, make in makers.items() if not only or name in only}
+    counts = _chunk_counts(layout, scratch_bytes)
+    scratch = HostArena(runtime.pinned(counts[-1] * layout.slot_bytes), is_pinned=True)
+    curves: dict[str, Any] = {}
+    for name, make in chosen.items():
+        try:
+            transfer = make(scratch)
+            curves[name] = measure(transfer, counts)
+            transfer.close()
+        except (LayoutError, DeviceError) as error:
+            curves[name] = {"error": str(error)}
+    rated = {name: _largest_seconds(curve) for name, curve in curves.items() if "error" not in curve}
+    if not rated:
+        raise LayoutError(f"no backend serves {layout.fingerprint()} on {layout.device}: {curves}")
+    best = min(rated, key=lambda name: rated[name])
+    profile = {
+        "backend": best,
+        "layout": layout.fingerprint(),
+        "slot_bytes": layout.slot_bytes,
+        "curves": curves,
+    }
+    return Choice(_serving(chosen[best](arena), arena, runtime), profile)
+
+
+def measure(transfer: Transfer, chunk_counts: Sequence[int], *, repeats: int = 3) -> dict[str, list[list[float]]]:
+    """Time stores of random blocks, and loads of the same bytes back to them, at each number of chunks.
+
+    `transfer`'s arena must be scratch memory of at least the largest count of slots, from its start.
+
+    Returns:
+        `store` and `load`, each a list of `[bytes, GB/s]`; medians after one warm-up.
+    """
+    layout = transfer.layout
+    order = np.random.default_rng(_SEED).permutation(layout.num_blocks)
+    curve: dict[str, list[list[float]]] = {"store": [], "load": []}
+    for count in chunk_counts:
+        slots: list[Slot] = [[(i * layout.slot_bytes, layout.slot_bytes)] for i in range(count)]
+        ids = order[: count * layout.chunk_blocks]
+        nbytes = count * layout.slot_bytes
+        seconds: dict[str, list[float]] = {"store": [], "load": []}
+        for _ in range(repeats + 1):
+            began = perf_counter_ns()
+            transfer.store(ids, slots).wait()
+            stored = perf_counter_ns()
+            transfer.load(slots, ids).wait()
+            seconds["store"].append((stored - began) / 1e9)
+            seconds["load"].append((perf_counter_ns() - stored) / 1e9)
+        for direction, points in curve.items():
+            points.append([nbytes, round(nbytes / median(seconds[direction][1:]) / 1e9, 3)])
+    return curve
+
+
+def _serving(transfer: Transfer, arena: Arena, runtime: Runtime) -> Transfer:
+    """The backend, with a bounce for slots that are not pinned yet where the arena is registered in slices."""
+    if runtime.needs_pinned and arena.split_bytes and isinstance(transfer, StreamTransfer):
+        return BounceTransfer(transfer, arena, runtime)
+    return transfer
+
+
+def _largest_seconds(curve: dict[str, list[list[float]]]) -> float:
+    """Seconds a byte there and back at the largest size."""
+    return 1 / curve["store"][-1][1] + 1 / curve["load"][-1][1]
+
+
+def _chunk_counts(layout: PagedLayout, scratch_bytes: int) -> list[int]:
+    """1, 4, 16, ... chunks, as many as scratch memory and the cache hold, and that most itself."""
+    most = min(max(1, scratch_bytes // layout.slot_bytes), layout.num_blocks // layout.chunk_blocks)
+    if most < 1:
+        raise LayoutError(f"a cache of {layout.num_blocks} blocks is smaller than a chunk of {layout.chunk_blocks}")
+    powers = [4**i for i in range(16) if 4**i < most]
+    return [*powers, most]
+
+
+def _candidates(layout: PagedLayout, tensors: Tensors) -> tuple[Runtime, dict[str, Make]]:
+    # The backends import torch, Triton and CUDA; only the ones that this device can use are touched.
+    from kvkernels.cuda_batch import BatchTransfer  # noqa: PLC0415
+    from kvkernels.reference import ReferenceTransfer  # noqa: PLC0415
+
+    makers: dict[str, Make] = {"reference": lambda arena: ReferenceTransfer(layout, tensors, arena)}
+    if layout.device == "cpu":
+        host = HostRuntime(threads=min(_HOST_THREADS, os.cpu_count() or 1))
+        makers["memmove"] = lambda arena: BatchTransfer(
+            layout, tensors, arena, host, batch_rows=1024, lanes=1, name="memmove"
+        )
+        return host, makers
+    if layout.device != "cuda":
+        raise LayoutError(f"no backend for device {layout.device}")
+    from kvkernels.cuda_streams import CudaRuntime  # noqa: PLC0415
+
+    cuda = CudaRuntime(listed(tensors)[0].device)
+    makers["cuda_batch"] = lambda arena: BatchTransfer(layout, tensors, arena, cuda)
+    if importlib.util.find_spec("triton") is not None:
+        from kvkernels.triton_gather import triton_transfer  # noqa: PLC0415
+
+        makers["triton"] = lambda arena: triton_transfer(layout, tensors, arena, cuda)
+    return cuda, makers

@@ -1,0 +1,155 @@
+"""Chunk slots as pieces of an arena, resolved without a loop over rows.
+
+A chunk may own several arena pages that are not adjacent, so its slot is an ordered list of `(offset, length)` pieces;
+a row of KV may begin in one piece and end in the next. `SlotTable` lays all slots of a request end to end into one
+virtual range and answers, for any ranges of it, which arena ranges hold them: one `searchsorted`, whatever the count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from kvkernels.arena import Ints
+from kvkernels.errors import RequestError
+
+__all__ = ["Piece", "Segments", "Slot", "SlotTable", "merge_copies", "slot_range"]
+
+Piece = tuple[int, int]
+Slot = Sequence[Piece]
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Contiguous arena ranges: `arena[offset:offset + length]` holds what lies `within` bytes into range `index`."""
+
+    index: Ints
+    within: Ints
+    offset: Ints
+    length: Ints
+
+    def columns(self) -> tuple[Ints, Ints, Ints, Ints]:
+        """index, within, offset and length."""
+        return self.index, self.within, self.offset, self.length
+
+
+class SlotTable:
+    """All slots of one request; slot i covers the virtual range `[i * slot_bytes, (i + 1) * slot_bytes)`.
+
+    Args:
+        slots: one list of (offset, length) pieces a chunk, in order. Bytes beyond slot_bytes (a last page's slack)
+            are left alone.
+        slot_bytes: what one chunk needs.
+        arena_bytes: size of the arena.
+        split_bytes: pieces are cut at multiples of this arena offset (0: nowhere).
+
+    Raises:
+        RequestError: a slot is too small, or a piece is negative or outside the arena.
+    """
+
+    def __init__(self, slots: Sequence[Slot], *, slot_bytes: int, arena_bytes: int, split_bytes: int = 0) -> None:
+        self.slot_bytes = slot_bytes
+        self.count = len(slots)
+        counts = np.fromiter((len(slot) for slot in slots), np.int64, len(slots))
+        flat = np.fromiter(chain.from_iterable(chain.from_iterable(slots)), np.int64).reshape(-1, 2)
+        offset, length = flat[:, 0], flat[:, 1]
+        if flat.size and (flat.min() < 0 or bool((offset + length > arena_bytes).any())):
+            raise RequestError(f"a slot piece lies outside the arena of {arena_bytes} bytes")
+        owner = np.repeat(np.arange(self.count), counts)
+        start = _starts_within(length, counts)
+        sums = np.bincount(owner, weights=length, minlength=self.count)
+        if bool((sums < slot_bytes).any()):
+            short = int(np.argmax(sums < slot_bytes))
+            raise RequestError(f"slot {short} holds {int(sums[short])} bytes where a chunk takes {slot_bytes}")
+        length = np.minimum(length, slot_bytes - start)
+        used = length > 0
+        offset, length = offset[used], length[used]
+        virtual = owner[used] * slot_bytes + start[used]
+        offset, virtual, length = _split(offset, virtual, length, split_bytes)
+        self._virtual = np.append(virtual, self.count * slot_bytes)
+        self._offset = offset
+        self._length = length
+
+    @property
+    def pieces(self) -> tuple[Ints, Ints]:
+        """Arena offsets and lengths of all pieces in use."""
+        return self._offset, self._length
+
+    def overlapping(self) -> bool:
+        """Whether two pieces share an arena byte, so that storing would write it twice."""
+        order = np.argsort(self._offset, kind="stable")
+        ends = (self._offset + self._length)[order]
+        return bool((self._offset[order][1:] < ends[:-1]).any())
+
+    def resolve(self, starts: Ints, lengths: Ints) -> Segments:
+        """The arena ranges behind the virtual ranges `[starts, starts + lengths)`, split at piece borders."""
+        first = self._virtual.searchsorted(starts, side="right") - 1
+        last = self._virtual.searchsorted(starts + lengths, side="left") - 1
+        counts = last - first + 1
+        if counts.size and int(counts.max()) == 1:  # the common case, and this runs in the engine's own thread
+            offset = self._offset[first] + starts - self._virtual[first]
+            return Segments(np.arange(len(starts)), np.zeros_like(starts), offset, lengths)
+        index = np.repeat(np.arange(len(starts), dtype=np.int64), counts)
+        piece = np.repeat(first, counts) + _ordinals(counts)
+        begin = np.maximum(starts[index], self._virtual[piece])
+        end = np.minimum((starts + lengths)[index], self._virtual[piece + 1])
+        return Segments(index, begin - starts[index], self._offset[piece] + begin - self._virtual[piece], end - begin)
+
+
+def slot_range(slot: Slot, start: int, length: int) -> list[Piece]:
+    """The pieces of `[start, start + length)` of a slot: one rank's shard of a chunk, say.
+
+    Raises:
+        RequestError: the range reaches beyond the slot.
+    """
+    found: list[Piece] = []
+    position = 0
+    for offset, size in slot:
+        begin, end = max(start, position), min(start + length, position + size)
+        if begin < end:
+            found.append((offset + begin - position, end - begin))
+        position += size
+    if start < 0 or start + length > position:
+        raise RequestError(f"bytes {start} to {start + length} of a slot of {position}")
+    return found
+
+
+def merge_copies(host: Ints, device: Ints, length: Ints) -> tuple[Ints, Ints, Ints]:
+    """Join neighbouring copies that are adjacent on both sides."""
+    if len(length) < 2:
+        return host, device, length
+    joined = (host[1:] == host[:-1] + length[:-1]) & (device[1:] == device[:-1] + length[:-1])
+    heads = np.flatnonzero(np.concatenate(([True], ~joined)))
+    return host[heads], device[heads], np.add.reduceat(length, heads)
+
+
+def _ordinals(counts: Ints) -> Ints:
+    """0, 1, ... counts[0] - 1, 0, 1, ... counts[1] - 1, and so on."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total, dtype=np.int64) - np.repeat(ends - counts, counts)
+
+
+def _starts_within(length: Ints, counts: Ints) -> Ints:
+    """Where each piece begins in its own slot."""
+    before = np.cumsum(length) - length
+    firsts = np.cumsum(counts) - counts
+    base = np.zeros(len(counts), np.int64)
+    filled = counts > 0
+    base[filled] = before[firsts[filled]]
+    return before - np.repeat(base, counts)
+
+
+def _split(offset: Ints, virtual: Ints, length: Ints, split_bytes: int) -> tuple[Ints, Ints, Ints]:
+    if not split_bytes or not len(length):
+        return offset, virtual, length
+    first = offset // split_bytes
+    counts = (offset + length - 1) // split_bytes - first + 1
+    which = np.repeat(np.arange(len(length)), counts)
+    border = (first[which] + _ordinals(counts)) * split_bytes
+    begin = np.maximum(offset[which], border)
+    end = np.minimum((offset + length)[which], border + split_bytes)
+    return begin, virtual[which] + begin - offset[which], end - begin

@@ -1,0 +1,132 @@
+"""Gather and scatter of paged blocks in Triton, with a grid small enough to leave the GPU to the model.
+
+One launch serves any number of planes and chunks: planes are given as a table of addresses, so a store of all layers
+is one kernel. Each program moves whole tiles of a row, 64 KiB in flight at a time; a handful of programs (`programs`)
+keeps up with the bus many times over, and the rest of the GPU goes on computing. The copy over the bus is the copy
+engine's (see `staged.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from kvkernels.arena import Arena
+from kvkernels.layouts import PagedLayout
+from kvkernels.pieces import StagedPiece
+from kvkernels.reference import word_bytes
+from kvkernels.staged import StagedTransfer
+from kvkernels.streams import Runtime
+from kvkernels.transfer import Tensors, listed
+
+__all__ = ["TritonMover", "triton_transfer"]
+
+_TILE_BYTES = 64 * 1024
+_WARPS = 16
+_VARYING = ["first_plane", "first_chunk", "first_block", "planes", "blocks", "chunk_blocks", "rows"]
+
+
+@triton.jit(do_not_specialize=_VARYING)  # type: ignore[untyped-decorator]
+def _move_rows(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
+    addresses,
+    strides,
+    ids,
+    staging,
+    first_plane,
+    first_chunk,
+    first_block,
+    planes,
+    blocks,
+    chunk_blocks,
+    rows,
+    ROW_WORDS: tl.constexpr,  # noqa: N803
+    WORD: tl.constexpr,  # noqa: N803
+    ALIGN: tl.constexpr,  # noqa: N803
+    TILE: tl.constexpr,  # noqa: N803
+    GATHER: tl.constexpr,  # noqa: N803
+):
+    tiles = (ROW_WORDS + TILE - 1) // TILE
+    unit = tl.program_id(0)
+    while unit < rows * tiles:  # not range(): Triton's interpreter cannot take it with NumPy 2.4
+        row = unit // tiles
+        block = row % blocks
+        plane = (row // blocks) % planes
+        chunk = row // (blocks * planes)
+        page = tl.load(ids + (first_chunk + chunk) * chunk_blocks + first_block + block)
+        address = tl.load(addresses + first_plane + plane)
+        stride = tl.load(strides + first_plane + plane)
+        paged = tl.multiple_of((address + page * stride).to(tl.pointer_type(WORD)), ALIGN)
+        staged = tl.multiple_of(staging.to(tl.pointer_type(WORD)) + row.to(tl.int64) * ROW_WORDS, ALIGN)
+        word = (unit % tiles) * TILE + tl.arange(0, TILE)
+        inside = word < ROW_WORDS
+        if GATHER:
+            tl.store(staged + word, tl.load(paged + word, mask=inside), mask=inside)
+        else:
+            tl.store(paged + word, tl.load(staged + word, mask=inside), mask=inside)
+        unit += tl.num_programs(0)
+
+
+class TritonMover:
+    """See `kvkernels.staged.Mover`.
+
+    Args:
+        layout: the cache's layout.
+        tensors: the cache.
+        programs: the most programs of one launch: what gathers take from the model's kernels.
+    """
+
+    def __init__(self, layout: PagedLayout, tensors: Tensors, *, programs: int = 8) -> None:
+        self._tensors = listed(tensors)  # the table holds bare addresses, so the tensors must outlive it
+        self._programs = programs
+        self._chunk_blocks = layout.chunk_blocks
+        device = self._tensors[0].device
+        addresses = [self._tensors[plane.tensor].data_ptr() + plane.offset for plane in layout.planes]
+        strides = [plane.block_stride for plane in layout.planes]
+        self._addresses = torch.tensor(addresses, dtype=torch.int64, device=device)
+        self._strides = torch.tensor(strides, dtype=torch.int64, device=device)
+        sizes = [plane.row_bytes for plane in layout.planes]
+        self._word = word_bytes(*addresses, *strides, *sizes)
+        self._align = 16 if all(value % 16 == 0 for value in (*addresses, *strides, *sizes)) else self._word
+
+    def gather(self, ids: Any, piece: StagedPiece, staging: Any) -> None:
+        """Launch the gather on the current stream."""
+        self._launch(ids, piece, staging, gather=True)
+
+    def scatter(self, ids: Any, piece: StagedPiece, staging: Any) -> None:
+        """Launch the scatter on the current stream."""
+        self._launch(ids, piece, staging, gather=False)
+
+    def _launch(self, ids: Any, piece: StagedPiece, staging: Any, *, gather: bool) -> None:
+        row_words = piece.row_bytes // self._word
+        tile = min(_TILE_BYTES // self._word, 1 << (row_words - 1).bit_length())
+        units = piece.rows * -(-row_words // tile)
+        _move_rows[(min(self._programs, units),)](
+            self._addresses,
+            self._strides,
+            ids,
+            staging,
+            piece.planes.start,
+            piece.chunks.start,
+            piece.blocks.start,
+            len(piece.planes),
+            len(piece.blocks),
+            self._chunk_blocks,
+            piece.rows,
+            ROW_WORDS=row_words,
+            WORD={8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[self._word],
+            ALIGN=self._align,
+            TILE=tile,
+            GATHER=gather,
+            num_warps=_WARPS if tile * self._word >= _TILE_BYTES // 4 else 4,
+        )
+
+
+def triton_transfer(
+    layout: PagedLayout, tensors: Tensors, arena: Arena, runtime: Runtime, *, programs: int = 8, **pipeline: Any
+) -> StagedTransfer:
+    """The Triton backend: `StagedTransfer` (which names the further arguments) over `TritonMover`."""
+    mover = TritonMover(layout, tensors, programs=programs)
+    return StagedTransfer(layout, arena, runtime, mover, name="triton", **pipeline)

@@ -1,0 +1,370 @@
+"""The server: one thread's request loop over sockets, liveness connections and L2's completions.
+
+A turn of the loop takes in what has come, writes the journal with one write, and then sends the replies: what an engine
+is told, the journal knows. HTTP runs in a thread of its own and talks to the loop through the same wire.
+"""
+
+import fcntl
+import logging
+import os
+import stat
+import threading
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from kvcore.live import wire
+from kvcore.live.allocator import PageAllocator
+from kvcore.live.arena import Arena, ArenaPaths
+from kvcore.live.book import page_ids
+from kvcore.live.l2 import StorePool
+from kvcore.live.limits import ArenaError
+from kvcore.live.liveness import Liveness
+from kvcore.live.members import Member, RefusedError, UnknownMemberError
+from kvcore.live.recorder import Recorder
+from kvcore.live.service import MonotonicClock, Parts, Service
+from kvcore.live.settings import Settings, check, http_address
+from kvcore.live.takeover import State, apply, clear_of_changed, end_of_what_was_under_way, recover
+from kvtraces.journal import Head, JournalWriter, take_snapshot
+
+_LOG = logging.getLogger("kvcore.server")
+_TURN_MESSAGES = 256
+"""Messages taken from one socket before the replies go out."""
+
+
+class StartError(Exception):
+    """The server cannot start; the message is one line. Nothing is left behind."""
+
+
+class Server:
+    """A server that can run in the calling thread (`run`) or in one of its own (`start`).
+
+    `open` acquires everything or nothing; `close` lets go of it, the arena included.
+
+    Raises SettingsError for settings that do not go together.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = check(settings)
+        self._resources = ExitStack()
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self._poller = zmq.Poller()
+        self._stop_fd = -1
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._logged: set[str] = set()
+
+    # Start and stop
+
+    def open(self) -> None:
+        """Make the arena, take over what the journal proves, and listen. Raises StartError."""
+        try:
+            with ExitStack() as stack:
+                self._open(stack)
+                self._resources = stack.pop_all()
+        except (ArenaError, OSError, ValueError, zmq.ZMQError) as error:
+            raise StartError(str(error)) from error
+
+    def run(self) -> None:
+        """Serve until `stop`. The calling thread owns everything that `open` made."""
+        next_sweep = last_turn = time.monotonic()
+        sweep_s = min(0.25, self.settings.lease_s / 8)
+        while not self._stopping:
+            ready = dict(self._poller.poll(max(0, round((next_sweep - time.monotonic()) * 1000))))
+            now = time.monotonic()
+            if now - last_turn > max(1.0, 4 * sweep_s):
+                self.service.members.forgive(round((now - last_turn) * 1e9))  # this process did not run
+            last_turn = now
+            self._turn(ready)
+            if now >= next_sweep:
+                self.service.sweep()
+                self._flush()
+                next_sweep = now + sweep_s
+
+    def start(self) -> None:
+        """Open, and run in a thread. Raises StartError."""
+        self.open()
+        self._thread = threading.Thread(target=self._run_and_close, name="kvcore-server", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask the loop to end; any thread, or a signal's handler, may."""
+        self._stopping = True
+        with suppress(OSError):
+            os.eventfd_write(self._stop_fd, 1)
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for the thread of `start`; return whether it has ended."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            return not self._thread.is_alive()
+        return True
+
+    def close(self) -> None:
+        """Let go of everything, the arena included, in reverse order."""
+        self._resources.close()
+
+    def __enter__(self) -> "Server":
+        """Start in a thread."""
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop and wait."""
+        self.stop()
+        self.join()
+
+    def _run_and_close(self) -> None:
+        try:
+            self.run()
+        finally:
+            self.close()
+
+    # What open makes
+
+    def _open(self, stack: ExitStack) -> None:
+        settings = self.settings
+        self._stop_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        stack.callback(os.close, self._stop_fd)
+        self._poller = zmq.Poller()
+        self._poller.register(self._stop_fd, zmq.POLLIN)
+        self._context = zmq.Context()
+        stack.callback(self._context.destroy, 0)
+        self._sockets = []
+        for endpoint in settings.endpoints:
+            self._listen(endpoint, stack)
+        paths = ArenaPaths(Path(settings.arena_dir), settings.name)
+        previous_epoch = _epoch_of(paths) if settings.journal else 0
+        arena = Arena.open(paths, size_bytes=settings.l1_bytes, page_bytes=settings.page_bytes)
+        stack.callback(arena.close)
+        journal, state = self._open_journal(arena, previous_epoch, stack)
+        clock = MonotonicClock(state.now_ns)
+        allocator = PageAllocator(arena.generations, arena.page_writers, page_ids(state.book.resident.values()))
+        recorder = None
+        if settings.record:
+            recorder = Recorder(settings.record, max_bytes=settings.record_max_mb << 20)
+            stack.callback(recorder.close)
+        parts = Parts(
+            settings=settings,
+            arena=arena,
+            allocator=allocator,
+            state=state,
+            clock=clock,
+            liveness_path=str(paths.socket),
+            journal=journal,
+            recorder=recorder,
+            pool=self._open_pool(stack),
+        )
+        self.service = Service(parts)
+        self._watch_members(paths.socket, stack)
+        self._flush()
+        if settings.pretouch:
+            arena.pretouch(huge_pages=settings.huge_pages)
+        self._open_http(stack)
+
+    def _listen(self, endpoint: str, stack: ExitStack) -> None:
+        if self._context is None:
+            raise AssertionError("no context to listen in")
+        socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.SNDHWM, 100_000)
+        socket.setsockopt(zmq.RCVHWM, 100_000)
+        if endpoint.startswith("tcp://") and self.settings.curve_key:
+            self._protect(socket, stack)
+        path = Path(endpoint.removeprefix("ipc://")) if endpoint.startswith("ipc://") else None
+        if path is not None:
+            _lock_ipc(path, stack)
+        try:
+            socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise StartError(f"cannot listen on {endpoint}: {error.strerror}") from error
+        if path is not None:
+            os.chmod(path, stat.S_IRUSR | stat.S_IWUSR)
+        self._sockets.append(socket)
+        self._poller.register(socket, zmq.POLLIN)
+
+    def _protect(self, socket: "zmq.Socket[bytes]", stack: ExitStack) -> None:
+        """Admit only the clients whose certificates are in the folder."""
+        from zmq.auth import load_certificate  # noqa: PLC0415 - rarely needed
+        from zmq.auth.thread import ThreadAuthenticator  # noqa: PLC0415
+
+        public, secret = load_certificate(self.settings.curve_key)
+        if secret is None:
+            raise StartError(f"{self.settings.curve_key} holds no secret key")
+        authenticator = ThreadAuthenticator(self._context)
+        authenticator.start()
+        stack.callback(authenticator.stop)
+        authenticator.configure_curve(domain="*", location=self.settings.curve_clients)
+        socket.curve_publickey, socket.curve_secretkey, socket.curve_server = public, secret, True
+
+    def _open_journal(self, arena: Arena, previous_epoch: int, stack: ExitStack) -> tuple[JournalWriter | None, State]:
+        """Return the journal to write to, and the state in which the server starts."""
+        settings, config = self.settings, self.settings.core_config()
+        if not settings.journal:
+            return None, State.empty(config)
+        state = None
+        if arena.taken_over:
+            state = recover(Path(settings.journal), config, epoch=previous_epoch, page_bytes=arena.page_bytes)
+        journal = JournalWriter(
+            settings.journal,
+            Head(config=config, meta={"epoch": arena.epoch, "page_bytes": arena.page_bytes, "name": settings.name}),
+            None if state is None else take_snapshot(state.core, state.book.dump()),
+            segment_bytes=settings.journal_segment_mb << 20,
+            keep=settings.journal_segments,
+        )
+        stack.callback(journal.close)
+        if state is None:
+            return journal, State.empty(config)
+        now_ns = MonotonicClock(state.now_ns).now_ns()
+        for event in end_of_what_was_under_way(state, now_ns):
+            journal.step(event, apply(state, event))
+        changed = clear_of_changed(state, arena.generations, now_ns)
+        if changed is not None:
+            journal.step(changed, apply(state, changed))
+        journal.flush()
+        _LOG.info("took over %d chunks of an earlier server", len(state.book.resident))
+        return journal, state
+
+    def _open_pool(self, stack: ExitStack) -> StorePool | None:
+        if not self.settings.l2:
+            return None
+        from kvcore.live.stores import open_store  # noqa: PLC0415 - with the store's client library
+
+        queue_bytes = int(self.settings.l2_queue_gb * (1 << 30))
+        pool = StorePool(open_store(self.settings.l2), self.settings.l2_threads, queue_bytes)
+        stack.callback(pool.close)
+        self._poller.register(pool.wake_fd, zmq.POLLIN)
+        return pool
+
+    def _watch_members(self, path: Path, stack: ExitStack) -> None:
+        self._liveness = Liveness(
+            path,
+            here=self._here,
+            gone=self._gone,
+            watch=lambda fd: self._poller.register(fd, zmq.POLLIN),
+            unwatch=self._poller.unregister,
+        )
+        stack.callback(self._liveness.close)
+
+    def _open_http(self, stack: ExitStack) -> None:
+        address = http_address(self.settings)
+        if address is None:
+            return
+        from kvcore.live.http import HttpThread  # noqa: PLC0415 - starlette and uvicorn load slowly
+
+        endpoint = f"inproc://kvcore-http-{id(self)}"
+        self._listen(endpoint, stack)
+        if self._context is None:
+            raise AssertionError("no context to serve HTTP in")
+        http = HttpThread(self._context, endpoint, *address)
+        http.start()
+        stack.callback(http.stop)
+
+    # The loop
+
+    def _turn(self, ready: dict[Any, int]) -> None:
+        """Take in what has come, then write the journal, then reply."""
+        replies: list[tuple[zmq.Socket[bytes], list[bytes]]] = []
+        for source in ready:
+            if isinstance(source, zmq.Socket):
+                self._receive(source, replies)
+            elif source == self._stop_fd:
+                continue
+            elif not self._liveness.ready(source):
+                self.service.collect()
+        self._flush()
+        for socket, frames in replies:
+            with suppress(zmq.Again):  # a client that takes no replies
+                socket.send_multipart(frames, zmq.NOBLOCK)
+        if self.service.later:
+            later, self.service.later = self.service.later, []
+            for task in later:
+                task()
+
+    def _receive(self, socket: "zmq.Socket[bytes]", replies: "list[tuple[zmq.Socket[bytes], list[bytes]]]") -> None:
+        for _ in range(_TURN_MESSAGES):
+            try:
+                identity, *frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            correlation, reply = self._answer(frames)
+            replies.append((socket, [identity, *wire.encode(reply, correlation)]))
+
+    def _answer(self, frames: list[bytes]) -> tuple[int, wire.Reply]:
+        """Return the reply to a message, whatever it is."""
+        correlation = 0
+        try:
+            correlation, message = wire.decode_request(frames)
+            return correlation, self.service.handle(message)
+        except wire.WireError as error:
+            correlation, reply = error.id, wire.Error(error.kind, str(error))
+        except RefusedError as error:
+            reply = wire.Error("refused", str(error))
+        except UnknownMemberError as error:
+            reply = wire.Error("unknown_instance", str(error))
+        except Exception as error:  # a fault of ours must cost one request, not the server; it is logged and told
+            reply = wire.Error("internal", f"{type(error).__name__}: {error}")
+            self._log_once(error)
+        self.service.metrics.counts["kvcore_errors", reply.kind] += 1
+        return correlation, reply
+
+    def _log_once(self, error: Exception) -> None:
+        """Log a fault with its traceback, once for every place it comes from."""
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        place = "" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+        if place not in self._logged:
+            self._logged.add(place)
+            _LOG.error("a request failed", exc_info=error)
+
+    def _here(self, token: int, pid: int) -> Member:
+        return self.service.here(token, pid)
+
+    def _gone(self, member: Member) -> None:
+        if self.service.members.find_token(member.token) is member:
+            _LOG.info("%s is gone", member.name)
+            self.service.gone(member)
+
+    def _flush(self) -> None:
+        """Write what the journal has collected; a new segment where one is full."""
+        journal = self.service.parts.journal
+        if journal is None:
+            return
+        journal.flush()
+        if journal.due:
+            state = self.service.parts.state
+            journal.rotate(take_snapshot(state.core, state.book.dump()))
+
+
+def _epoch_of(paths: ArenaPaths) -> int:
+    """Return the epoch of an arena that an earlier server left, 0 where there is none to take over."""
+    try:
+        with Arena.attach(paths.arena) as arena:
+            return arena.epoch
+    except ArenaError:
+        return 0
+
+
+def _lock_ipc(path: Path, stack: ExitStack) -> None:
+    """Hold an ipc endpoint for ourselves: ZMQ itself would take it from another server without a word."""
+    lock = path.with_name(path.name + ".lock")
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise StartError(f"cannot listen on ipc://{path}: another server does") from None
+
+    def release() -> None:
+        for left in (path, lock):
+            with suppress(FileNotFoundError):
+                left.unlink()
+        os.close(fd)
+
+    stack.callback(release)

@@ -1,0 +1,614 @@
+"""What the server does with each message: it turns them into the core's events, and decisions into replies.
+
+No socket, no thread, no wall clock here: a message in, a reply out.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import msgspec
+
+from kvcore.live import wire
+from kvcore.live.allocator import PageAllocator
+from kvcore.live.arena import Arena
+from kvcore.live.book import Room
+from kvcore.live.l2 import StorePool
+from kvcore.live.members import Instance, Member, Members, RefusedError, UnknownMemberError, Work
+from kvcore.live.metrics import Metrics, model_of
+from kvcore.live.ranks import Acknowledgements
+from kvcore.live.recorder import Recorder, Seen
+from kvcore.live.settings import Settings
+from kvcore.live.takeover import State
+from kvcore.live.transport import QUARANTINE, LiveTransport, Shape
+from kvcore.policy import (
+    Chunk,
+    Cleared,
+    Clock,
+    Decision,
+    Driver,
+    Event,
+    InstanceLeft,
+    InstanceRegistered,
+    LeaseExpired,
+    LoadDone,
+    LoadFailed,
+    LookedUp,
+    Pinned,
+    QuotaSet,
+    RequestEnded,
+    RoomAsked,
+    StoreAborted,
+    StoreCommitted,
+    UnknownInstanceError,
+    Unpinned,
+)
+from kvtraces.journal import JournalWriter
+
+Handler: TypeAlias = Callable[[Any], wire.Reply]
+_DONE = wire.Done()
+
+
+class MonotonicClock:
+    """The system's monotonic clock, not behind `start_ns`."""
+
+    def __init__(self, start_ns: int = 0) -> None:
+        self._ahead_ns = max(0, start_ns - time.monotonic_ns())
+
+    def now_ns(self) -> int:
+        """Return the time, in ns."""
+        return time.monotonic_ns() + self._ahead_ns
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Parts:
+    """What a service is made of."""
+
+    settings: Settings
+    arena: Arena
+    allocator: PageAllocator
+    state: State
+    clock: Clock
+    liveness_path: str
+    journal: JournalWriter | None = None
+    recorder: Recorder | None = None
+    pool: StorePool | None = None
+
+
+class Service:
+    """Owns the core, the driver and everything that is known of engines. One thread's: the request loop's."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.settings = parts.settings
+        self.clock = parts.clock
+        self.started_ns = parts.clock.now_ns()
+        self.metrics = Metrics()
+        self.members = Members(
+            chunk_tokens=parts.settings.chunk_size,
+            page_bytes=parts.arena.page_bytes,
+            l1_pages=parts.state.core.config.tiers[0].pages or 0,
+            lease_ns=round(parts.settings.lease_s * 1e9),
+        )
+        self.transport = LiveTransport(
+            parts.arena,
+            parts.allocator,
+            parts.state.book,
+            clock=parts.clock,
+            shape_of=self._shape_of,
+            pool=parts.pool,
+            staging_pages=parts.settings.staging_pages,
+            journal=parts.journal,
+        )
+        self.driver = Driver(parts.state.core, self.transport, self._observe)
+        self.transport.handle = self.driver.handle
+        self.later: list[Callable[[], None]] = []
+        """What is to be done after the replies are out."""
+        self._works: dict[str, Work] = {}
+        self._stores = Acknowledgements()
+        self._loads = Acknowledgements()
+        self._quarantined: list[Chunk] = []
+        self._handlers: dict[type[wire.Message], Handler] = {
+            wire.Ping: self._ping,
+            wire.Register: self._register,
+            wire.Lookup: self._lookup,
+            wire.Poll: self._poll,
+            wire.Ask: self._ask,
+            wire.Committed: self._committed,
+            wire.Aborted: self._aborted,
+            wire.Loaded: self._loaded,
+            wire.LoadFailed: self._load_failed,
+            wire.End: self._end,
+            wire.Leave: self._leave,
+            wire.Renew: self._renew,
+            wire.Record: self._record,
+            wire.Status: lambda _: wire.Report(self.status()),
+            wire.GetConfig: lambda _: wire.Report(msgspec.to_builtins(self.settings)),
+            wire.GetMetrics: lambda _: wire.Report(self.metrics.report(self._kept_elsewhere())),
+            wire.Clear: self._clear,
+            wire.Pin: self._pin,
+            wire.Unpin: self._unpin,
+            wire.SetQuota: self._set_quota,
+            wire.Where: self._where,
+        }
+        self._quarantine()
+
+    def handle(self, message: wire.Message) -> wire.Reply:
+        """Return the reply to a request.
+
+        Raises RefusedError and UnknownMemberError, which are replies too; whatever else it raises is a fault.
+        """
+        try:
+            return self._handlers[type(message)](message)
+        except UnknownInstanceError as error:
+            raise UnknownMemberError(str(error)) from None
+        finally:
+            self.transport.answers.clear()
+
+    # Members
+
+    def _ping(self, _: wire.Ping) -> wire.Pong:
+        return wire.Pong("1", self.parts.arena.epoch, os.getpid())
+
+    def _register(self, message: wire.Register) -> wire.Registered:
+        now_ns = self.clock.now_ns()
+        sized = self.members.size(message)
+        instance, old = self.members.find(message)
+        if old is not None:
+            self.gone(old)
+            instance = self.members.instances.get(message.instance)
+        if instance is None:
+            instance = sized
+            self._feed(
+                InstanceRegistered(
+                    now_ns=now_ns,
+                    instance=instance.name,
+                    chunk_pages=instance.chunk_pages,
+                    chunk_bytes=instance.chunk_bytes,
+                )
+            )
+        member = self.members.enter(message, instance, now_ns)
+        arena = self.parts.arena
+        return wire.Registered(
+            member=member.token,
+            chunk_tokens=instance.chunk_tokens,
+            chunk_pages=instance.chunk_pages,
+            shard_bytes=instance.shard_bytes,
+            arena_path=str(arena.path),
+            page_bytes=arena.page_bytes,
+            pages=arena.pages,
+            epoch=arena.epoch,
+            lease_ms=round(self.settings.lease_s * 1000),
+            liveness_path=self.parts.liveness_path,
+            record=self.parts.recorder is not None,
+        )
+
+    def here(self, token: int, pid: int) -> Member:
+        """Take in a member's liveness connection. Raises UnknownMemberError."""
+        member = self.members.heard(token, self.clock.now_ns())
+        if member.role == "worker":
+            writers = self.parts.arena.writers
+            if member.drained_epoch:
+                writers.leave(member.name, pid)
+            member.instance.writer = writers.join(member.name, pid, member.instance.writer)
+        member.pid = pid
+        member.here = True
+        return member
+
+    def gone(self, member: Member) -> None:
+        """Take in that a member is gone for certain, or starts anew with its copies ended."""
+        instance = member.instance
+        self.members.remove(member)
+        self._expire(instance)
+        if member.role == "worker":
+            self._acknowledge_all(instance, member.rank)
+            self.parts.arena.writers.leave(member.name, member.pid)
+        if not instance.members:
+            self._feed(InstanceLeft(now_ns=self.clock.now_ns(), instance=instance.name))
+            for acknowledgements in (self._stores, self._loads):
+                for name in acknowledgements.of(instance.prefix):
+                    acknowledgements.forget(name)
+        self.transport.answers.clear()
+
+    def _leave(self, message: wire.Leave) -> wire.Done:
+        self.gone(self._heard(message.member))
+        return _DONE
+
+    def _renew(self, message: wire.Renew) -> wire.Done:
+        self._heard(message.member)
+        return _DONE
+
+    def _heard(self, token: int) -> Member:
+        return self.members.heard(token, self.clock.now_ns())
+
+    def sweep(self) -> None:
+        """Take back what belongs to nobody: leases that have run out, members that never came, quarantined pages."""
+        now_ns = self.clock.now_ns()
+        for member in self.members.never_here(now_ns):
+            self.gone(member)
+        for instance in self.members.silent(now_ns):
+            self._expire(instance)
+        if self._quarantined:
+            self._release_quarantine()
+        self.transport.answers.clear()
+
+    def _expire(self, instance: Instance) -> None:
+        """Give up every request of an instance; what its workers are still writing stays taken until they say so."""
+        for name in tuple(instance.works):
+            self._feed(LeaseExpired(now_ns=self.clock.now_ns(), request=name))
+            self._loads.forget(name)
+            self._forget(name)
+
+    def _acknowledge_all(self, instance: Instance, rank: int) -> None:
+        """Say in the name of a rank that is gone that it copies nothing any more."""
+        for name in self._stores.of(instance.prefix):
+            self._settle_stores(name, *self._stores.take(name, rank, None, copied=False))
+        for name in self._loads.of(instance.prefix):
+            self._settle_loads(name, *self._loads.take(name, rank, None, copied=False))
+
+    # Pages that a worker of an earlier server may still be writing
+
+    def _quarantine(self) -> None:
+        """Have the core count with the pages that the allocator does not hand out."""
+        count = self.parts.allocator.quarantined
+        if not count:
+            return
+        now_ns = self.clock.now_ns()
+        chunks = tuple(b"quarantined %d" % index for index in range(count))
+        name = QUARANTINE
+        self._feed(InstanceRegistered(now_ns=now_ns, instance=name, chunk_pages=1))
+        self._feed(LookedUp(now_ns=now_ns, request=name, instance=name, chunks=chunks, salt=name))
+        for _ in range(1 + (self.settings.admission == "second-use")):
+            self._feed(RoomAsked(now_ns=now_ns, request=name, chunks=chunks))
+        self._quarantined = list(chunks)
+        self.transport.answers.clear()
+
+    def _release_quarantine(self) -> None:
+        freed = self.parts.allocator.reap(self.parts.arena.writers.alive)
+        if not freed:
+            return
+        chunks, self._quarantined = self._quarantined[:freed], self._quarantined[freed:]
+        now_ns = self.clock.now_ns()
+        self._feed(StoreAborted(now_ns=now_ns, request=QUARANTINE, tier=0, chunks=tuple(chunks)))
+        if not self._quarantined:
+            self._feed(InstanceLeft(now_ns=now_ns, instance=QUARANTINE))
+
+    # Requests: what is cached
+
+    def _lookup(self, message: wire.Lookup) -> wire.Found:
+        start = time.perf_counter()
+        member = self._heard(message.member)
+        instance = member.instance
+        if not instance.ready:
+            return wire.Found(epoch=self.parts.arena.epoch)
+        _refuse_duplicates(message.chunks)
+        now_ns = self.clock.now_ns()
+        name = instance.prefix + message.request
+        work = self._works.get(name)
+        fresh = work is None
+        if work is None:
+            work = Work(name, instance, message.chunks, message.salt, message.computed_chunks)
+            self._works[name] = instance.works[name] = work
+        event = LookedUp(
+            now_ns=now_ns,
+            request=name,
+            instance=instance.name,
+            chunks=message.chunks,
+            computed_chunks=message.computed_chunks,
+            salt=message.salt,
+            queued_bytes=message.queued_bytes,
+            resumed=message.resumed,
+        )
+        try:
+            self._feed(event)
+        except UnknownInstanceError:
+            self._forget(name)
+            raise
+        matched = self.transport.answers[name].matched
+        if fresh and matched is not None:
+            work.hits = matched.hits
+            self._note_lookup(work, message, now_ns)
+        self._take_run(work)
+        if work.run and not self._loads.waits(name):
+            self._loads.expect(name, work.run, instance.register.world)
+        found = self._found(work, message.computed_chunks)
+        self.metrics.histograms["kvcore_lookup_seconds",].add(time.perf_counter() - start)
+        return found
+
+    def _note_lookup(self, work: Work, message: wire.Lookup, now_ns: int) -> None:
+        self.metrics.looked_up(
+            work,
+            tokens=message.input_tokens,
+            salt=message.salt,
+            resumed=message.resumed,
+            probe=message.probe,
+            now_ns=now_ns,
+        )
+        if self.parts.recorder is not None:
+            instance = work.instance
+            seen = Seen(
+                seq=0,
+                timestamp_ms=now_ns / 1e6,
+                instance=instance.name,
+                model=model_of(work),
+                salt=message.salt,
+                chunk_tokens=instance.chunk_tokens,
+                hits=work.hits,
+            )
+            self.parts.recorder.looked_up(work.name, seen)
+
+    def _take_run(self, work: Work) -> None:
+        run = self.transport.runs.pop(work.name, None)
+        if run:
+            work.run = run
+            self._loads.expect(work.name, run, work.instance.register.world)
+
+    def _poll(self, message: wire.Poll) -> wire.Found:
+        member = self._heard(message.member)
+        work = self._works.get(member.instance.prefix + message.request)
+        if work is None:
+            return wire.Found(epoch=self.parts.arena.epoch)
+        self._take_run(work)
+        return self._found(work, work.start)
+
+    def _found(self, work: Work, computed: int) -> wire.Found:
+        """Return what a request's engine is to load, from what it has computed on."""
+        epoch, fetching = self.parts.arena.epoch, self.transport.fetching
+        if not work.run:
+            wanted = work.chunks[work.start : sum(work.hits)]
+            pending = bool(fetching) and not fetching.keys().isdisjoint(wanted) and not work.ended
+            return wire.Found(work.hits, pending, epoch=epoch)
+        start, run, resident = work.start, work.run, self.parts.state.book.resident
+        if computed < start and all(chunk in resident for chunk in work.chunks[computed:start]):
+            start, run = computed, work.chunks[computed:start] + run  # the engine has lost some since it asked first
+        rooms = [resident[chunk] for chunk in run]
+        return wire.Found(work.hits, False, start, len(run), *_joined(rooms), epoch)
+
+    # Requests: stores
+
+    def _ask(self, message: wire.Ask) -> wire.Granted:
+        member = self._heard(message.member)
+        instance, epoch = member.instance, self.parts.arena.epoch
+        name = instance.prefix + message.request
+        if name not in self._works or not instance.ready:
+            return wire.Granted(refused={"unknown": len(message.chunks)}, epoch=epoch)
+        _refuse_duplicates(message.chunks)
+        self._feed(RoomAsked(now_ns=self.clock.now_ns(), request=name, chunks=message.chunks))
+        answer = self.transport.answers[name]
+        placed = answer.placed
+        if not placed:
+            return wire.Granted(refused=answer.refused, epoch=epoch)
+        self._stores.expect(name, placed, instance.register.shards)
+        if placed == message.chunks[: len(placed)]:
+            indices: tuple[int, ...] = tuple(range(len(placed)))
+        else:
+            where = {chunk: at for at, chunk in enumerate(message.chunks)}
+            indices = tuple(where[chunk] for chunk in placed)  # type: ignore[index]  # what was asked for is placed
+        return wire.Granted(indices, *_joined(answer.rooms), answer.refused, epoch)
+
+    def _committed(self, message: wire.Committed) -> wire.Done:
+        member = self._rank(message)
+        name = member.instance.prefix + message.request
+        work = self._works.get(name)
+        self.metrics.stored(
+            member.instance.register.namespace.get("model", ""),
+            tokens=message.tokens if message.rank == 0 else 0,
+            nbytes=message.bytes,
+            seconds=message.seconds,
+            salt="" if work is None else work.salt,
+        )
+        self._settle_stores(name, *self._stores.take(name, message.rank, message.chunks, copied=True))
+        return _DONE
+
+    def _aborted(self, message: wire.Aborted) -> wire.Done:
+        name = self._rank(message).instance.prefix + message.request
+        self._settle_stores(name, *self._stores.take(name, message.rank, message.chunks, copied=False))
+        return _DONE
+
+    def _settle_stores(self, name: str, copied: list[Chunk], failed: list[Chunk]) -> None:
+        now_ns = self.clock.now_ns()
+        if copied:
+            self._feed(StoreCommitted(now_ns=now_ns, request=name, tier=0, chunks=tuple(copied)))
+        if failed:
+            self._feed(StoreAborted(now_ns=now_ns, request=name, tier=0, chunks=tuple(failed)))
+        self._forget_if_over(name)
+
+    # Requests: loads, and the end
+
+    def _loaded(self, message: wire.Loaded) -> wire.Done:
+        member = self._rank(message)
+        name = member.instance.prefix + message.request
+        tokens = message.tokens if message.rank == 0 else 0
+        work = self._works.get(name)
+        self.metrics.loaded(
+            work,
+            member.instance.register.namespace.get("model", ""),
+            tokens=tokens,
+            nbytes=message.bytes,
+            seconds=message.seconds,
+            salt="" if work is None else work.salt,
+        )
+        if self.parts.recorder is not None and tokens:
+            self.parts.recorder.loaded(name, tokens)
+        self._settle_loads(name, *self._loads.take(name, message.rank, message.chunks, copied=True))
+        return _DONE
+
+    def _load_failed(self, message: wire.LoadFailed) -> wire.Done:
+        name = self._rank(message).instance.prefix + message.request
+        self._settle_loads(name, *self._loads.take(name, message.rank, message.chunks, copied=False))
+        return _DONE
+
+    def _settle_loads(self, name: str, copied: list[Chunk], failed: list[Chunk]) -> None:
+        now_ns = self.clock.now_ns()
+        if copied:
+            self._feed(LoadDone(now_ns=now_ns, request=name, tier=0, chunks=tuple(copied)))
+        if failed:
+            self._feed(LoadFailed(now_ns=now_ns, request=name, tier=0, chunks=tuple(failed)))
+        self._forget_if_over(name)
+
+    def _rank(self, message: wire.Committed | wire.Aborted | wire.Loaded | wire.LoadFailed) -> Member:
+        """Return the member that acknowledges copies. Raises RefusedError where it may not speak for that rank."""
+        member = self._heard(message.member)
+        expected = member.rank if member.role == "worker" else wire.ALL_RANKS
+        if message.rank != expected:
+            raise RefusedError(f"{member.role} {member.rank} cannot acknowledge copies of rank {message.rank}")
+        return member
+
+    def _end(self, message: wire.End) -> wire.Done:
+        name = self._heard(message.member).instance.prefix + message.request
+        work = self._works.get(name)
+        if work is not None:
+            work.ended = True
+        self._feed(RequestEnded(now_ns=self.clock.now_ns(), request=name))
+        self._forget_if_over(name)
+        return _DONE
+
+    def _record(self, message: wire.Record) -> wire.Done:
+        name = self._heard(message.member).instance.prefix + message.request
+        recorder = self.parts.recorder
+        if recorder is not None:
+            self.later.append(lambda: recorder.take(name, message))
+        return _DONE
+
+    def _forget_if_over(self, name: str) -> None:
+        work = self._works.get(name)
+        if work is not None and work.ended and not self._loads.waits(name) and not self._stores.waits(name):
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        work = self._works.pop(name, None)
+        if work is not None:
+            work.instance.works.pop(name, None)
+            self.transport.runs.pop(name, None)
+
+    # The operator
+
+    def _clear(self, message: wire.Clear) -> wire.Done:
+        self._feed(Cleared(now_ns=self.clock.now_ns(), chunks=message.chunks))
+        return _DONE
+
+    def _pin(self, message: wire.Pin) -> wire.Done:
+        self._feed(Pinned(now_ns=self.clock.now_ns(), chunks=message.chunks))
+        return _DONE
+
+    def _unpin(self, message: wire.Unpin) -> wire.Done:
+        self._feed(Unpinned(now_ns=self.clock.now_ns(), chunks=message.chunks))
+        return _DONE
+
+    def _set_quota(self, message: wire.SetQuota) -> wire.Done:
+        self._feed(QuotaSet(now_ns=self.clock.now_ns(), salt=message.salt, pages=message.pages))
+        return _DONE
+
+    def _where(self, message: wire.Where) -> wire.Places:
+        places = map(self.parts.state.core.where, message.chunks)
+        return wire.Places(tuple(-1 if tier is None else tier for tier in places))
+
+    # The shell
+
+    def collect(self) -> None:
+        """Take in what L2's threads have done."""
+        for outcome in self.transport.collect():
+            result = "copied" if outcome.copied else "failed"
+            self.metrics.counts["kvcore_l2_chunks", outcome.job.kind, result] += 1
+            self.metrics.time("kvcore_l2_seconds", outcome.seconds, outcome.job.kind)
+        self.transport.answers.clear()
+
+    def _feed(self, event: Event) -> None:
+        self.driver.handle(event)
+
+    def _observe(self, event: Event, decisions: tuple[Decision, ...]) -> None:
+        if self.parts.journal is not None:
+            self.parts.journal.step(event, decisions)
+        self.transport.learn(event, decisions)
+        self.metrics.observe(event, decisions)
+
+    def _shape_of(self, request: str) -> Shape:
+        instance = self._works[request].instance
+        return Shape(instance.chunk_pages, instance.chunk_bytes, instance.writer)
+
+    # Status
+
+    def status(self) -> dict[str, Any]:
+        """Return the server's state, to be shown."""
+        arena, allocator, core = self.parts.arena, self.parts.allocator, self.parts.state.core
+        tiers = [
+            {
+                "name": tier.name,
+                "chunks": len(tier.resident),
+                "pages": tier.used,
+                "capacity_pages": tier.capacity,
+                "idle_pages": tier.idle,
+                "bytes": tier.used * arena.page_bytes,
+            }
+            for tier in core.tiers
+        ]
+        recorder, journal = self.parts.recorder, self.parts.journal
+        return {
+            "epoch": arena.epoch,
+            "pid": os.getpid(),
+            "uptime_s": (self.clock.now_ns() - self.started_ns) / 1e9,
+            "arena": {
+                "path": str(arena.path),
+                "page_bytes": arena.page_bytes,
+                "pages": arena.pages,
+                "free_pages": allocator.free,
+                "quarantined_pages": allocator.quarantined,
+                "taken_over": arena.taken_over,
+            },
+            "chunk_tokens": self.settings.chunk_size,
+            "tiers": tiers,
+            "requests": len(self._works),
+            "instances": [_shown(instance) for instance in self.members.instances.values()],
+            "recorder": None
+            if recorder is None
+            else {"path": str(recorder.path), "rows": recorder.rows, "dropped": recorder.dropped},
+            "journal": None if journal is None else {"path": str(journal.folder), "bytes": journal.written_bytes},
+        }
+
+    def _kept_elsewhere(self) -> Iterable[tuple[tuple[str, ...], float]]:
+        """Yield the gauges and the counters that other parts keep."""
+        allocator, core, page_bytes = self.parts.allocator, self.parts.state.core, self.parts.arena.page_bytes
+        yield ("kvcore_pages", "free"), allocator.free
+        yield ("kvcore_pages", "used"), allocator.used
+        yield ("kvcore_pages", "quarantined"), allocator.quarantined
+        for index, tier in enumerate(core.tiers, 1):
+            yield ("kvcore_bytes_in_use", f"l{index}"), tier.used * page_bytes
+            yield ("kvcore_chunks", f"l{index}"), len(tier.resident)
+        yield ("kvcore_requests_at_work",), len(self._works)
+        yield ("kvcore_uptime_seconds",), (self.clock.now_ns() - self.started_ns) / 1e9
+        yield ("kvcore_l2_dropped_chunks",), self.transport.dropped_l2_chunks
+        if self.parts.recorder is not None:
+            yield ("kvcore_recorder_rows",), self.parts.recorder.rows
+            yield ("kvcore_recorder_dropped",), self.parts.recorder.dropped
+        if self.parts.journal is not None:
+            yield ("kvcore_journal_bytes",), self.parts.journal.written_bytes
+
+
+def _shown(instance: Instance) -> dict[str, Any]:
+    register = instance.register
+    return {
+        "name": instance.name,
+        "ready": instance.ready,
+        "requests": len(instance.works),
+        "world": register.world,
+        "shards": register.shards,
+        "block_tokens": register.block_tokens,
+        "chunk_bytes": instance.chunk_bytes,
+        "chunk_pages": instance.chunk_pages,
+        "namespace": register.namespace,
+        "members": [
+            {"role": member.role, "rank": member.rank, "pid": member.pid, "here": member.here}
+            for member in instance.members.values()
+        ],
+    }
+
+
+def _refuse_duplicates(chunks: tuple[bytes, ...]) -> None:
+    if len(set(chunks)) != len(chunks):
+        raise RefusedError("a chunk is named twice")
+
+
+def _joined(rooms: list[Room]) -> tuple[bytes, bytes]:
+    return b"".join([room.ids for room in rooms]), b"".join([room.generations for room in rooms])

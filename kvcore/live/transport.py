@@ -1,0 +1,234 @@
+"""The live shell's Transport: it gives placed chunks pages, tells engines where to copy, and copies to and from L2.
+
+It decides nothing. Engines' copies end when their workers say so; L2's when the pool's threads have posted them.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from kvcore.live.allocator import PageAllocator
+from kvcore.live.arena import Arena, views
+from kvcore.live.book import Book, Room, page_ids
+from kvcore.live.l2 import Job, Kind, Outcome, StorePool
+from kvcore.live.writers import NO_WRITER
+from kvcore.policy import (
+    Chunk,
+    Clock,
+    Decision,
+    Demote,
+    Event,
+    Evict,
+    Load,
+    LoadDone,
+    LoadFailed,
+    Matched,
+    Place,
+    Refuse,
+    StoreAborted,
+    StoreCommitted,
+)
+
+QUARANTINE: Final = "(quarantine)"
+"""The request that holds, in the core, the pages which a worker of an earlier server may still be writing."""
+
+
+class PageJournal(Protocol):
+    """Who is told of the pages that a placing decision was given, in the order of the decisions."""
+
+    def pages(self, ids: bytes, generations: bytes, chunk_bytes: int) -> None:
+        """Note them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a request's chunks look like in the arena."""
+
+    chunk_pages: int
+    chunk_bytes: int
+    writer: int
+    """The mark of the instance's workers in the arena."""
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """What the decisions of the event at hand say to the request that is asking."""
+
+    matched: Matched | None = None
+    placed: tuple[Chunk, ...] = ()
+    rooms: list[Room] = field(default_factory=list)
+    refused: dict[str, int] = field(default_factory=dict)
+
+
+class LiveTransport:
+    """Implements `kvcore.policy.Transport`.
+
+    `handle` must be set to `Driver.handle` before the first decision. `shape_of` returns the shape of the chunks of a
+    request at work.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        allocator: PageAllocator,
+        book: Book,
+        *,
+        clock: Clock,
+        shape_of: Callable[[str], Shape],
+        pool: StorePool | None = None,
+        staging_pages: int = 0,
+        journal: PageJournal | None = None,
+    ) -> None:
+        self.book = book
+        self.allocator = allocator
+        self.answers: defaultdict[str, Answer] = defaultdict(Answer)
+        """By request; cleared by whoever handled the event."""
+        self.runs: dict[str, tuple[Chunk, ...]] = {}
+        """By request, chunks in L1 that its engine is to load; whoever tells it takes them out."""
+        self.fetching: dict[Chunk, None] = {}
+        """Chunks on their way from L2 to L1."""
+        self.dropped_l2_chunks = 0
+        """Not written to L2 for want of room in the queue."""
+        self.handle: Callable[[Event], None] = _no_driver
+        self._arena = arena
+        self._clock = clock
+        self._shape_of = shape_of
+        self._pool = pool
+        self._staging_pages = staging_pages
+        self._staged: dict[Chunk, Room] = {}
+        """Chunks that have left L1 and are still read, to be written to L2."""
+        self._journal = journal
+
+    def learn(self, event: Event, decisions: tuple[Decision, ...]) -> None:
+        """Bring the book up to date with an event, before its decisions are carried out."""
+        settled, freed = self.book.learn(event, decisions)
+        if settled:
+            self.allocator.settle(page_ids(settled))
+        self._free(freed)
+
+    # The Transport
+
+    def matched(self, decision: Matched) -> None:
+        """Note what a lookup found."""
+        self.answers[decision.request].matched = decision
+
+    def load(self, decision: Load) -> None:
+        """Note what the engine is to load, or have the pool fetch it from L2."""
+        if decision.tier == 0:
+            self.runs[decision.request] = decision.chunks
+            return
+        rooms = self._place(decision, NO_WRITER, fetched=True)
+        for chunk, room in zip(decision.chunks, rooms, strict=True):
+            self.fetching[chunk] = None
+            self._submit("get", decision.request, chunk, room)
+
+    def store(self, decision: Place) -> None:
+        """Give placed chunks pages, or have the pool write them to L2."""
+        if decision.request == QUARANTINE:
+            return  # its pages are those that the allocator does not hand out
+        if decision.tier == 0:
+            answer = self.answers[decision.request]
+            answer.rooms = self._place(decision, self._shape_of(decision.request).writer, fetched=False)
+            answer.placed = decision.chunks
+            return
+        late = [chunk for chunk in decision.chunks if not self._put(decision.request, chunk, self.book.resident[chunk])]
+        self._not_written(decision.request, decision.tier, late)
+
+    def demote(self, decision: Demote) -> None:
+        """Keep the pages of chunks that leave L1 until the pool has written them, as far as there is room to wait."""
+        late: list[Chunk] = []
+        freed: list[Room] = []
+        for chunk in decision.chunks:
+            room = self.book.resident.pop(chunk)
+            if room.pages <= self._staging_pages and self._put("", chunk, room):
+                self._staging_pages -= room.pages
+                self._staged[chunk] = room
+            else:
+                late.append(chunk)
+                freed.append(room)
+        self._free(freed)
+        self._not_written("", decision.tier + 1, late)
+
+    def drop(self, decision: Evict) -> None:
+        """Free the pages of evicted chunks, or have the pool delete them from L2."""
+        if decision.tier == 0:
+            self._free(self.book.drop(decision))
+        elif self._pool is not None:
+            for chunk in decision.chunks:
+                self._pool.submit(Job("delete", "", _digest(chunk), []))
+
+    def refuse(self, decision: Refuse) -> None:
+        """Free what had been placed; count the others for the request that is asking."""
+        freed = self.book.refuse(decision)
+        self._free(freed)
+        if not freed and decision.tier == 0:
+            refused = self.answers[decision.request].refused
+            refused[decision.reason] = refused.get(decision.reason, 0) + len(decision.chunks)
+
+    # L2
+
+    def collect(self) -> list[Outcome]:
+        """Hand what the pool has done to the core; return it."""
+        if self._pool is None:
+            return []
+        outcomes = self._pool.collect()
+        groups: dict[tuple[Kind, str, bool], list[Chunk]] = {}
+        for outcome in outcomes:
+            job = outcome.job
+            groups.setdefault((job.kind, job.request, outcome.copied), []).append(job.chunk)
+            if job.kind == "get":
+                self.fetching.pop(job.chunk, None)
+            elif (room := self._staged.pop(job.chunk, None)) is not None:
+                self._staging_pages += room.pages
+                self._free([room])
+        for (kind, request, copied), chunks in groups.items():
+            if kind == "get":
+                ended: type[LoadDone | LoadFailed | StoreCommitted | StoreAborted] = LoadDone if copied else LoadFailed
+            else:
+                ended = StoreCommitted if copied else StoreAborted
+            self.handle(ended(now_ns=self._clock.now_ns(), request=request, tier=1, chunks=tuple(chunks)))
+        return outcomes
+
+    def _put(self, request: str, chunk: Chunk, room: Room) -> bool:
+        if self._pool is None or not self._pool.has_room(room.nbytes):
+            return False
+        self._submit("put", request, chunk, room)
+        return True
+
+    def _submit(self, kind: Kind, request: str, chunk: Chunk, room: Room) -> None:
+        if self._pool is None:
+            raise AssertionError(f"a {kind} without L2")
+        parts = views(self._arena, page_ids([room]), 0, room.nbytes)
+        self._pool.submit(Job(kind, request, _digest(chunk), parts))
+
+    def _not_written(self, request: str, tier: int, chunks: Sequence[Chunk]) -> None:
+        if chunks:
+            self.dropped_l2_chunks += len(chunks)
+            now_ns = self._clock.now_ns()
+            self.handle(StoreAborted(now_ns=now_ns, request=request, tier=tier, chunks=tuple(chunks)))
+
+    # Pages
+
+    def _place(self, decision: Place | Load, writer: int, *, fetched: bool) -> list[Room]:
+        """Take pages for the chunks of a decision, in one piece where possible."""
+        shape = self._shape_of(decision.request)
+        taken = self.allocator.take(len(decision.chunks) * shape.chunk_pages, writer)
+        ids, generations = taken.tobytes(), self._arena.generations[taken].tobytes()
+        if self._journal is not None:
+            self._journal.pages(ids, generations, shape.chunk_bytes)
+        return self.book.place(decision.request, decision.chunks, ids, generations, shape.chunk_bytes, fetched=fetched)
+
+    def _free(self, rooms: Sequence[Room]) -> None:
+        if rooms:
+            self.allocator.give(page_ids(rooms))
+
+
+def _digest(chunk: Chunk) -> bytes:
+    if not isinstance(chunk, bytes):
+        raise TypeError(f"a server's chunks are digests, not {chunk!r}")
+    return chunk
+
+
+def _no_driver(event: Event) -> None:
+    raise AssertionError(f"no driver to hand {event} to")

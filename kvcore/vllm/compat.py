@@ -1,0 +1,159 @@
+"""Everything that differs between vLLM's versions, and what is not its public interface.
+
+Tested with 0.26 and 0.32; any other version is tried, with a warning.
+"""
+
+import logging
+import os
+from typing import Any
+
+import torch
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, MLAAttentionSpec
+
+from kvcore.vllm.mover import TransferFactory
+from kvkernels.reference import ReferenceTransfer
+
+__all__ = [
+    "KVConnectorBase_V1",
+    "KVConnectorHandshakeMetadata",
+    "KVConnectorMetadata",
+    "KVConnectorPromMetrics",
+    "KVConnectorRole",
+    "KVConnectorStats",
+    "KVConnectorWorkerMetadata",
+    "UnsupportedModelError",
+    "attention_spec",
+    "block_ids",
+    "check_version",
+    "copies_in_step",
+    "host_cache_hits",
+    "isa",
+    "kv_layout",
+    "steps_when_idle",
+    "transfer_factory",
+]
+
+TESTED = ("0.26", "0.32")
+_LOG = logging.getLogger("kvcore.vllm")
+
+
+class UnsupportedModelError(ValueError):
+    """The model keeps KV in a form that cannot be reused by whole prefix blocks; vLLM does not start."""
+
+
+def check_version(version: str = vllm.__version__) -> bool:
+    """Return whether this version of vLLM was tested; warn where it was not."""
+    tested = any(version == known or version.startswith(known + ".") for known in TESTED)
+    if not tested:
+        _LOG.warning("vLLM %s was not tested with kvcore: tested are %s to %s", version, TESTED[0], TESTED[-1])
+    return tested
+
+
+def attention_spec(kv_cache_config: Any) -> Any:
+    """Return the one spec of the model's KV cache.
+
+    Raises UnsupportedModelError for a model with several groups of layers (hybrid, sliding window beside full
+    attention with the hybrid manager on), or one whose layers keep less than every token.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
+        raise UnsupportedModelError(
+            f"kvcore reuses KV of models whose layers all keep the same tokens; this one has {len(groups)} KV cache "
+            f"groups ({', '.join(kinds)}). Start vLLM without --kv-transfer-config for it"
+        )
+    spec = groups[0].kv_cache_spec
+    specs = list(spec.kv_cache_specs.values()) if hasattr(spec, "kv_cache_specs") else [spec]
+    for one in specs:
+        if not isinstance(one, FullAttentionSpec) or type(one).__name__ in _PARTIAL:
+            raise UnsupportedModelError(
+                f"kvcore reuses KV of full attention and MLA; this model's layers keep a {type(one).__name__}, which "
+                "does not hold every token of a prefix. Start vLLM without --kv-transfer-config for it"
+            )
+    return spec
+
+
+_PARTIAL = frozenset({"RSWASpec", "SinkFullAttentionSpec", "HiddenStateCacheSpec"})
+
+
+def is_mla(spec: Any) -> bool:
+    """Return whether every tensor parallel rank holds the same KV."""
+    specs = list(spec.kv_cache_specs.values()) if hasattr(spec, "kv_cache_specs") else [spec]
+    return all(isinstance(one, MLAAttentionSpec) for one in specs)
+
+
+def head_size(spec: Any) -> int | None:
+    """Return the size of an attention head, None where layers differ."""
+    specs = list(spec.kv_cache_specs.values()) if hasattr(spec, "kv_cache_specs") else [spec]
+    sizes = {one.head_size for one in specs if isinstance(one, AttentionSpec)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def kv_layout(vllm_config: Any) -> str:
+    """Return vLLM's name for the order of dimensions in the KV cache."""
+    layout = getattr(vllm_config.cache_config, "kv_cache_layout", None)
+    if layout is not None:
+        return str(layout)
+    try:
+        from vllm.v1.attention.backends.utils import get_kv_cache_layout  # noqa: PLC0415 - gone in later versions
+    except ImportError:
+        return "default"
+    return str(get_kv_cache_layout())
+
+
+def isa(vllm_config: Any, spec: Any) -> str:
+    """Return what packed the inside of a block: on the CPU backend the attention's instruction set, else nothing."""
+    if not on_cpu(vllm_config):
+        return ""
+    try:
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: PLC0415 - only where there is a CPU backend
+    except ImportError:
+        return f"cpu-{torch.backends.cpu.get_cpu_capability()}"
+    cache = vllm_config.cache_config
+    arguments = (vllm_config.model_config.dtype, cache.block_size, head_size(spec), cache.cache_dtype)
+    wanted = _get_attn_isa.__code__.co_argcount
+    return str(_get_attn_isa(*arguments[:wanted]))
+
+
+def on_cpu(vllm_config: Any) -> bool:
+    """Return whether the engine runs on the CPU backend."""
+    device = getattr(vllm_config.device_config, "device_type", None) or vllm_config.device_config.device
+    return str(device) == "cpu"
+
+
+def copies_in_step(vllm_config: Any) -> bool:
+    """Return whether copies are done when the call that starts them returns, as they are without a copy engine."""
+    return on_cpu(vllm_config)
+
+
+def steps_when_idle() -> bool:
+    """Return whether the engine runs in a process of its own, and so goes on stepping when no request is left."""
+    return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") != "0"
+
+
+def transfer_factory(_vllm_config: Any) -> TransferFactory:
+    """Return what makes the backend that copies: torch's own indexing, the fast path on the CPU and right on a GPU."""
+    return ReferenceTransfer
+
+
+def block_ids(blocks: Any) -> list[int]:
+    """Return the ids of a request's blocks, of the one group that there is."""
+    return list(blocks.get_block_ids()[0])
+
+
+def host_cache_hits() -> Any:
+    """Return vLLM's label for hits that came from the host's memory; None where it has none."""
+    try:
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: PLC0415 - since 0.27
+    except ImportError:
+        return None
+    return CacheHitSource.HOST

@@ -1,0 +1,320 @@
+"""The connectors as vLLM sees them: one object in the scheduler's process, and one in each worker's."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from kvcore.live.client import Register, RegistrationRefused, SchedulerClient, WorkerClient
+from kvcore.vllm import compat, identity
+from kvcore.vllm.embedded import EmbeddedServer, embedded_settings
+from kvcore.vllm.jobs import StepPlan, StepReport
+from kvcore.vllm.metrics import KVCorePromMetrics, KVCoreStats
+from kvcore.vllm.mover import Cache
+from kvcore.vllm.namespace import Hasher
+from kvcore.vllm.scheduler import Options, SchedulerSide
+from kvcore.vllm.settings import read
+from kvcore.vllm.worker import WorkerSide
+
+_LOG = logging.getLogger("kvcore.vllm")
+_START_S = 2.0
+"""How long the start of vLLM waits for a server that does not answer."""
+
+
+@dataclass
+class KVCoreMetadata(compat.KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped here
+    """A step's plan, from the scheduler to the workers."""
+
+    plan: StepPlan
+
+
+@dataclass
+class KVCoreWorkerMetadata(compat.KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """A step's report, from the workers to the scheduler."""
+
+    report: StepReport
+
+    def aggregate(self, other: "KVCoreWorkerMetadata") -> "KVCoreWorkerMetadata":
+        """Merge two ranks' reports."""
+        return KVCoreWorkerMetadata(self.report.merge(other.report))
+
+
+@dataclass
+class KVCoreHandshake(compat.KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """What a worker's KV cache is like, told to the scheduler once."""
+
+    fingerprint: str
+    block_bytes: int
+
+
+class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
+    """Reuses KV through a `kvcore serve` on the same host, which several vLLM instances can share.
+
+    Raises, in the constructor or when the engine starts:
+        kvcore.vllm.compat.UnsupportedModelError: The model's KV cannot be reused by prefix.
+        kvcore.live.client.RegistrationRefused: The server will not have this engine, and why.
+        ValueError: An unknown key in `kv_connector_extra_config`, or a value that does not fit.
+    """
+
+    if (_hits := compat.host_cache_hits()) is not None:
+        _cache_hit_source = _hits
+    _embedded = False
+    """Whether the connector brings its own server."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        compat.check_version()
+        parallel = vllm_config.parallel_config
+        for kind in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+            if getattr(parallel, kind, 1) > 1:
+                raise compat.UnsupportedModelError(
+                    f"kvcore does not handle {kind} > 1: a block's tokens lie on several ranks"
+                )
+        self._spec = compat.attention_spec(kv_cache_config)
+        self._settings = read(self._kv_transfer_config.kv_connector_extra_config or {}, embedded=self._embedded)
+        self._instance = str(self._kv_transfer_config.engine_id)
+        self._shards = 1 if compat.is_mla(self._spec) else parallel.world_size
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        self._cache: Cache | None = None
+        self._server = self._start_server() if role == compat.KVConnectorRole.SCHEDULER else None
+        if role == compat.KVConnectorRole.SCHEDULER and not self._settings.fail_on_load_error:
+            self._kv_transfer_config.kv_load_failure_policy = "recompute"
+
+    def _start_server(self) -> EmbeddedServer | None:
+        """Return the server that lives with this connector; none does."""
+        return None
+
+    def _endpoint(self) -> str:
+        return self._settings.endpoint
+
+    def _register(self, role: Any, *, block_bytes: int, namespace: Mapping[str, str], rank: int = 0) -> Register:
+        return Register(
+            instance=self._instance,
+            role=role,
+            block_tokens=self._spec.block_size,
+            block_bytes=block_bytes,
+            rank=rank,
+            world=self._vllm_config.parallel_config.world_size,
+            shards=self._shards,
+            namespace=dict(namespace),
+        )
+
+    # The worker
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """Work out how the KV cache lies in memory."""
+        config = self._vllm_config
+        isa = compat.isa(config, self._spec)
+        self._cache = Cache(
+            kv_caches,
+            num_blocks=self._kv_cache_config.num_blocks,
+            block_tokens=self._spec.block_size,
+            order="/".join(filter(None, [compat.kv_layout(config), isa])),
+        )
+        self._worker = WorkerSide(
+            self._cache,
+            rank=config.parallel_config.rank,
+            shards=self._shards,
+            factory=compat.transfer_factory(config),
+            copy_thread=compat.copies_in_step(config),
+            layerwise=self._settings.layerwise,
+        )
+
+    def get_handshake_metadata(self) -> KVCoreHandshake | None:
+        """Register with the server, which is there by now if it will be, and say what the KV cache is like."""
+        if self._worker is None or self._cache is None:
+            return None
+        block_bytes = self._cache.block.block_bytes
+        namespace = {"model": str(self._vllm_config.model_config.model)}
+        register = self._register(
+            "worker", block_bytes=block_bytes, namespace=namespace, rank=self._vllm_config.parallel_config.rank
+        )
+        client = WorkerClient(
+            self._endpoint(),
+            register,
+            drain=self._worker.drain,
+            deadline_s=self._settings.deadline_ms / 1000,
+            curve=self._settings.curve,
+        )
+        self._worker.connect(client)
+        client.register(_START_S)
+        self._worker.warm_up()
+        return KVCoreHandshake(self._cache.block.fingerprint(), block_bytes)
+
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        """End copies from blocks that are free from this step on."""
+        if self._worker is not None and isinstance(kv_connector_metadata, KVCoreMetadata):
+            self._worker.preempt(kv_connector_metadata.plan)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Begin this step's loads."""
+        if self._worker is not None and (plan := self._plan()) is not None:
+            self._worker.start_loads(plan)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Order the loads of a layer before its attention."""
+        if self._worker is not None:
+            self._worker.wait_for_layer(layer_name)
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing: a step's chunks are stored together, when it has computed them."""
+
+    def wait_for_save(self) -> None:
+        """Begin this step's stores; on the CPU backend they end here."""
+        if self._worker is not None and (plan := self._plan()) is not None:
+            self._worker.finish_step(plan)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Return requests whose stores, and requests whose asynchronous loads, have ended."""
+        if self._worker is None:
+            return None, None
+        sent, received = self._worker.finished()
+        return sent or None, received or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Return blocks that were to be loaded and were not."""
+        return set() if self._worker is None else self._worker.bad_blocks()
+
+    def build_connector_worker_meta(self) -> KVCoreWorkerMetadata | None:
+        """Return this step's report."""
+        report = None if self._worker is None else self._worker.report()
+        return None if report is None else KVCoreWorkerMetadata(report)
+
+    def _plan(self) -> StepPlan | None:
+        metadata = self._connector_metadata
+        return metadata.plan if isinstance(metadata, KVCoreMetadata) else None
+
+    # The scheduler
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
+        """Take in what the workers' KV caches are like, and register with the server."""
+        shakes = list(metadata.values())
+        first: KVCoreHandshake = shakes[0]
+        if any(shake.block_bytes != first.block_bytes for shake in shakes):
+            raise compat.UnsupportedModelError(
+                f"kvcore needs equal KV on every rank; a block has {sorted({s.block_bytes for s in shakes})} bytes"
+            )
+        namespace = identity.engine_namespace(
+            self._vllm_config,
+            layout=first.fingerprint,
+            isa=compat.isa(self._vllm_config, self._spec),
+            block_tokens=self._spec.block_size,
+        )
+        described = {
+            "model": str(self._vllm_config.model_config.model),
+            "kv_dtype": namespace.kv_dtype,
+            "layout": namespace.layout,
+            "isa": namespace.isa,
+            "digest": namespace.digest().hex(),
+        }
+        client = SchedulerClient(
+            self._endpoint(),
+            self._register("scheduler", block_bytes=first.block_bytes, namespace=described),
+            deadline_s=self._settings.deadline_ms / 1000,
+            curve=self._settings.curve,
+        )
+        registered = client.register(_START_S)
+        if registered is not None and registered.chunk_tokens % self._spec.block_size:
+            raise RegistrationRefused(
+                f"the server's chunk of {registered.chunk_tokens} tokens is no multiple of the block's {self._spec.block_size}"
+            )
+        options = Options(
+            block_tokens=self._spec.block_size,
+            load_mode=self._settings.load_mode,
+            copies_in_step=compat.copies_in_step(self._vllm_config),
+            steps_when_idle=compat.steps_when_idle(),
+            grant_wait_s=self._settings.grant_wait_ms / 1000,
+        )
+        self._scheduler = SchedulerSide(client, Hasher(namespace), options)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Return how many tokens can be loaded behind those computed; None: ask again."""
+        return (0, False) if self._scheduler is None else self._scheduler.matched(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Take in the request's blocks, and plan its load."""
+        if self._scheduler is not None:
+            self._scheduler.allocated(request, compat.block_ids(blocks), num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVCoreMetadata:
+        """Plan the step."""
+        return KVCoreMetadata(StepPlan() if self._scheduler is None else self._scheduler.plan(scheduler_output))
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Take in what the workers report."""
+        if self._scheduler is not None:
+            meta = connector_output.kv_connector_worker_meta
+            self._scheduler.reported(
+                meta.report if isinstance(meta, KVCoreWorkerMetadata) else None,
+                connector_output.invalid_block_ids or (),
+                connector_output.finished_recving or (),
+            )
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Return whether the request's blocks must be held for its stores."""
+        return (False if self._scheduler is None else self._scheduler.finished(request)), None
+
+    def reset_cache(self) -> bool:
+        """Forget: KV of before (of other weights, say) is not matched again by this engine. Others' is left alone."""
+        if self._scheduler is not None:
+            self._scheduler.forget(uuid4().hex)
+        return True
+
+    # Both
+
+    def get_kv_connector_stats(self) -> KVCoreStats | None:
+        """Return what was counted since the last call."""
+        side = self._scheduler or self._worker
+        data = {} if side is None else side.counters.take()
+        return KVCoreStats(data=data) if data else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVCoreStats:
+        """Return counts as they came from workers or scheduler."""
+        return KVCoreStats(data=dict(data or {}))
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVCorePromMetrics:
+        """Return the counts as Prometheus metrics."""
+        return KVCorePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Layer by layer, attention waits for loads in Python, which a full CUDA graph would skip."""
+        return read(extra_config, embedded=cls._embedded).layerwise
+
+    def shutdown(self) -> None:
+        """End what is under way, leave the server, and stop it where it is ours."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+        if self._scheduler is not None:
+            self._scheduler.close()
+            self._scheduler = None
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+
+class KVCoreConnector(KVCoreMPConnector):
+    """Reuses KV inside one vLLM instance: the same server, in a thread of the scheduler's process.
+
+    Every setting of `kvcore serve` can be given in `kv_connector_extra_config` (`chunk_size`, `l1_size_gb`, ...) or in
+    the environment (`KVCORE_CHUNK_SIZE`, `KVCORE_L1_SIZE_GB`). It ends, with what it holds, when vLLM ends.
+    """
+
+    _embedded = True
+
+    def _start_server(self) -> EmbeddedServer:
+        return EmbeddedServer(self._instance, self._settings.server)
+
+    def _endpoint(self) -> str:
+        return embedded_settings(self._instance, self._settings.server).endpoints[0]

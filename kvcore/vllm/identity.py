@@ -1,0 +1,64 @@
+"""What of an engine's configuration changes KV, as a namespace."""
+
+from pathlib import Path
+from typing import Any
+
+from kvcore.policy.hashing import Namespace
+
+
+def engine_namespace(vllm_config: Any, *, layout: str, isa: str, block_tokens: int) -> Namespace:
+    """Return the namespace of an engine, without adapter and salt, which are a request's.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        layout: The workers' fingerprint of a block in memory.
+        isa: What packed the inside of a block, on the CPU backend.
+        block_tokens: Tokens of an engine block.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return Namespace(
+        model="|".join([str(model.model), *_variants(vllm_config)]),
+        revision=model_revision(model),
+        kv_dtype=kv_dtype(vllm_config),
+        layout=layout,
+        isa=isa,
+        block_tokens=block_tokens,
+        parallel=(
+            ("tensor", parallel.tensor_parallel_size),
+            ("pipeline", parallel.pipeline_parallel_size),
+        ),
+    )
+
+
+def kv_dtype(vllm_config: Any) -> str:
+    """Return the element type of the KV cache: the configured one, or the model's where that is `auto`."""
+    configured = str(vllm_config.cache_config.cache_dtype)
+    return str(vllm_config.model_config.dtype).removeprefix("torch.") if configured == "auto" else configured
+
+
+def model_revision(model_config: Any) -> str:
+    """Return what tells one state of the weights from another.
+
+    A commit where the model came from a hub. For a folder the names, sizes and times of change of its weights, so that
+    weights which are overwritten in place are not taken for those before; the same weights copied elsewhere are.
+    """
+    folder = Path(str(model_config.model))
+    if folder.is_dir():
+        files = sorted(file for file in folder.iterdir() if file.suffix in {".safetensors", ".bin", ".pt", ".gguf"})
+        return ",".join(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
+    commit = getattr(getattr(model_config, "hf_config", None), "_commit_hash", None)
+    return str(commit or model_config.revision or "")
+
+
+def _variants(vllm_config: Any) -> list[str]:
+    """Name the settings that make other KV out of the same weights."""
+    model = vllm_config.model_config
+    facts = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": getattr(model, "quantization", None),
+        "hf_overrides": getattr(model, "hf_overrides", None) or None,
+        "rope_scaling": getattr(model, "rope_scaling", None) or None,
+        "rope_theta": getattr(model, "rope_theta", None),
+        "draft": getattr(getattr(vllm_config, "speculative_config", None), "model", None),
+    }
+    return [f"{name}={value}" for name, value in facts.items() if value is not None]

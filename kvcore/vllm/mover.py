@@ -1,0 +1,144 @@
+"""Copies between the engine's blocks and a shard of chunks in the arena: whole chunks, or single blocks of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcore.live.arena import Arena, pieces
+from kvcore.live.wire import Registered
+from kvkernels import Handle, HostArena, PagedLayout, Slot, Transfer, describe, slot_range
+
+Tensors: TypeAlias = Mapping[str, Any]
+TransferFactory: TypeAlias = Callable[[PagedLayout, Tensors, HostArena], Transfer]
+
+
+class Cache:
+    """The engine's KV cache: its tensors by layer, and how a block lies in them.
+
+    Raises:
+        kvkernels.LayoutError: It cannot be copied as whole blocks.
+    """
+
+    def __init__(self, tensors: Tensors, *, num_blocks: int, block_tokens: int, order: str) -> None:
+        self.tensors = _distinct(tensors)
+        self.num_blocks = num_blocks
+        self.block_tokens = block_tokens
+        self._order = order
+        self.layer_of = _layers(tensors, self.tensors)
+        self.block = self.layout(block_tokens)
+
+    def layout(self, chunk_tokens: int) -> PagedLayout:
+        """Return the layout with chunks of `chunk_tokens`."""
+        return describe(
+            self.tensors,
+            num_blocks=self.num_blocks,
+            block_tokens=self.block_tokens,
+            chunk_tokens=chunk_tokens,
+            order=self._order,
+        )
+
+
+class Mover:
+    """Copies of one registration: an arena, a chunk size, a shard.
+
+    Args:
+        cache: The engine's KV cache.
+        registered: What the server said.
+        shard: Which shard of every chunk is this worker's.
+        factory: Makes the backend that copies.
+
+    Raises:
+        kvcore.live.arena.ArenaError: The arena cannot be mapped.
+        kvkernels.LayoutError: The chunk size is no multiple of the block.
+        ValueError: The server's shard is of another size than this cache's chunk.
+    """
+
+    def __init__(self, cache: Cache, registered: Registered, shard: int, factory: TransferFactory) -> None:
+        layout = cache.layout(registered.chunk_tokens)
+        if layout.slot_bytes != registered.shard_bytes:
+            raise ValueError(f"a chunk has {layout.slot_bytes} bytes here and {registered.shard_bytes} at the server")
+        self.registered = registered
+        self.layout = layout
+        self.arena = Arena.attach(Path(registered.arena_path))
+        host = HostArena(self.arena.data)
+        self._start = shard * registered.shard_bytes
+        self._whole = factory(layout, cache.tensors, host)
+        self._single = factory(cache.block, cache.tensors, host)
+        self._planes = tuple(zip(layout.plane_starts(), (plane.row_bytes for plane in layout.planes), strict=False))
+
+    def store(self, pages: NDArray[np.uint32], blocks: NDArray[np.int64]) -> Handle:
+        """Copy whole chunks to the arena; pages (chunks, pages a chunk), blocks (chunks, blocks a chunk)."""
+        return self._whole.store(blocks.ravel(), self._slots(pages))
+
+    def load(self, pages: NDArray[np.uint32], blocks: NDArray[np.int64]) -> Handle:
+        """Copy chunks from the arena; blocks that are -1 are left as they are, since they are others' and live."""
+        slots = self._slots(pages)
+        whole: NDArray[np.bool_] = np.all(blocks >= 0, axis=1)
+        handles = []
+        if whole.any():
+            chosen = [slot for slot, want in zip(slots, whole, strict=True) if want]
+            handles.append(self._whole.load(chosen, blocks[whole].ravel()))
+        if not whole.all():
+            rows, columns = np.nonzero((blocks >= 0) & ~whole[:, None])
+            parts = [self._block_slot(slots[row], int(column)) for row, column in zip(rows, columns, strict=True)]
+            handles.append(self._single.load(parts, blocks[rows, columns]))
+        return handles[0] if len(handles) == 1 else _Both(handles)
+
+    def block_bytes(self, blocks: NDArray[np.int64]) -> int:
+        """Return the bytes that copying these blocks takes, -1 left out."""
+        return int((blocks >= 0).sum()) * self.layout.block_bytes
+
+    def close(self) -> None:
+        """End what is under way and let go of the arena, which stays."""
+        self._whole.close()
+        self._single.close()
+        self.arena.close()
+
+    def _slots(self, pages: NDArray[np.uint32]) -> list[Slot]:
+        size, length = self.registered.page_bytes, self.registered.shard_bytes
+        return [pieces(row, size, self._start, length) for row in pages]
+
+    def _block_slot(self, slot: Slot, block: int) -> Slot:
+        """Return where one block of a chunk lies: a row in every plane."""
+        parts: list[tuple[int, int]] = []
+        for start, row_bytes in self._planes:
+            parts += slot_range(slot, start + block * row_bytes, row_bytes)
+        return parts
+
+
+class _Both:
+    """Several transfers as one."""
+
+    def __init__(self, handles: Sequence[Handle]) -> None:
+        self._handles = handles
+
+    def done(self) -> bool:
+        """Whether all have ended."""
+        return all(handle.done() for handle in self._handles)
+
+    def wait(self) -> None:
+        """Block until all have ended."""
+        for handle in self._handles:
+            handle.wait()
+
+    def wait_layer(self, layer: int) -> None:
+        """Order one layer of all before what follows."""
+        for handle in self._handles:
+            handle.wait_layer(layer)
+
+
+def _distinct(tensors: Tensors) -> dict[str, Any]:
+    """Leave out layers that share another's cache."""
+    found: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(int(tensor.data_ptr()), name)
+    return {name: tensors[name] for name in found.values()}
+
+
+def _layers(tensors: Tensors, distinct: Mapping[str, Any]) -> dict[str, int]:
+    """Return each layer's index among the distinct ones."""
+    index = {int(tensor.data_ptr()): i for i, tensor in enumerate(distinct.values())}
+    return {name: index[int(tensor.data_ptr())] for name, tensor in tensors.items()}

@@ -1,0 +1,436 @@
+"""The scheduler's half of the connectors: what to look up, what to ask room for, and when a request lets go.
+
+It knows vLLM's objects by their attributes only, so it runs without vLLM. Nothing here waits for the server for longer
+than `Options.grant_wait_s`.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kvcore.live.client import NotYet
+from kvcore.live.wire import Granted, Registered
+from kvcore.policy.hashing import chunk_names, trace_ids
+from kvcore.vllm.jobs import StepPlan, StepReport
+from kvcore.vllm.links import SchedulerLink
+from kvcore.vllm.namespace import Hasher
+from kvcore.vllm.requests import EngineRequest, Life, Tracked
+from kvcore.vllm.stats import Counters
+
+_LOG = logging.getLogger("kvcore.vllm")
+LoadMode = Literal["sync", "async", "auto"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How the scheduler's half works.
+
+    Attributes:
+        block_tokens: Tokens of an engine block.
+        load_mode: sync: a hit is copied at the start of the step that computes the rest. async: the request waits
+            outside the batch until its hit is there. auto: async where the device copies by itself and other requests
+            run meanwhile, else sync.
+        copies_in_step: Whether workers have ended a step's stores when the step ends (the CPU backend).
+        steps_when_idle: Whether the engine goes on stepping for the sake of finished requests that wait for their
+            stores. An engine inside the caller's own thread does not.
+        grant_wait_s: How long the step that completes a prompt waits for the room it asked for.
+        ask_patience_s: An ask unanswered for longer is given up.
+    """
+
+    block_tokens: int
+    load_mode: LoadMode = "auto"
+    copies_in_step: bool = True
+    steps_when_idle: bool = True
+    grant_wait_s: float = 0.001
+    ask_patience_s: float = 5.0
+
+
+class SchedulerSide:
+    """Follows every request through the engine's scheduler.
+
+    Args:
+        link: The line to the server.
+        hasher: Names a request's blocks; None for a request that cannot be cached.
+        options: See `Options`.
+        clock: Seconds of the wall clock, comparable to the requests' `arrival_time`.
+    """
+
+    def __init__(
+        self,
+        link: SchedulerLink,
+        hasher: Hasher,
+        options: Options,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._link = link
+        self._hasher = hasher
+        self._options = options
+        self._clock = clock
+        self._tracked: dict[str, Tracked] = {}
+        self._asking: dict[str, tuple[str, Life, float]] = {}
+        """Lives with unanswered asks, by name: the request, the life, when it asked last."""
+        self._unrecorded: list[Tracked] = []
+        self._finished: dict[str, Life] = {}
+        """Finished requests whose blocks the engine holds until they are named in `StepPlan.released`."""
+        self._waiting_first: dict[str, Tracked] = {}
+        self._plan = StepPlan()
+        self._failures: dict[int, int] = {}
+        self.counters = Counters()
+
+    # Called by the scheduler, in this order, for a request that waits
+
+    def matched(self, request: EngineRequest, computed: int) -> tuple[int | None, bool]:
+        """Answer `get_num_new_matched_tokens`: tokens to load behind `computed`, and whether outside the batch."""
+        tracked = self._track(request)
+        if tracked is None or tracked.unlucky:
+            return 0, False
+        life = self._life(tracked)
+        if life is None:
+            return 0, False
+        life.computed = computed
+        if life.found is None:
+            self._look_up(tracked, life)
+        if life.found is None:
+            return (None, False) if tracked.life is life else (0, False)
+        external, life.asynchronous = self._loadable(life, request)
+        return external, life.asynchronous
+
+    def allocated(self, request: EngineRequest, blocks: Sequence[int], external: int) -> None:
+        """Take in `update_state_after_alloc`; the second call for an asynchronous load only brings more blocks."""
+        tracked = self._tracked.get(request.request_id)
+        life = None if tracked is None else tracked.life
+        if tracked is None or life is None:
+            return
+        life.blocks = list(blocks)
+        if life.allocated:
+            return
+        life.allocated = True
+        if tracked.l0_tokens is None:
+            tracked.l0_tokens = life.computed
+        copy, left_out = life.load(tracked.id, external, self._options.block_tokens)
+        if life.session is self._link.registered:
+            self._link.drop_load(life.name, left_out)
+        if (
+            copy is not None
+        ):  # also where the server was lost just now: vLLM counts on it, and the worker will say that it failed
+            life.loading = copy.asynchronous
+            tracked.scheduled_s = tracked.scheduled_s or self._clock()
+            tracked.load_started_s = self._clock()
+            self._plan.loads.append(copy)
+
+    def plan(self, output: Any) -> StepPlan:
+        """Answer `build_connector_meta` for a `SchedulerOutput`: everything that workers do in this step."""
+        for request_id in output.preempted_req_ids or ():
+            tracked = self._tracked.get(request_id)
+            if tracked is not None and tracked.request.num_preemptions > tracked.preemptions:
+                self._preempt(tracked)
+        completes = False
+        for request_id, blocks, computed in _scheduled(output):
+            tracked = self._tracked.get(request_id)
+            if tracked is not None:
+                upto = computed + output.num_scheduled_tokens.get(request_id, 0)
+                completes |= self._advance(tracked, blocks, upto)
+        self._record_finished()
+        self._hand_out(self._options.grant_wait_s if completes else 0.0)
+        self._release()
+        plan, self._plan = self._plan, StepPlan()
+        plan.failures_seen = dict(self._failures)
+        return plan
+
+    def reported(self, report: StepReport | None, invalid_blocks: Iterable[int], received: Iterable[str]) -> None:
+        """Take in what the workers said after a step: load times, blocks that were not loaded, ended async loads."""
+        if report is not None:
+            for request_id, seconds in report.load_seconds.items():
+                finished = (tracked for tracked in self._unrecorded if tracked.id == request_id)
+                if (tracked := self._tracked.get(request_id) or next(finished, None)) is not None:
+                    tracked.load_s += seconds
+            for rank, failures in report.failures.items():
+                self._failures[rank] = max(failures, self._failures.get(rank, 0))
+        if bad := frozenset(invalid_blocks):
+            self._taint(bad)
+        for request_id in received:
+            tracked = self._tracked.get(request_id)
+            if tracked is not None and tracked.life is not None:
+                tracked.life.loading = False
+                if tracked.load_started_s is not None:
+                    tracked.load_s = self._clock() - tracked.load_started_s
+        self._note_first_tokens()
+        self._record_finished()
+
+    def finished(self, request: EngineRequest) -> bool:
+        """Take in `request_finished`; return whether its blocks must be held until they are named in `released`."""
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is None:
+            return False
+        self._note_first_tokens(tracked)
+        self._waiting_first.pop(tracked.id, None)
+        self._unrecorded.append(tracked)
+        life = tracked.life
+        if life is None:
+            return False
+        current = life.session is self._link.registered
+        if current and not life.allocated:
+            self._drop_found(life)
+        self._end(life)
+        if life.loading or not life.allocated:
+            return False  # nothing is stored of it; the blocks of a load under way are held without us
+        unanswered = bool(life.asks) and current
+        if unanswered and not self._options.steps_when_idle:
+            life.tainted = True  # what is granted later is given back
+            unanswered = False
+        if unanswered or (life.stored and not self._options.copies_in_step):
+            self._finished[tracked.id] = life
+            return True
+        return False
+
+    def forget(self, mark: str) -> None:
+        """Name everything differently from now on, so that nothing stored before is matched again."""
+        self._hasher = self._hasher.marked(mark)
+
+    def close(self) -> None:
+        """Leave the server."""
+        self._record_finished()
+        self._link.leave()
+
+    # Lookups
+
+    def _track(self, request: EngineRequest) -> Tracked | None:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is not None:
+            return tracked
+        hashes = self._hasher(request)
+        if hashes is None:
+            return None
+        tracked = Tracked(request, hashes, self._clock())
+        self._tracked[tracked.id] = tracked
+        return tracked
+
+    def _life(self, tracked: Tracked) -> Life | None:
+        """Return the request's life in the session at hand, anew where it has ended; None: away, or in vain."""
+        session = self._link.registered
+        life = tracked.life
+        if life is not None and life.allocated:
+            if tracked.request.num_preemptions == tracked.preemptions and life.session is session:
+                tracked.unlucky = True  # it comes back since its load failed: to load again would fail again
+                self._end(life)
+                tracked.life = None
+                return None
+            self._preempt(tracked)
+        elif life is not None and life.session is not session:
+            tracked.life = None
+        if tracked.life is None and session is not None:
+            names = chunk_names(tracked.hashes, session.chunk_tokens // self._options.block_tokens)
+            tracked.life = Life(tracked.wire_name(), session, names)
+        return tracked.life
+
+    def _look_up(self, tracked: Tracked, life: Life) -> None:
+        """Ask the server; the life ends where the server turns out to be away."""
+        started = time.perf_counter()
+        found = self._link.lookup(
+            life.name,
+            life.chunks,
+            computed_chunks=life.computed // life.session.chunk_tokens,
+            salt=tracked.salt,
+            input_tokens=tracked.prompt_tokens,
+            resumed=tracked.request.num_preemptions > 0,
+            probe=self._hasher.probe(tracked.request, life.session.chunk_tokens),
+        )
+        self.counters.lookup_seconds += time.perf_counter() - started
+        if self._link.registered is not life.session:
+            tracked.life = None
+        elif not isinstance(found, NotYet):
+            life.found = found
+            life.asked = min(sum(found.hits), len(life.chunks))
+            self.counters.lookups += 1
+            self.counters.matched_tokens += life.asked * life.session.chunk_tokens
+
+    def _loadable(self, life: Life, request: EngineRequest) -> tuple[int, bool]:
+        """Return how many tokens to load, and whether asynchronously."""
+        found = life.found
+        if found is None or not found.load_chunks or life.session is not self._link.registered:
+            return 0, False
+        chunk_tokens, block = life.session.chunk_tokens, self._options.block_tokens
+        end = (found.load_start + found.load_chunks) * chunk_tokens
+        if found.load_start * chunk_tokens > life.computed or end <= life.computed:
+            return 0, False
+        asynchronous = self._asynchronous(request)
+        if not asynchronous and end >= request.num_tokens:
+            end = (request.num_tokens - 1) // block * block  # a step must compute at least one token
+        return (end - life.computed, asynchronous) if end > life.computed else (0, False)
+
+    def _asynchronous(self, request: EngineRequest) -> bool:
+        if self._options.load_mode != "auto":
+            return self._options.load_mode == "async"
+        if self._options.copies_in_step:
+            return False
+        return any(
+            other.first_token_s is None for name, other in self._waiting_first.items() if name != request.request_id
+        )
+
+    def _drop_found(self, life: Life) -> None:
+        if life.found is not None and life.found.load_chunks:
+            start = life.found.load_start
+            self._link.drop_load(life.name, life.chunk_range(start, start + life.found.load_chunks))
+
+    # Steps
+
+    def _advance(self, tracked: Tracked, blocks: "_Blocks", upto: int) -> bool:
+        """Take in that this step computes a request up to token `upto`; return whether to wait for its room."""
+        if tracked.first_token_s is None:
+            tracked.scheduled_s = tracked.scheduled_s or self._clock()
+            self._waiting_first[tracked.id] = tracked
+        life = tracked.life
+        if life is None or life.ended:
+            return False
+        if life.session is not self._link.registered:
+            tracked.life = None
+            return False
+        blocks.apply(life)
+        chunks = min(upto, tracked.prompt_tokens) // life.session.chunk_tokens
+        if chunks > life.asked and not life.tainted:
+            self._link.ask(life.name, life.chunk_range(life.asked, chunks))
+            life.asks.append((life.asked, chunks))
+            self._asking[life.name] = (tracked.id, life, self._clock())
+            life.asked = chunks
+        if upto < tracked.prompt_tokens:
+            return False
+        self._end(life)
+        return bool(life.asks)
+
+    def _hand_out(self, wait_s: float) -> None:
+        """Turn the grants that have come into copies; wait a little where the blocks may be free after this step."""
+        until = time.monotonic() + wait_s
+        while self._asking:
+            for name, granted in self._link.granted():
+                self._granted(name, granted)
+            if not self._asking or time.monotonic() >= until:
+                break
+            time.sleep(50e-6)
+        session, now = self._link.registered, self._clock()
+        for name, (_, life, asked_s) in list(self._asking.items()):
+            if life.session is not session or now - asked_s > self._options.ask_patience_s:
+                life.asks.clear()
+                del self._asking[name]
+
+    def _granted(self, name: str, granted: Granted) -> None:
+        request_id, life, _ = self._asking.get(name, (None, None, 0.0))
+        if request_id is None or life is None:
+            return
+        start, _ = life.asks.pop(0)
+        if not life.asks:
+            del self._asking[name]
+        for reason, count in granted.refused.items():
+            self.counters.refused[reason] = self.counters.refused.get(reason, 0) + count
+        if not granted.chunks:
+            return
+        chunks = [start + i for i in granted.chunks]
+        if life.tainted:
+            self._link.drop_store(name, tuple(life.chunks[i] for i in chunks))
+            return
+        life.stored = True
+        block_tokens = self._options.block_tokens
+        copy = life.store(request_id, chunks, granted.pages, granted.generations, granted.epoch, block_tokens)
+        self._plan.stores.append(copy)
+
+    def _release(self) -> None:
+        for request_id, life in list(self._finished.items()):
+            if not life.asks:
+                self._plan.released.append(request_id)
+                del self._finished[request_id]
+
+    def _preempt(self, tracked: Tracked) -> None:
+        """End a life whose blocks are free from now on; what is granted to it later is given back."""
+        life = tracked.life
+        if life is not None:
+            life.tainted = True
+            if life.session is self._link.registered and not life.allocated:
+                self._drop_found(life)
+            self._end(life)
+            self._plan.preempted.append(life.name)
+        tracked.life = None
+        tracked.lives += 1
+        tracked.preemptions = tracked.request.num_preemptions
+
+    def _taint(self, bad: frozenset[int]) -> None:
+        """Stop storing for every request that has a block which was not loaded: what it computed rests on it."""
+        for tracked in self._tracked.values():
+            life = tracked.life
+            if life is not None and not bad.isdisjoint(life.blocks):
+                life.tainted = True
+
+    def _end(self, life: Life) -> None:
+        if not life.ended and life.session is self._link.registered:
+            self._link.end(life.name)
+        life.ended = True
+
+    # The log
+
+    def _note_first_tokens(self, only: Tracked | None = None) -> None:
+        now = self._clock()
+        for tracked in [only] if only is not None else list(self._waiting_first.values()):
+            if tracked.first_token_s is None and tracked.request.num_output_tokens > 0:
+                tracked.first_token_s = now
+                self._waiting_first.pop(tracked.id, None)
+
+    def _record_finished(self) -> None:
+        """Tell the recorder of finished requests: not before their last step's load times are known."""
+        for tracked in self._unrecorded:
+            self._record(tracked)
+        self._unrecorded.clear()
+
+    def _record(self, tracked: Tracked) -> None:
+        session: Registered | None = self._link.registered
+        if session is None or not session.record:
+            return
+        request, first, started = tracked.request, tracked.first_token_s, tracked.scheduled_s
+        queue_s = None if started is None else max(0.0, started - tracked.arrived_s)
+        ttft_s = None if first is None else max(0.0, first - tracked.arrived_s)
+        prefill_s = None if ttft_s is None or queue_s is None else max(0.0, ttft_s - queue_s - tracked.load_s)
+        reason = request.get_finished_reason()
+        self._link.record(
+            tracked.id,
+            input_length=tracked.prompt_tokens,
+            output_length=request.num_output_tokens,
+            block_size=self._options.block_tokens,
+            hash_ids=trace_ids(tracked.hashes).astype("<i8").tobytes(),
+            session_id=getattr(request, "session_id", None),
+            status=None if reason is None else str(reason),
+            l0_tokens=tracked.l0_tokens,
+            queue_ms=_ms(queue_s),
+            load_ms=_ms(tracked.load_s),
+            prefill_ms=_ms(prefill_s),
+            ttft_ms=_ms(ttft_s),
+        )
+
+
+class _Blocks:
+    """Block ids that a step brings a request: all of them, or those that are new."""
+
+    __slots__ = ("ids", "whole")
+
+    def __init__(self, ids: Sequence[int], whole: bool) -> None:
+        self.ids = ids
+        self.whole = whole
+
+    def apply(self, life: Life) -> None:
+        if self.whole:
+            life.blocks = list(self.ids)
+        else:
+            life.blocks.extend(self.ids)
+
+
+def _scheduled(output: Any) -> Iterable[tuple[str, _Blocks, int]]:
+    """Yield every scheduled request, its blocks and how many tokens of it are computed before this step."""
+    for new in output.scheduled_new_reqs:
+        yield new.req_id, _Blocks(new.block_ids[0], whole=True), new.num_computed_tokens
+    cached = output.scheduled_cached_reqs
+    for i, request_id in enumerate(cached.req_ids):
+        ids = cached.new_block_ids[i]
+        blocks = _Blocks(ids[0] if ids else (), whole=request_id in cached.resumed_req_ids)
+        yield request_id, blocks, cached.num_computed_tokens[i]
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1000.0 * seconds

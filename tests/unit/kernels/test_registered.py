@@ -1,0 +1,145 @@
+# ruff: noqa: E402  (skipped before its imports where torch is absent)
+"""An arena that is pinned bit by bit, and transfers over it meanwhile."""
+
+import mmap
+import threading
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from kvkernels import DeviceError, HostArena, RequestError
+from kvkernels.cases import random_case, random_ids, random_slots
+from kvkernels.cuda_batch import BatchTransfer
+from kvkernels.registered import BounceTransfer, RegisteredArena
+
+SLICE = 4096
+
+
+class Registrar:
+    """Pins one slice for every permit; fails at the address it is told to."""
+
+    def __init__(self, permits=0, fail_at=None):
+        self.permits = threading.Semaphore(permits)
+        self.fail_at = fail_at
+        self.ranges = {}
+
+    def register(self, address, nbytes):
+        self.permits.acquire()
+        if len(self.ranges) == self.fail_at:
+            raise DeviceError("cuMemHostRegister: CUDA_ERROR_OUT_OF_MEMORY (2)")
+        self.ranges[address] = nbytes
+
+    def unregister(self, address):
+        del self.ranges[address]
+
+
+def test_slices_are_pinned_in_order_and_unpinned_on_close():
+    registrar = Registrar(permits=100)
+    memory = mmap.mmap(-1, 3 * SLICE + 4096 // 2)
+    arena = RegisteredArena(memory, registrar, slice_bytes=SLICE)
+    done = arena.wait(10)
+    assert (done.pinned_bytes, done.total_bytes, done.error) == (len(memory), len(memory), None)
+    assert registrar.ranges == {arena.address + i * SLICE: min(SLICE, len(memory) - i * SLICE) for i in range(4)}
+    assert arena.pinned(np.array([0]), np.array([len(memory)]))
+    arena.close()
+    assert registrar.ranges == {}
+    assert not arena.pinned(np.array([0]), np.array([1]))
+
+
+def test_what_is_not_pinned_yet_is_known():
+    registrar = Registrar(permits=2)
+    arena = RegisteredArena(np.zeros(4 * SLICE, np.uint8), registrar, slice_bytes=SLICE)
+    while arena.progress().pinned_bytes < 2 * SLICE:
+        arena.wait(0.01)
+    assert arena.pinned(np.array([0, SLICE]), np.array([10, SLICE]))
+    assert not arena.pinned(np.array([0, SLICE]), np.array([10, SLICE + 1]))
+    registrar.permits.release(2)
+    assert arena.wait(10).pinned_bytes == 4 * SLICE
+    arena.close()
+
+
+def test_a_failed_slice_ends_registration_and_is_told():
+    registrar = Registrar(permits=100, fail_at=1)
+    arena = RegisteredArena(np.zeros(3 * SLICE, np.uint8), registrar, slice_bytes=SLICE)
+    progress = arena.wait(10)
+    assert progress.pinned_bytes == SLICE
+    assert "slice at 4096 of 12288 bytes: cuMemHostRegister: CUDA_ERROR_OUT_OF_MEMORY" in progress.error
+    arena.close()
+    assert registrar.ranges == {}
+
+
+class Splitting(HostArena):
+    """Pinned up to an offset, in slices."""
+
+    def __init__(self, buffer, upto):
+        super().__init__(buffer)
+        self.upto = upto
+
+    @property
+    def split_bytes(self):
+        return SLICE
+
+    def pinned(self, offsets, lengths):
+        return bool((offsets + lengths <= self.upto).all())
+
+
+@pytest.fixture
+def pinned_runtime(lazy_runtime):
+    """A lazy runtime that needs pinned memory, usable from two threads."""
+
+    class PinnedOnly(lazy_runtime):
+        needs_pinned = True
+
+        def __init__(self, seed):
+            super().__init__(seed)
+            self.lock = threading.RLock()
+
+        def step(self):
+            with self.lock:
+                return super().step()
+
+    return PinnedOnly
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("seed", range(6))
+def test_unpinned_slots_go_through_the_bounce_buffer(pinned_runtime, seed, share):
+    rng = np.random.default_rng(seed)
+    case = random_case(rng, block_tokens=16)
+    chunks = min(5, case.layout.num_blocks // case.layout.chunk_blocks)
+    ids = random_ids(rng, case.layout, chunks)
+    slots, nbytes = random_slots(rng, case.layout, chunks)
+    arena = Splitting(np.zeros(nbytes, np.uint8), int(share * nbytes))
+    runtime = pinned_runtime(seed)
+    bounce = BounceTransfer(BatchTransfer(case.layout, case.tensors, arena, runtime), arena, runtime, bounce_slots=2)
+    before = [memory.clone() for memory in case.memory]
+    for memory in case.memory:
+        memory.zero_()
+    runtime.main.queue.append((None, lambda: [m.copy_(b) for m, b in zip(case.memory, before, strict=True)]))
+    handle = bounce.store(ids, slots)
+    handle.wait()
+    assert handle.done()
+    for slot, mine in zip(slots, ids.reshape(chunks, -1), strict=True):
+        got = np.concatenate([arena.array[o : o + n] for o, n in slot])[: case.layout.slot_bytes]
+        assert np.array_equal(got, case.slot(mine))
+    empty = case.emptied()
+    bounce.close()
+    bounce = BounceTransfer(BatchTransfer(case.layout, empty.tensors, arena, runtime), arena, runtime)
+    handle = bounce.load(slots, ids)
+    handle.wait_layer(0)
+    handle.wait()
+    assert all(all(map(np.array_equal, empty.rows(b), case.rows(b))) for b in ids.tolist())
+    bounce.close()
+    runtime.run_all()
+
+
+def test_a_bad_request_is_refused_at_once(pinned_runtime):
+    case = random_case(np.random.default_rng(0))
+    arena = Splitting(np.zeros(case.layout.slot_bytes, np.uint8), 0)
+    runtime = pinned_runtime(0)
+    bounce = BounceTransfer(BatchTransfer(case.layout, case.tensors, arena, runtime), arena, runtime)
+    with pytest.raises(RequestError, match="whole chunks"):
+        bounce.store([0], [])
+    bounce.close()

@@ -1,0 +1,74 @@
+# ruff: noqa: E402  (skipped before its imports where Triton is absent)
+"""The Triton kernel in Triton's interpreter, and compiled (not run) for the GPUs it is meant for."""
+
+import importlib
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+triton = pytest.importorskip("triton")
+
+from kvkernels.cases import CASE_DTYPES, CASE_FORMS, random_case, round_trip_faults
+from kvkernels.streams import HostRuntime
+
+NAME = "kvkernels.triton_gather"
+
+
+def fresh(monkeypatch, interpret):
+    """The backend's module, its kernel decorated anew for one mode, and gone from sys.modules afterwards."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if interpret else "0")
+    monkeypatch.delitem(sys.modules, NAME, raising=False)
+    module = importlib.import_module(NAME)
+    monkeypatch.delitem(sys.modules, NAME)
+    return module
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield fresh(monkeypatch, interpret=True)
+
+
+@pytest.mark.parametrize("form", CASE_FORMS)
+@settings(max_examples=2, deadline=None)
+@given(seed=st.integers(0, 2**32), dtype=st.sampled_from(CASE_DTYPES), programs=st.integers(1, 5))
+def test_round_trip(interpreted, form, seed, dtype, programs):
+    rng = np.random.default_rng(seed)
+    case = random_case(rng, form=form, dtype=dtype, block_tokens=16)
+    row = max(plane.row_bytes for plane in case.layout.planes)
+    staging = 2 * 3 * row * int(rng.integers(1, 12))
+
+    def make(layout, tensors, arena):
+        options = {"programs": programs, "staging_bytes": staging, "copy_bytes": 4 * row}
+        return interpreted.triton_transfer(layout, tensors, arena, HostRuntime(), **options)
+
+    assert round_trip_faults(case, make, rng) == []
+
+
+@pytest.mark.parametrize("row_bytes", [65536, 41984, 36 * 65536])
+@pytest.mark.parametrize("gather", [True, False])
+def test_compiled_code_moves_sixteen_bytes_at_a_time(monkeypatch, row_bytes, gather):
+    """Rows are read and written by independent 16-byte accesses, eight in flight a thread, without spills."""
+    compiler = importlib.import_module("triton.compiler")
+    backend = importlib.import_module("triton.backends.compiler")
+    kernel = fresh(monkeypatch, interpret=False)._move_rows
+    words = row_bytes // 8
+    constants = {"ROW_WORDS": words, "WORD": triton.language.int64, "ALIGN": 16, "TILE": 8192, "GATHER": gather}
+    pointers = {"addresses": "*i64", "strides": "*i64", "ids": "*i64", "staging": "*u8"}
+    kinds = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
+    place = kernel.arg_names.index
+    source = compiler.ASTSource(
+        kernel,
+        kinds,
+        constexprs={(place(name),): value for name, value in constants.items()},
+        attrs={(place(name),): [["tt.divisibility", 16]] for name in pointers},
+    )
+    built = triton.compile(source, target=backend.GPUTarget("cuda", 90, 32), options={"num_warps": 16})
+    ptx = built.asm["ptx"]
+    assert ptx.count("ld.global.v2.b64") + ptx.count("ld.global.v4.b32") == 8
+    assert ptx.count("st.global.v2.b64") + ptx.count("st.global.v4.b32") == 8
+    assert ".local" not in ptx

@@ -1,0 +1,32 @@
+"""What the vLLM tests share."""
+
+# ruff: noqa: PLC0415 - vLLM and the models are not there where only the halves are tested
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The folder of the seeded model of 14 MB."""
+    from tiny_model import build_model
+
+    return build_model(tmp_path_factory.getbasetemp() / "tiny")
+
+
+@pytest.fixture(scope="session")
+def big_model(tmp_path_factory):
+    """The folder of the seeded model of 105 M parameters."""
+    from tiny_model import build_big_model
+
+    return build_big_model(tmp_path_factory.getbasetemp() / "big")
+
+
+def pytest_collection_modifyitems(items):
+    """Warnings of vLLM and torch are not ours to mend."""
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.filterwarnings("ignore"))

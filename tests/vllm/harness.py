@@ -1,0 +1,111 @@
+"""Real vLLM engines on the CPU, in this process, one at a time; what they answer, and how it is compared."""
+
+# ruff: noqa: PLC0415 - vLLM reads the environment when it is imported
+import gc
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.update(
+    VLLM_CPU_KVCACHE_SPACE="1",
+    HF_HUB_OFFLINE="1",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second thread spins while it waits, at the server's expense
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+
+BLOCK = 32
+CHUNK = 128
+LOGPROB_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Answer:
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def connector_config(connector, **extra):
+    return {
+        "kv_connector": connector,
+        "kv_connector_module_path": "kvcore.vllm",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": extra,
+    }
+
+
+@contextmanager
+def engine(model: Path, kv_transfer_config=None, **options):
+    """An engine with float32 weights and KV; gone, with everything that vLLM keeps in globals, on exit."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings = {
+        "model": str(model),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 3072,
+        "block_size": BLOCK,
+        "seed": 0,
+        "disable_log_stats": False,
+        "enable_prefix_caching": True,
+    }
+    llm = LLM(**{**settings, **options}, kv_transfer_config=kv_transfer_config)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def generate(llm, prompts, max_tokens=8, salts=None):
+    """Greedy answers to prompts of token ids, all submitted at once."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=0, ignore_eos=True)
+    inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    for item, salt in zip(inputs, salts or (), strict=False):
+        item["cache_salt"] = salt
+    answers = []
+    for output in llm.generate(inputs, params, use_tqdm=False):
+        result = output.outputs[0]
+        logprobs = [row[token].logprob for token, row in zip(result.token_ids, result.logprobs, strict=True)]
+        answers.append(Answer(list(result.token_ids), logprobs))
+    return answers
+
+
+def assert_same(got, expected):
+    for i, (one, other) in enumerate(zip(got, expected, strict=True)):
+        assert one.tokens == other.tokens, f"request {i}"
+        worst = max(abs(a - b) for a, b in zip(one.logprobs, other.logprobs, strict=True))
+        assert worst < LOGPROB_TOLERANCE, f"request {i}: logprobs differ by {worst}"
+
+
+def metrics(llm):
+    """vLLM's own counters and gauges, summed over labels."""
+    found = {}
+    for metric in llm.get_metrics():
+        if hasattr(metric, "value"):
+            found[metric.name] = found.get(metric.name, 0) + metric.value
+    return found
+
+
+def scheduler(llm):
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def step_idle(llm, steps=3):
+    """Step an engine that has no request: what an engine in a process of its own does by itself."""
+    for _ in range(steps):
+        llm.llm_engine.engine_core.engine_core.step()
+
+
+def to_json(answers):
+    return json.dumps([[answer.tokens, answer.logprobs] for answer in answers])

@@ -1,0 +1,205 @@
+"""Real vLLM on the CPU reuses KV through a server, and answers as it does without one."""
+
+import re
+from pathlib import Path
+
+import harness
+import numpy as np
+import pytest
+from harness import BLOCK, CHUNK, assert_same, generate, metrics
+from servers import ServerInThread, counters, status
+
+from kvcore.live.arena import Arena
+from kvcore.live.client import Client
+from kvcore.live.wire import Clear
+
+pytestmark = pytest.mark.vllm
+
+L1_CHUNKS = 16
+CHUNK_BYTES = 512 << 10
+GPU_BLOCKS = 112
+MODES = ["mp-sync", "mp-async", "embedded-sync"]
+
+
+def tokens(count, seed):
+    return np.random.default_rng(seed).integers(4, 300, count).tolist()
+
+
+SHARED = tokens(4 * CHUNK + 50, 1)
+PROMPTS = {
+    "first": SHARED + tokens(100, 2),
+    "second": SHARED + tokens(130, 3),
+    "exact": tokens(4 * CHUNK, 4),
+    "longer than L1": tokens((L1_CHUNKS + 6) * CHUNK + 40, 5),
+    "mid-chunk": tokens(5 * CHUNK + 70, 6),
+    **{f"concurrent {i}": SHARED[: (1 + i % 4) * CHUNK + 16 * i] + tokens(150, 10 + i) for i in range(8)},
+    **{f"tight {i}": tokens(3 * CHUNK, 30 + i % 3) + tokens(190 + 40 * i, 40 + i) for i in range(8)},
+}
+LONG_ANSWER = 96
+
+
+def length(name):
+    return LONG_ANSWER if name.startswith("tight") else 8
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model):
+    """What vLLM answers without a connector."""
+    with harness.engine(tiny_model, max_num_batched_tokens=256) as llm:
+        found = {}
+        for same in (8, LONG_ANSWER):
+            names = [name for name in PROMPTS if length(name) == same]
+            found |= zip(names, generate(llm, [PROMPTS[name] for name in names], same), strict=True)
+        return found
+
+
+@pytest.fixture(scope="module", params=MODES)
+def setup(request, tiny_model, reference, tmp_path_factory):
+    """An engine with a connector, small in every way: chunked prefill, few blocks, an L1 of 16 chunks."""
+    kind, mode = request.param.split("-")
+    options = {"l1_size_gb": L1_CHUNKS * CHUNK_BYTES / 2**30, "page_size": "512KiB", "chunk_size": CHUNK}
+    server = ServerInThread(tmp_path_factory.mktemp("server"), **options) if kind == "mp" else None
+    if server is not None:
+        config = harness.connector_config("KVCoreMPConnector", endpoint=server.endpoint, load_mode=mode)
+    else:
+        config = harness.connector_config("KVCoreConnector", load_mode=mode, pretouch=False, **options)
+    with harness.engine(tiny_model, config, max_num_batched_tokens=256, num_gpu_blocks_override=GPU_BLOCKS) as llm:
+        yield Setup(llm, server, reference)
+    if server is not None:
+        server.stop()
+
+
+class Setup:
+    def __init__(self, llm, server, reference):
+        self.llm = llm
+        self.endpoint = server.endpoint if server else harness.scheduler(llm).connector._endpoint()
+        self.reference = reference
+
+    def forget_locally(self):
+        assert self.llm.reset_prefix_cache()
+
+    def clear(self):
+        with Client(self.endpoint) as client:
+            client.call(Clear())
+        self.forget_locally()
+
+    def ask(self, *names):
+        """Answer prompts at once, compare with the reference; return what vLLM's and the server's counters gained."""
+        before, served = metrics(self.llm), counters(self.endpoint)
+        answers = [
+            answer
+            for same in {length(name): None for name in names}
+            for answer in generate(self.llm, [PROMPTS[n] for n in names if length(n) == same], same)
+        ]
+        assert_same(answers, [self.reference[name] for name in names])
+        after, now = metrics(self.llm), counters(self.endpoint)
+        gained = {name: after[name] - before.get(name, 0) for name in after}
+        gained |= {name: now[name] - served.get(name, 0) for name in now}
+        return gained
+
+
+def hits(gained):
+    return gained["vllm:external_prefix_cache_hits"]
+
+
+def logged(caplog, verb):
+    return sum(int(n) for n in re.findall(rf"{verb} (\d+) tokens", caplog.text))
+
+
+def test_second_request_loads_the_shared_prefix(setup, caplog):
+    setup.clear()
+    gained = setup.ask("first")
+    assert hits(gained) == 0
+    assert gained["vllm:kvcore_stored_tokens"] == 5 * CHUNK
+    setup.forget_locally()
+    caplog.clear()
+    with caplog.at_level("INFO", logger="kvcore"):
+        gained = setup.ask("second")
+    assert hits(gained) == 4 * CHUNK
+    assert gained["vllm:kvcore_loaded_tokens"] == hits(gained)
+    assert gained["loaded_tokens"] == hits(gained)
+    assert gained["matched_tokens"] == 4 * CHUNK
+    assert logged(caplog, "Retrieved") == hits(gained)
+    assert logged(caplog, "Stored") == gained["vllm:kvcore_stored_tokens"] == CHUNK
+
+
+def test_prompt_of_whole_chunks(setup):
+    setup.clear()
+    setup.ask("exact")
+    setup.forget_locally()
+    gained = setup.ask("exact")
+    asynchronous = setup.llm.llm_engine.vllm_config.kv_transfer_config.kv_connector_extra_config["load_mode"] == "async"
+    assert hits(gained) == 4 * CHUNK - (0 if asynchronous else BLOCK)
+    assert gained["loaded_tokens"] == hits(gained)
+    assert gained["matched_tokens"] == 4 * CHUNK
+
+
+def test_hit_begins_inside_a_chunk_that_vllm_holds_in_part(setup):
+    setup.clear()
+    setup.ask("mid-chunk")
+    setup.forget_locally()
+    generate(setup.llm, [PROMPTS["mid-chunk"][: CHUNK + 3 * BLOCK + 5]], 1)
+    gained = setup.ask("mid-chunk")
+    assert hits(gained) == 5 * CHUNK - (CHUNK + 3 * BLOCK)
+    assert gained["loaded_tokens"] == gained["vllm:kvcore_loaded_tokens"] == hits(gained)
+
+
+def test_what_vllm_holds_and_l1_lacks_is_stored(setup):
+    setup.clear()
+    setup.ask("first")
+    with Client(setup.endpoint) as client:
+        client.call(Clear())
+    gained = setup.ask("first")
+    assert hits(gained) == 0
+    assert gained["vllm:kvcore_stored_tokens"] == 5 * CHUNK
+
+
+def test_prompt_longer_than_l1(setup):
+    setup.clear()
+    gained = setup.ask("longer than L1")
+    assert gained["vllm:kvcore_stored_tokens"] == L1_CHUNKS * CHUNK
+    setup.forget_locally()
+    gained = setup.ask("longer than L1")
+    assert hits(gained) == L1_CHUNKS * CHUNK
+    assert gained["loaded_tokens"] == hits(gained)
+
+
+def test_eight_at_once_with_overlapping_prefixes(setup):
+    setup.clear()
+    setup.ask("first")
+    setup.forget_locally()
+    gained = setup.ask(*[f"concurrent {i}" for i in range(8)])
+    assert hits(gained) > 0
+    assert gained["loaded_tokens"] == gained["vllm:kvcore_loaded_tokens"] == hits(gained)
+
+
+def test_preemption_with_loads_and_evictions(setup):
+    setup.clear()
+    names = [f"tight {i}" for i in range(8)]
+    setup.ask(names[0], names[1])
+    setup.forget_locally()
+    gained = setup.ask(*names)
+    assert gained["vllm:num_preemptions"] > 0
+    assert gained["vllm:kvcore_loaded_tokens"] > 0
+    assert gained["evicted_chunks"] > 0
+    harness.step_idle(setup.llm)
+    setup.forget_locally()
+
+
+def test_zeros_in_l1_change_the_answer(setup):
+    setup.clear()
+    setup.ask("first")
+    setup.forget_locally()
+    arena = Arena.attach(_arena_path(setup.endpoint))
+    arena.data[:] = 0
+    arena.close()
+    before = metrics(setup.llm)
+    (answer,) = generate(setup.llm, [PROMPTS["first"]])
+    assert metrics(setup.llm)["vllm:external_prefix_cache_hits"] > before["vllm:external_prefix_cache_hits"]
+    expected = setup.reference["first"]
+    assert answer.tokens != expected.tokens
+    setup.clear()
+
+
+def _arena_path(endpoint):
+    return Path(status(endpoint)["arena"]["path"])

@@ -1,0 +1,350 @@
+"""The scheduler's half, driven by hand: no vLLM, no server."""
+
+import pytest
+from engine_double import BLOCK, CHUNK, EngineRequest, Line, registered, step
+
+from kvcore.policy.hashing import Namespace, chunk_names
+from kvcore.vllm.jobs import StepReport
+from kvcore.vllm.namespace import Hasher
+from kvcore.vllm.scheduler import Options, SchedulerSide
+
+NAMESPACE = Namespace(model="m", kv_dtype="float32", layout="x", block_tokens=BLOCK)
+PER_CHUNK = CHUNK // BLOCK
+
+
+def make(line=None, **options):
+    line = line or Line()
+    return line, SchedulerSide(line, Hasher(NAMESPACE), Options(block_tokens=BLOCK, **options), clock=lambda: 2.0)
+
+
+def prompt(tokens, seed=0):
+    return [seed * 1000 + i for i in range(tokens)]
+
+
+def names(request):
+    return chunk_names(Hasher(NAMESPACE)(request), PER_CHUNK)
+
+
+def blocks(tokens, first=10):
+    return list(range(first, first + -(-tokens // BLOCK)))
+
+
+def admit(side, request, computed=0, scheduled=None):
+    """Lookup, allocation and first step of a request; returns (external, asynchronous, plan)."""
+    external, asynchronous = side.matched(request, computed)
+    side.allocated(request, blocks(request.num_tokens), external)
+    done = computed + external
+    todo = request.num_tokens - done if scheduled is None else scheduled
+    plan = side.plan(step(new=[(request.request_id, blocks(request.num_tokens), done, todo)]))
+    return external, asynchronous, plan
+
+
+def test_miss_stores_every_full_chunk():
+    line, side = make()
+    external, _, plan = admit(side, EngineRequest("a", prompt(200)))
+    assert external == 0
+    assert not plan.loads
+    (store,) = plan.stores
+    assert store.tokens == 192
+    assert store.blocks.tolist() == [[10, 11, 12, 13], [14, 15, 16, 17], [18, 19, 20, 21]]
+    assert line.named("end") == [("end", "a")]
+
+
+def test_hit_loads_and_stores_the_rest():
+    line, side = make()
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request)[:2])
+    external, asynchronous, plan = admit(side, request)
+    assert (external, asynchronous) == (128, False)
+    (load,) = plan.loads
+    assert load.tokens == 128
+    assert load.blocks.tolist() == [[10, 11, 12, 13], [14, 15, 16, 17]]
+    (store,) = plan.stores
+    assert store.chunks == names(request)[2:]
+
+
+def test_exact_multiple_leaves_a_block_to_compute():
+    line, side = make()
+    request = EngineRequest("a", prompt(2 * CHUNK))
+    line.resident.update(names(request))
+    external, _, plan = admit(side, request)
+    assert external == 2 * CHUNK - BLOCK
+    assert plan.loads[0].blocks.tolist() == [[10, 11, 12, 13], [14, 15, 16, -1]]
+    assert plan.loads[0].tokens == external
+
+
+def test_asynchronous_full_hit_loads_everything_and_survives_the_second_allocation():
+    line, side = make(load_mode="async")
+    request = EngineRequest("a", prompt(2 * CHUNK))
+    line.resident.update(names(request))
+    external, asynchronous = side.matched(request, 0)
+    assert (external, asynchronous) == (2 * CHUNK, True)
+    side.allocated(request, blocks(2 * CHUNK), external)
+    plan = side.plan(step())
+    assert plan.loads[0].asynchronous
+    assert plan.loads[0].tokens == 2 * CHUNK
+    side.reported(None, (), {"a"})
+    side.allocated(request, blocks(2 * CHUNK), 0)
+    plan = side.plan(step(new=[("a", blocks(2 * CHUNK), 2 * CHUNK - 1, 1)]))
+    assert not plan.loads
+    assert not line.named("drop_load")
+
+
+def test_hit_that_starts_inside_a_chunk_skips_blocks_that_others_read():
+    line, side = make()
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request))
+    external, _, plan = admit(side, request, computed=CHUNK + 2 * BLOCK)
+    assert external == 3 * CHUNK - CHUNK - 2 * BLOCK
+    assert plan.loads[0].blocks.tolist() == [[-1, -1, 16, 17], [18, 19, 20, 21]]
+    assert plan.loads[0].tokens == external
+
+
+def test_whole_hit_in_the_engines_cache_is_not_loaded_but_acknowledged():
+    line, side = make()
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request)[:2])
+    external, _, plan = admit(side, request, computed=2 * CHUNK + BLOCK)
+    assert external == 0
+    assert not plan.loads
+    assert plan.stores[0].chunks == names(request)[2:]
+
+
+def test_engine_hits_that_l1_lacks_are_stored():
+    _, side = make()
+    request = EngineRequest("a", prompt(200))
+    _, _, plan = admit(side, request, computed=2 * CHUNK)
+    assert plan.stores[0].tokens == 3 * CHUNK
+
+
+def test_chunked_prefill_asks_as_chunks_are_computed():
+    line, side = make()
+    request = EngineRequest("a", prompt(300))
+    _, _, plan = admit(side, request, scheduled=100)
+    assert [store.tokens for store in plan.stores] == [CHUNK]
+    plan = side.plan(step(cached=[("a", [], 100, 27, False)]))
+    assert not plan.stores
+    plan = side.plan(step(cached=[("a", [], 127, 100, False)]))
+    assert plan.stores[0].chunks == names(request)[1:3]
+    assert not line.named("end")
+    side.plan(step(cached=[("a", [], 227, 73, False)]))
+    assert line.named("end")
+    assert [call[2] for call in line.named("ask")] == [1, 2, 1]
+
+
+def test_pending_lookup_is_asked_again():
+    line, side = make()
+    line.pending = 1
+    request = EngineRequest("a", prompt(200))
+    assert side.matched(request, 0) == (None, False)
+    assert side.matched(request, 0) == (0, False)
+
+
+def test_lookup_is_made_once_while_allocation_fails():
+    line, side = make()
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request)[:2])
+    assert side.matched(request, 0) == (128, False)
+    assert side.matched(request, CHUNK) == (64, False)
+    side.allocated(request, blocks(200), 64)
+    assert len(line.named("lookup")) == 1
+    assert line.named("drop_load") == [("drop_load", "a", 1)]
+    assert side.plan(step(new=[("a", blocks(200), 128, 72)])).loads[0].blocks.tolist() == [[14, 15, 16, 17]]
+
+
+def test_server_away_is_a_miss_and_nothing_is_asked():
+    line, side = make()
+    line.registered = None
+    external, _, plan = admit(side, EngineRequest("a", prompt(200)))
+    assert external == 0
+    assert not plan.stores
+    assert not line.calls
+    assert side.finished(EngineRequest("a", prompt(200))) is False
+
+
+def test_server_lost_after_the_lookup_still_plans_the_promised_load():
+    line, side = make()
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request))
+    external, _ = side.matched(request, 0)
+    line.registered = None
+    side.allocated(request, blocks(200), external)
+    plan = side.plan(step(new=[("a", blocks(200), external, 200 - external)]))
+    assert plan.loads[0].epoch == 1
+    assert not line.named("ask")
+
+
+def test_unanswered_asks_of_a_lost_server_hold_nothing():
+    line, side = make()
+    line.at_once = False
+    request = EngineRequest("a", prompt(200))
+    admit(side, request)
+    assert side.finished(request) is True
+    line.registered = registered(epoch=2)
+    assert side.plan(step()).released == ["a"]
+
+
+def test_late_grant_holds_the_blocks_of_a_finished_request():
+    line, side = make()
+    line.at_once = False
+    request = EngineRequest("a", prompt(200))
+    _, _, plan = admit(side, request)
+    assert not plan.stores
+    assert side.finished(request) is True
+    assert side.plan(step()).released == []
+    line.deliver()
+    plan = side.plan(step())
+    assert plan.stores[0].tokens == 192
+    assert plan.released == ["a"]
+
+
+def test_late_grant_in_an_engine_that_does_not_step_when_idle_is_given_back():
+    line, side = make(steps_when_idle=False)
+    line.at_once = False
+    request = EngineRequest("a", prompt(200))
+    admit(side, request)
+    assert side.finished(request) is False
+    line.deliver()
+    plan = side.plan(step())
+    assert not plan.stores
+    assert line.named("drop_store") == [("drop_store", "a", 3)]
+
+
+def test_stores_of_a_copy_engine_hold_the_blocks():
+    _, side = make(copies_in_step=False)
+    request = EngineRequest("a", prompt(200))
+    admit(side, request)
+    assert side.finished(request) is True
+    assert side.plan(step()).released == ["a"]
+
+
+def test_preemption_gives_back_late_grants_and_looks_up_anew():
+    line, side = make()
+    line.at_once = False
+    request = EngineRequest("a", prompt(200))
+    admit(side, request, scheduled=130)
+    request.num_preemptions = 1
+    line.deliver()
+    plan = side.plan(step(preempted=["a"]))
+    assert plan.preempted == ["a"]
+    assert not plan.stores
+    assert line.named("drop_store") == [("drop_store", "a", 2)]
+    line.at_once = True
+    line.resident.update(names(request)[:1])
+    external, _ = side.matched(request, 0)
+    assert external == CHUNK
+    side.allocated(request, blocks(200, 50), external)
+    plan = side.plan(step(cached=[("a", blocks(200, 50), CHUNK, 136, True)]))
+    assert plan.loads[0].name == "a~1"
+    assert plan.loads[0].blocks.tolist() == [[50, 51, 52, 53]]
+    assert plan.stores[0].blocks.tolist() == [[54, 55, 56, 57], [58, 59, 60, 61]]
+
+
+def test_preempted_and_resumed_in_one_step_keeps_its_new_life():
+    _, side = make()
+    request = EngineRequest("a", prompt(200))
+    admit(side, request, scheduled=130)
+    request.num_preemptions = 1
+    external, _ = side.matched(request, 0)
+    side.allocated(request, blocks(200, 50), external)
+    plan = side.plan(step(cached=[("a", blocks(200, 50), 0, 200, True)], preempted=["a"]))
+    assert plan.preempted == ["a"]
+    assert plan.stores[0].name == "a~1"
+
+
+def test_failed_asynchronous_load_is_not_tried_again():
+    line, side = make(load_mode="async")
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request))
+    external, _ = side.matched(request, 0)
+    side.allocated(request, blocks(200), external)
+    side.plan(step())
+    side.reported(None, {10}, {"a"})
+    assert side.matched(request, 0) == (0, False)
+    assert side.matched(request, 0) == (0, False)
+    assert len(line.named("lookup")) == 1
+
+
+def test_nothing_is_stored_of_what_rests_on_a_failed_load():
+    line, side = make()
+    line.at_once = False
+    loader = EngineRequest("a", prompt(200))
+    line.resident.update(names(loader)[:1])
+    admit(side, loader)
+    other = EngineRequest("b", prompt(200, seed=1))
+    side.matched(other, 0)
+    side.allocated(other, blocks(200, 90), 0)
+    side.plan(step(new=[("b", blocks(200, 90), 0, 200)]))
+    side.reported(StepReport(failures={0: 1}), {11}, ())
+    line.deliver()
+    plan = side.plan(step())
+    assert plan.failures_seen == {0: 1}
+    assert [store.request for store in plan.stores] == ["b"]
+    assert line.named("drop_store") == [("drop_store", "a", 2)]
+
+
+def test_abort_before_allocation_gives_the_hit_back():
+    line, side = make()
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request))
+    side.matched(request, 0)
+    assert side.finished(request) is False
+    assert line.named("drop_load") == [("drop_load", "a", 3)]
+    assert line.named("end") == [("end", "a")]
+
+
+def test_abort_during_an_asynchronous_load_leaves_the_blocks_to_vllm():
+    line, side = make(load_mode="async")
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request))
+    external, _ = side.matched(request, 0)
+    side.allocated(request, blocks(200), external)
+    side.plan(step())
+    assert side.finished(request) is False
+    assert not line.named("drop_load")
+
+
+def test_decode_says_nothing_to_the_server():
+    line, side = make()
+    request = EngineRequest("a", prompt(200))
+    admit(side, request)
+    before = list(line.calls)
+    for i in range(3):
+        request.num_output_tokens += 1
+        assert not side.plan(step(cached=[("a", [99] if i == 1 else [], 200 + i, 1, False)])).stores
+    assert line.calls == before
+
+
+def test_the_log_row_of_a_request():
+    line, side = make()
+    line.registered = registered(record=True)
+    request = EngineRequest("a", prompt(200), arrival_time=0.5)
+    admit(side, request, computed=BLOCK)
+    request.num_output_tokens = 1
+    assert side.finished(request) is False
+    side.reported(StepReport(load_seconds={"a": 0.25}), (), ())
+    ((name, row),) = line.recorded
+    assert name == "a"
+    assert row["l0_tokens"] == BLOCK
+    assert row["input_length"] == 200
+    assert row["output_length"] == 1
+    assert row["block_size"] == BLOCK
+    assert len(row["hash_ids"]) == 8 * 12
+    assert row["queue_ms"] == pytest.approx(1500)
+    assert row["ttft_ms"] == pytest.approx(1500)
+    assert row["load_ms"] == pytest.approx(250)
+
+
+def test_after_forgetting_nothing_of_before_matches():
+    line, side = make()
+    first = EngineRequest("a", prompt(200))
+    line.resident.update(names(first))
+    side.forget("weights changed")
+    assert side.matched(first, 0) == (0, False)
+
+
+def test_prompts_given_as_embeddings_are_left_alone():
+    line, side = make()
+    request = EngineRequest("a", prompt(200), prompt_embeds=object())
+    assert side.matched(request, 0) == (0, False)
+    assert not line.calls

@@ -1,0 +1,251 @@
+"""A worker's half over a real arena and torch tensors: no vLLM, no server."""
+
+import threading
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from kvcore.live.arena import Arena, ArenaPaths  # noqa: E402
+from kvcore.live.wire import Registered  # noqa: E402
+from kvcore.vllm.jobs import Copy, StepPlan  # noqa: E402
+from kvcore.vllm.mover import Cache  # noqa: E402
+from kvcore.vllm.worker import WorkerSide  # noqa: E402
+from kvkernels.reference import ReferenceTransfer  # noqa: E402
+
+BLOCKS, LAYERS, BLOCK, PER_CHUNK = 40, 3, 16, 4
+PAGE = 4096
+
+
+class Line:
+    def __init__(self, registered):
+        self.registered = registered
+        self.said = []
+
+    def committed(self, request, chunks, **counts):
+        self.said.append(("committed", request, tuple(chunks), counts))
+
+    def aborted(self, request, chunks, **counts):
+        self.said.append(("aborted", request, tuple(chunks), counts))
+
+    def loaded(self, request, chunks, **counts):
+        self.said.append(("loaded", request, tuple(chunks), counts))
+
+    def load_failed(self, request, chunks, **counts):
+        self.said.append(("load_failed", request, tuple(chunks), counts))
+
+    def leave(self):
+        self.said.append(("leave",))
+
+
+class Rig:
+    """An arena of 64 pages, a KV cache of random bytes, and the worker's half between them."""
+
+    def __init__(self, folder, rank=0, shards=1, copy_thread=True):
+        self.arena = Arena.create(ArenaPaths(folder, f"rig{rank}"), size_bytes=64 * PAGE, page_bytes=PAGE)
+        torch.manual_seed(rank)
+        self.tensors = {f"layer.{i}": torch.randn(BLOCKS, 2, BLOCK, 8) for i in range(LAYERS)}
+        cache = Cache(self.tensors, num_blocks=BLOCKS, block_tokens=BLOCK, order="")
+        self.block_bytes = cache.block.block_bytes
+        shard = self.block_bytes * PER_CHUNK
+        self.pages = -(-shard * shards // PAGE)
+        self.registered = Registered(
+            member=1,
+            chunk_tokens=BLOCK * PER_CHUNK,
+            chunk_pages=self.pages,
+            shard_bytes=shard,
+            arena_path=str(self.arena.path),
+            page_bytes=PAGE,
+            pages=64,
+            epoch=self.arena.epoch,
+            lease_ms=1000,
+            liveness_path="",
+        )
+        self.line = Line(self.registered)
+        self.side = WorkerSide(cache, rank=rank, shards=shards, factory=ReferenceTransfer, copy_thread=copy_thread)
+        self.side.connect(self.line)
+
+    def copy(self, blocks, *, at=0, asynchronous=False, scattered=False):
+        """A copy between blocks, (chunks, PER_CHUNK), and pages from `at` on, in order or the other way round."""
+        table = np.array(blocks, dtype=np.int64).reshape(-1, PER_CHUNK)
+        pages = np.arange(at, at + len(table) * self.pages, dtype=np.uint32).reshape(len(table), -1)
+        if scattered:
+            pages = pages[:, ::-1].copy()
+        return Copy(
+            request="r",
+            name="r",
+            chunks=tuple(b"chunk%d" % i for i in range(len(table))),
+            epoch=self.registered.epoch,
+            pages=pages,
+            generations=self.arena.generations[pages].copy(),
+            blocks=table,
+            tokens=0,
+            asynchronous=asynchronous,
+        )
+
+    def step(self, plan):
+        self.side.preempt(plan)
+        self.side.start_loads(plan)
+        self.side.finish_step(plan)
+        return self.side.finished()
+
+    def said(self, kind):
+        return [one for one in self.line.said if one[0] == kind]
+
+    def rows(self, blocks):
+        return {name: tensor[list(blocks)].clone() for name, tensor in self.tensors.items()}
+
+    def equal(self, rows, blocks):
+        return all(torch.equal(rows[name], tensor[list(blocks)]) for name, tensor in self.tensors.items())
+
+
+@pytest.fixture
+def rig(tmp_path):
+    made = Rig(tmp_path)
+    yield made
+    made.side.close()
+    made.arena.close()
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_what_was_stored_is_loaded_elsewhere(rig, scattered):
+    stored = rig.rows(range(8))
+    rig.step(StepPlan(stores=[rig.copy(range(8), scattered=scattered)]))
+    rig.step(StepPlan(loads=[rig.copy(range(20, 28), scattered=scattered)]))
+    assert rig.equal(stored, range(20, 28))
+    ((_, _, chunks, counts),) = rig.said("committed")
+    assert chunks == (b"chunk0", b"chunk1")
+    assert (counts["tokens"], counts["nbytes"]) == (128, 8 * rig.block_bytes)
+    assert rig.said("loaded")[0][3]["tokens"] == 128
+    assert rig.side.counters.take()["loaded_bytes"] == 8 * rig.block_bytes
+
+
+def test_blocks_left_out_of_a_load_keep_what_they_hold(rig):
+    stored = rig.rows(range(8))
+    rig.step(StepPlan(stores=[rig.copy(range(8))]))
+    before = rig.rows(range(20, 28))
+    rig.step(StepPlan(loads=[rig.copy([-1, -1, 22, 23, 24, 25, 26, -1])]))
+    assert rig.equal({name: rows[2:7] for name, rows in stored.items()}, range(22, 27))
+    assert rig.equal({name: rows[[0, 1, 7]] for name, rows in before.items()}, [20, 21, 27])
+    assert rig.said("loaded")[0][3]["tokens"] == 5 * BLOCK
+    assert rig.side.bad_blocks() == set()
+
+
+def test_changed_generation_fails_the_load_from_there_on(rig):
+    rig.step(StepPlan(stores=[rig.copy(range(12))]))
+    load = rig.copy(range(20, 32))
+    rig.arena.generations[load.pages[1, 0]] += 1
+    rig.step(StepPlan(loads=[load]))
+    assert rig.said("loaded")[0][2] == (b"chunk0",)
+    assert rig.said("load_failed")[0][2] == (b"chunk1", b"chunk2")
+    assert rig.side.bad_blocks() == set(range(24, 32))
+    assert rig.side.bad_blocks() == set()
+    assert rig.side.report().failures == {0: 1}
+
+
+def test_generation_that_changes_during_the_copy_fails_the_load(rig, monkeypatch):
+    rig.step(StepPlan(stores=[rig.copy(range(4))]))
+    load = rig.copy(range(20, 24))
+    whole = ReferenceTransfer.load
+
+    def slow(self, *args, **kwargs):
+        handle = whole(self, *args, **kwargs)
+        rig.arena.generations[load.pages[0, 0]] += 1
+        return handle
+
+    monkeypatch.setattr(ReferenceTransfer, "load", slow)
+    rig.step(StepPlan(loads=[load]))
+    assert rig.side.bad_blocks() == set(range(20, 24))
+    assert not rig.said("loaded")
+
+
+def test_nothing_is_stored_until_the_scheduler_knows_of_a_failed_load(rig):
+    load = rig.copy(range(20, 24))
+    load.epoch += 1
+    rig.step(StepPlan(loads=[load], stores=[rig.copy(range(4), at=10)]))
+    assert rig.said("aborted")
+    assert not rig.said("committed")
+    rig.step(StepPlan(stores=[rig.copy(range(4), at=10)], failures_seen=rig.side.report().failures))
+    assert rig.said("committed")
+
+
+def test_store_into_pages_that_were_given_away_is_aborted(rig):
+    store = rig.copy(range(4))
+    rig.arena.generations[store.pages[0, 0]] += 1
+    rig.step(StepPlan(stores=[store]))
+    assert rig.said("aborted")
+    assert not rig.said("committed")
+
+
+def test_server_away_fails_loads_and_aborts_stores(rig):
+    rig.line.registered = None
+    rig.step(StepPlan(loads=[rig.copy(range(20, 24))]))
+    assert rig.side.bad_blocks() == set(range(20, 24))
+
+
+def test_asynchronous_load_is_reported_when_it_has_ended(rig, monkeypatch):
+    stored = rig.rows(range(4))
+    rig.step(StepPlan(stores=[rig.copy(range(4))]))
+    gate, whole = threading.Event(), ReferenceTransfer.load
+
+    def gated(self, *args, **kwargs):
+        assert gate.wait(5)
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(ReferenceTransfer, "load", gated)
+    assert rig.step(StepPlan(loads=[rig.copy(range(20, 24), asynchronous=True)])) == (set(), set())
+    drained = threading.Thread(target=rig.side.drain)
+    drained.start()
+    drained.join(0.1)
+    assert drained.is_alive()
+    gate.set()
+    drained.join(5)
+    assert not drained.is_alive()
+    assert rig.step(StepPlan()) == (set(), {"r"})
+    assert rig.equal(stored, range(20, 24))
+
+
+def test_asynchronous_load_that_cannot_begin_is_reported_with_its_blocks(rig):
+    load = rig.copy(range(20, 24), asynchronous=True)
+    load.epoch += 1
+    assert rig.step(StepPlan(loads=[load])) == (set(), {"r"})
+    assert rig.side.bad_blocks() == set(range(20, 24))
+    assert rig.side.report() is None
+
+
+def test_released_requests_are_reported_once(rig):
+    assert rig.step(StepPlan(stores=[rig.copy(range(4))], released=["r"])) == ({"r"}, set())
+    assert rig.step(StepPlan()) == (set(), set())
+
+
+def test_two_ranks_write_their_shards_of_one_chunk(tmp_path):
+    first, second = Rig(tmp_path, rank=0, shards=2), Rig(tmp_path, rank=1, shards=2)
+    second.line.registered = first.registered
+    second.registered = first.registered
+    stored = [one.rows(range(4)) for one in (first, second)]
+    for one in (first, second):
+        one.step(StepPlan(stores=[first.copy(range(4), scattered=True)]))
+    for one, rows in zip((first, second), stored, strict=True):
+        one.step(StepPlan(loads=[first.copy(range(30, 34), scattered=True)]))
+        assert one.equal(rows, range(30, 34))
+    for one in (first, second):
+        one.side.close()
+        one.arena.close()
+
+
+def test_ranks_that_hold_the_same_kv_store_once_and_load_the_same(tmp_path):
+    first, second = Rig(tmp_path, rank=0, shards=1), Rig(tmp_path, rank=1, shards=1)
+    second.line.registered = first.registered
+    second.registered = first.registered
+    stored = first.rows(range(4))
+    for one in (first, second):
+        one.step(StepPlan(stores=[first.copy(range(4))]))
+        one.step(StepPlan(loads=[first.copy(range(30, 34))]))
+        assert one.equal(stored, range(30, 34))
+    assert first.said("committed")
+    assert not second.said("committed")
+    assert second.said("loaded")
+    for one in (first, second):
+        one.side.close()
+        one.arena.close()
