@@ -3,14 +3,14 @@
     python benchmarks/simulate.py LOG [--out FILE] [--repeats 5] [--workers 2]
 
 The setting is that of the conversation log's target: qwen3-8b on h100, 4 engines at half the recorded rate, an L0 of
-40 GiB each, an L1 of 200 GiB, chunks of 512 tokens, lru. CPU time stands beside wall time, for machines with other work.
+40 GiB each, an L1 of 200 GiB, chunks of 512 tokens, lru. CPU time stands beside wall time, for machines with
+other work.
 """
 
 import argparse
 import json
 import os
 import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
