@@ -120,7 +120,7 @@ def _decode(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, poin
     for prompt in asked:  # so that the batch finds its prompts computed, and begins together
         endpoint.first_token_s(prompt)
     try:
-        kept.add(point, [endpoint.decode_step_s(asked, plan.decode_steps)])
+        kept.add(point, [endpoint.decode_step_s(asked, plan.decode_steps) for _ in range(plan.repeats)])
     except EndpointError as error:
         if batch == 1:
             raise
@@ -176,7 +176,7 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
             "decode": Part(
                 kind="measured",
                 source=source,
-                error=f"one measurement a point; {len(kept.failed)} follow a linear form",
+                error=f"repeats as above; {len(kept.failed)} points could not be measured and follow a linear form",
             ),
             "pcie": facts.transfers_from,
             "handling": Part(

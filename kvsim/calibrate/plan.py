@@ -15,7 +15,7 @@ class Plan:
     Attributes:
         prefill: (new, cached) tokens; cached ones are multiples of every engine block up to 256.
         decode: (batch, context tokens of each).
-        repeats: Measurements of each prefill point; the median counts.
+        repeats: Measurements of each point; the median counts.
         decode_steps: Tokens that each request of a decode point puts out.
         vocabulary: Prompts are drawn from token ids below it, the lowest 100 left out (special ones, mostly).
         seed: Of the prompts.
@@ -54,7 +54,7 @@ def make_plan(
         max_num_seqs: Largest batch.
         kv_tokens: Tokens that fit into its KV cache; more at once would be preempted.
         vocabulary: Token ids to draw from.
-        repeats: Measurements of each prefill point.
+        repeats: Measurements of each point.
     """
     steps = 32
     longest = min(max_model_len, kv_tokens) - steps - 1
