@@ -16,6 +16,19 @@ def chunk_chains(log: Log, chunk_tokens: int) -> list[tuple[int, ...]]:
     return [tuple(flat[a:b]) for a, b in pairwise(starts.tolist())]
 
 
+def output_chains(log: Log, chunk_tokens: int) -> list[tuple[int, ...]]:
+    """Return the full chunks that follow each prompt's once its output is appended; none where they are not recorded.
+
+    Raises:
+        ValueError: As `chunk_chains`.
+    """
+    coarse = log.coarsen(chunk_tokens)
+    if coarse.output_starts is None or coarse.output_blocks is None:
+        return [()] * len(log)
+    flat = coarse.output_blocks.tolist()
+    return [tuple(flat[a:b]) for a, b in pairwise(coarse.output_starts.tolist())]
+
+
 def salts(log: Log) -> list[str]:
     """Return each request's tenant: the log's `salt` column, empty strings without one."""
     column = log.extra.get("salt")

@@ -335,11 +335,16 @@ class Engine:
             job.produced = max(job.produced, job.output)
             del self._running[job]
             self.unfinished -= 1
+            grown = self._decodes.grown(job.target, job.decoded)
+            findable = min(job.whole_findable, (job.target + job.decoded) // self._block)
+            self.cache.settle(job.holding, job.whole_path, grown, findable)
+            if self._shell is not None and job.output_chain:
+                self._shell.put_out(job)
             if not job.stores:
                 self._release(job)
 
     def _release(self, job: Job) -> None:
-        self.cache.release(job.holding, job.path, self._decodes.grown(job.target, job.decoded))
+        self.cache.release(job.holding, job.whole_path)
 
     # Steps of decodes alone
 

@@ -36,6 +36,7 @@ class Job:
         "matched",
         "name",
         "output",
+        "output_chain",
         "path",
         "preemptions",
         "produced",
@@ -46,6 +47,8 @@ class Job:
         "step_load",
         "stores",
         "target",
+        "whole_findable",
+        "whole_path",
     )
 
     def __init__(
@@ -69,6 +72,11 @@ class Job:
         self.findable = findable
         """Leading engine blocks that a later request could hit."""
         self.salt = salt
+        self.whole_path = path
+        """Those of prompt and output, where the log has the output's."""
+        self.whole_findable = findable
+        self.output_chain: tuple[Chunk, ...] = ()
+        """Chunks that follow the prompt's once the output is appended, where they are to be stored."""
         self.arrived = self.enqueued = 0.0
         self.first_scheduled = -1.0
         self.first_token = -1.0

@@ -51,6 +51,8 @@ class RunSettings:
         admission: Whether a chunk is stored at once or when it is missed a second time.
         ttl_s: Chunks unused for longer are dropped; None keeps them.
         load_or_recompute: Whether the core leaves hits that are faster to compute than to load.
+        store_output: Whether the chunks that an output completes are stored too; the log has to have their hashes. (L0
+            has them either way, as vLLM does, where the log has.)
         page_bytes: Page of the L1 arena; a chunk takes whole ones.
         load: How the engine loads: `layerwise` (in the step, layers overlapped with compute), `sync` (in the step,
             before compute) or `async` (the request waits beside the batch).
@@ -82,6 +84,7 @@ class RunSettings:
     admission: Admission = "always"
     ttl_s: float | None = None
     load_or_recompute: bool = False
+    store_output: bool = False
     page_bytes: int = 2 * 2**20
     load: LoadMode = "layerwise"
     lookup_s: float = 0.0

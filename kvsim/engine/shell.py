@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from kvsim.engine.engine import Engine
 
 
+OUTPUT = "+output"
+"""Ends the name under which a request's output is stored."""
+
+
 class SimClock:
     """SimPy's time, in ns."""
 
@@ -132,6 +136,25 @@ class Shell:
             job.ended = True
             self.driver.handle(RequestEnded(now_ns=self._clock.now_ns(), request=job.name))
 
+    def put_out(self, job: Job) -> None:
+        """A request is over: store the full chunks that its output completed, in the name of a request of its own."""
+        name = job.name + OUTPUT
+        self._jobs[name] = job
+        chunks = (*job.chain, *job.output_chain)
+        now_ns = self._clock.now_ns()
+        self.driver.handle(
+            LookedUp(
+                now_ns=now_ns,
+                request=name,
+                instance=self._names[job.engine],
+                chunks=chunks,
+                computed_chunks=len(chunks),
+                salt=job.salt,
+            )
+        )
+        self.driver.handle(RoomAsked(now_ns=now_ns, request=name, chunks=job.output_chain))
+        self.driver.handle(RequestEnded(now_ns=now_ns, request=name))
+
     # The core's side
 
     def load(self, decision: Load) -> None:
@@ -193,6 +216,8 @@ class Shell:
     def matched(self, decision: Matched) -> None:
         """Learn what a lookup found; the first answer is what the log's figures count."""
         job = self._jobs[decision.request]
+        if decision.request != job.name:  # its output: everything of it is in the engine
+            return
         if not job.matched or not decision.resumed:
             job.matched = decision.hits
         job.asked = decision.hits[0] if not any(decision.hits[1:]) else 0

@@ -7,13 +7,14 @@ import pytest
 
 from kvcore.policy import Core, LoadDone, Place, RequestEnded, StoreCommitted
 from kvsim.engine.settings import GIB, RunSettings
+from kvsim.engine.shell import OUTPUT
 from kvsim.engine.simulation import prepare, simulate
 from kvsim.profiles import lookup
 from kvsim.run import run
 from kvtraces import Chat, Poisson, generate
 
 PROFILE = lookup("qwen3-8b", "h100")
-LOG = generate(Chat(requests=400, seed=3, block_tokens=16, arrivals=Poisson(sessions_per_s=2.0)))
+LOG = generate(Chat(requests=400, seed=3, block_tokens=16, arrivals=Poisson(sessions_per_s=2.0)), output_hashes=True)
 
 
 def settings(**changes):
@@ -39,6 +40,8 @@ VARIANTS = [
     {"l0_gb": 2.35, "rate_scale": 8.0, "max_num_seqs": 8},
     {"l1_gb": 0.01},
     {"l0_prefix_caching": False, "chunked_prefill": False},
+    {"store_output": True, "load": "async"},
+    {"store_output": True, "l0_gb": 2.35, "rate_scale": 8.0, "l2_gb": 30.0},
 ]
 
 
@@ -86,7 +89,7 @@ def test_nothing_is_lost(changes, monkeypatch):
     fetched = sum(len(event.chunks) for event, _ in seen if isinstance(event, LoadDone) and event.tier == 1)
     assert (finished.lower.bytes[0] if finished.lower else 0) == chunk_bytes * fetched
     ended = [event.request for event, _ in seen if isinstance(event, RequestEnded)]
-    assert set(ended) == {job.name for job in jobs}
+    assert {name.removesuffix(OUTPUT) for name in ended} == {job.name for job in jobs}
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
