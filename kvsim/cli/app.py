@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
-from kvsim.cli import describe, generate, simulate, tune
+from kvsim.cli import describe, generate, simulate, tune, verify
 
 app = typer.Typer(
     name="kvsim",
@@ -20,6 +20,7 @@ app.command("tune")(tune.tune)
 app.command("simulate")(simulate.simulate)
 app.command("describe")(describe.describe)
 app.command("generate")(generate.generate)
+app.command("verify")(verify.verify)
 
 # Typer brings its own copy of click from some version on, and click's exceptions with it.
 _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]

@@ -1,5 +1,6 @@
 """How the kernels of the sweep are compiled. Importing this imports numba, so only what runs a sweep does."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -37,9 +38,11 @@ def inlined(function: Callable[P, R]) -> Callable[P, R]:
 def drop_stale_code(folder: Path) -> None:
     """Delete the code kept on disk for the files of `folder` where any of them has changed since.
 
-    Numba sees by itself that the file of a kernel has changed, but not that the file of what it calls has.
+    Numba sees by itself that the file of a kernel has changed, but not that the file of what it calls has. Where the
+    folder may not be written numba keeps its code elsewhere, and nothing is done.
     """
     changed = max(source.stat().st_mtime for source in folder.glob("*.py"))
     for index in folder.glob("__pycache__/*.nbi"):
         if index.stat().st_mtime < changed:
-            index.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):
+                index.unlink(missing_ok=True)

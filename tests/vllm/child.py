@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import harness
+
 from kvkernels.reference import ReferenceTransfer
 
 SLOW_S = 1.0
