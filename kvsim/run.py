@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
@@ -114,6 +115,7 @@ def run(
     timeline: bool = False,
     workload: Workload | None = None,
     observe: Observer | None = None,
+    workers: int = 1,
 ) -> RunResult:
     """Simulate one setting.
 
@@ -124,24 +126,30 @@ def run(
         timeline: Whether to keep every step of the engines.
         workload: The log prepared for this chunk size, where several settings share it.
         observe: Sees every event of the core with its decisions.
+        workers: With 2, the baseline runs in a process beside this one (which must be importable: a script needs its
+            `if __name__ == "__main__"`).
 
     Raises:
         SettingsError: A setting that cannot be run, with this log or at all.
-        ValueError: A chunk is no whole number of the log's blocks.
+        UsageError: A chunk is no whole number of the log's blocks.
     """
     cached = settings.l1_gb != 0
     if workload is None:
         workload = prepare(log, settings.chunk_tokens, reuse=cached)
-    finished = simulate(workload, settings, observe=observe, timeline=timeline)
-    columns = columns_of(log, finished, workload.chunk_tokens)
-    load = offered_load(columns, settings.engines)
     without = load_without = None
-    if baseline and cached:
-        other = columns_of(log, simulate(workload, _without_cache(settings)), None)
-        load_without = offered_load(other, settings.engines)
-        without = _ttft(other, load_without)
-    elif baseline:
-        without, load_without = _ttft(columns, load), load
+    with ExitStack() as stack:
+        beside = None
+        if baseline and cached and workers > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+            beside = pool.submit(_no_cache, log, None, settings)
+        finished = simulate(workload, settings, observe=observe, timeline=timeline)
+        columns = columns_of(log, finished, workload.chunk_tokens)
+        load = offered_load(columns, settings.engines)
+        if baseline:
+            if not cached:
+                without, load_without = _ttft(columns, load), load
+            else:
+                without, load_without = _no_cache(log, workload, settings) if beside is None else beside.result()
     shell = finished.shell
     return RunResult(
         settings=settings,
@@ -180,7 +188,7 @@ def run_many(
 
     Raises:
         SettingsError: As `run`, for the first setting that fails.
-        ValueError: As `run`.
+        UsageError: As `run`.
     """
     done, total = 0, len(settings)
     report = progress or (lambda done, total: None)
@@ -205,8 +213,13 @@ def run_many(
         return [future.result() for future in futures]
 
 
-def _without_cache(settings: RunSettings) -> RunSettings:
-    return replace(settings, l1_gb=0.0, l2_gb=0.0)
+def _no_cache(log: Log, workload: Workload | None, settings: RunSettings) -> tuple[dict[str, float | None], Load]:
+    """Run a setting without L1 and L2."""
+    if workload is None:
+        workload = prepare(log, settings.chunk_tokens, reuse=False)
+    columns = columns_of(log, simulate(workload, replace(settings, l1_gb=0.0, l2_gb=0.0)), None)
+    load = offered_load(columns, settings.engines)
+    return _ttft(columns, load), load
 
 
 def _ttft(columns: Columns, load: Load) -> dict[str, float | None]:

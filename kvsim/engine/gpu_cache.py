@@ -124,6 +124,13 @@ class GpuCache:
             at += 1
         holding.claimed = findable
 
+    def settle(self, holding: Holding, path: Sequence[int], blocks: int, findable: int) -> None:
+        """Count `blocks` blocks that were taken for a request's output as its own; the first `findable` can be hit."""
+        holding.blocks += blocks
+        holding.private += blocks
+        if self._reuse and findable > holding.claimed:
+            self._claim(holding, path, findable)
+
     def take(self, blocks: int) -> None:
         """Hand out free blocks, the longest free first; what was cached in them is gone."""
         self.held += blocks

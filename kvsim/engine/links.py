@@ -69,11 +69,13 @@ class Link:
         now = self._env.now
         passed = now - self._since
         self._since = now
-        if passed > 0:
-            for direction, queue in enumerate(self._queues):
-                if queue:
-                    queue[0].seconds -= passed * self._speed
-                    self.busy_s[direction] += passed
+        first, second = self._queues
+        if first:
+            first[0].seconds -= passed * self._speed
+            self.busy_s[0] += passed
+        if second:
+            second[0].seconds -= passed * self._speed
+            self.busy_s[1] += passed
 
     def _plan(self) -> None:
         """Wake up when the next of the copies under way ends."""
@@ -94,19 +96,21 @@ class Link:
         if event.value != self._version:
             return
         self._advance()
-        ended: list[Copy] = []
-        begun: list[Copy] = []
-        for direction, queue in enumerate(self._queues):
-            if queue and queue[0].seconds <= 1e-12:  # rounding leaves less than a picosecond
-                copy = queue.popleft()
-                self.queued_bytes[direction] -= copy.size
-                self.bytes[direction] += copy.size
-                ended.append(copy)
-                if queue:
-                    begun.append(queue[0])
+        first, second = self._queues
+        ended = []
+        if first and first[0].seconds <= 1e-12:  # rounding leaves less than a picosecond
+            ended.append(self._end(0, first))
+        if second and second[0].seconds <= 1e-12:
+            ended.append(self._end(1, second))
         self._plan()
-        for copy in begun:
-            if copy.started is not None:
-                copy.started()
-        for copy in ended:
+        for copy, following in ended:
+            if following is not None and following.started is not None:
+                following.started()
             copy.done()
+
+    def _end(self, direction: Direction, queue: deque[Copy]) -> tuple[Copy, Copy | None]:
+        """Take the copy that has arrived off its queue; return it and the one whose turn it is now."""
+        copy = queue.popleft()
+        self.queued_bytes[direction] -= copy.size
+        self.bytes[direction] += copy.size
+        return copy, queue[0] if queue else None

@@ -5,11 +5,13 @@ together in every prompt that has the first of them, and that no prompt ends ins
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtraces import Log
+
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,42 +19,60 @@ class Prefixes:
     """The prompts' nodes.
 
     Attributes:
-        paths: For each request, its nodes' numbers, head first.
+        paths: For each request, the numbers of its prompt's nodes, head first.
+        outputs: For each request, the nodes that follow once its output is appended; empty where that is not recorded.
         lengths: For each node, its length in the log's blocks.
     """
 
     paths: list[tuple[int, ...]]
+    outputs: list[tuple[int, ...]]
     lengths: list[int]
 
 
 def prefixes(log: Log) -> Prefixes:
     """Return the prompts of a log as paths of nodes; one of lengths alone has empty paths."""
-    total = len(log.blocks)
-    if log.block_tokens is None or not total:
-        return Prefixes([()] * len(log), [])
-    begins, ends = log.starts[:-1], log.starts[1:]
-    filled = begins < ends
-    _, ids = np.unique(log.blocks, return_inverse=True)
+    starts, middles, blocks = _chains(log)
+    if log.block_tokens is None or not len(blocks):
+        return Prefixes([()] * len(log), [()] * len(log), [])
+    begins, ends = starts[:-1], starts[1:]
+    _, ids = np.unique(blocks, return_inverse=True)
     before = np.concatenate(([-1], ids[:-1]))
-    before[begins[filled]] = -1
+    before[begins[begins < ends]] = -1
     count = int(ids.max()) + 1
     parent = np.empty(count, dtype=np.int64)
     parent[ids[::-1]] = before[::-1]
-    opens = _opening(ids, before, parent, ids[ends[filled] - 1])
-    firsts = np.flatnonzero(opens[ids])
-    lengths = np.diff(np.concatenate((firsts, [total])))
+    last = np.concatenate((ids[middles[begins < middles] - 1], ids[ends[begins < ends] - 1]))
+    firsts = np.flatnonzero(_opening(ids, before, parent, last)[ids])
+    lengths = np.diff(np.concatenate((firsts, [len(blocks)])))
     _, where, nodes = np.unique(ids[firsts], return_index=True, return_inverse=True)
-    cuts = np.searchsorted(firsts, log.starts).tolist()
     path = nodes.tolist()
-    return Prefixes([tuple(path[a:b]) for a, b in pairwise(cuts)], lengths[where].tolist())
+    cuts, turns = np.searchsorted(firsts, starts).tolist(), np.searchsorted(firsts, middles).tolist()
+    return Prefixes(
+        [tuple(path[a:b]) for a, b in zip(cuts[:-1], turns, strict=True)],
+        [tuple(path[a:b]) for a, b in zip(turns, cuts[1:], strict=True)],
+        lengths[where].tolist(),
+    )
+
+
+def _chains(log: Log) -> tuple[IntArray, IntArray, IntArray]:
+    """Return each request's blocks, prompt and output: where they start, where the output's start, and their names."""
+    if log.output_starts is None or log.output_blocks is None:
+        return log.starts, log.starts[1:], log.blocks
+    prompts, outputs = np.diff(log.starts), np.diff(log.output_starts)
+    starts = np.concatenate(([0], np.cumsum(prompts + outputs)))
+    middles = starts[:-1] + prompts
+    names = np.empty(starts[-1], dtype=np.int64)
+    names[np.arange(len(log.blocks)) + np.repeat(starts[:-1] - log.starts[:-1], prompts)] = log.blocks
+    names[np.arange(len(log.output_blocks)) + np.repeat(middles - log.output_starts[:-1], outputs)] = log.output_blocks
+    return starts, middles, names
 
 
 def _opening(
-    ids: np.ndarray[tuple[int], np.dtype[np.int64]],
-    before: np.ndarray[tuple[int], np.dtype[np.int64]],
-    parent: np.ndarray[tuple[int], np.dtype[np.int64]],
-    last: np.ndarray[tuple[int], np.dtype[np.int64]],
-) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    ids: IntArray,
+    before: IntArray,
+    parent: IntArray,
+    last: IntArray,
+) -> NDArray[np.bool_]:
     """Return which blocks begin a node: those behind a fork, behind a prompt's end, or at a prompt's head.
 
     A block that follows different blocks in different prompts (names that are no chain) begins one too.

@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 from kvcore.policy import CoreConfig, TierConfig
 from kvcore.policy.config import Admission, Placement
+from kvsim.errors import UsageError
 from kvsim.profiles import Profile
 
 Routing: TypeAlias = Literal["round-robin", "least-loaded", "prefix-aware", "recorded"]
@@ -17,7 +18,7 @@ GIB = 2**30
 ROUTINGS: tuple[Routing, ...] = ("round-robin", "least-loaded", "prefix-aware", "recorded")
 
 
-class SettingsError(ValueError):
+class SettingsError(UsageError):
     """Settings that cannot be simulated; the message is one line and names the setting."""
 
 
@@ -51,6 +52,8 @@ class RunSettings:
         admission: Whether a chunk is stored at once or when it is missed a second time.
         ttl_s: Chunks unused for longer are dropped; None keeps them.
         load_or_recompute: Whether the core leaves hits that are faster to compute than to load.
+        store_output: Whether the chunks that an output completes are stored too; the log has to have their hashes. (L0
+            has them either way, as vLLM does, where the log has.)
         page_bytes: Page of the L1 arena; a chunk takes whole ones.
         load: How the engine loads: `layerwise` (in the step, layers overlapped with compute), `sync` (in the step,
             before compute) or `async` (the request waits beside the batch).
@@ -82,6 +85,7 @@ class RunSettings:
     admission: Admission = "always"
     ttl_s: float | None = None
     load_or_recompute: bool = False
+    store_output: bool = False
     page_bytes: int = 2 * 2**20
     load: LoadMode = "layerwise"
     lookup_s: float = 0.0

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvcore.policy.driver import Observer
 from kvsim.engine.arrivals import arrival_times, refused
-from kvsim.engine.chunks import chunk_chains, salts
+from kvsim.engine.chunks import chunk_chains, output_chains, salts
 from kvsim.engine.engine import Engine
 from kvsim.engine.gpu_cache import GpuCache
 from kvsim.engine.job import Job
@@ -34,6 +34,8 @@ class Workload:
     log: Log
     chunk_tokens: int | None
     chains: list[tuple[int, ...]]
+    output_chains: list[tuple[int, ...]]
+    """Chunks that the outputs complete; empty where they are not recorded."""
     prefixes: Prefixes
     salts: list[str]
 
@@ -47,13 +49,14 @@ def prepare(log: Log, chunk_tokens: int | None, *, reuse: bool = True) -> Worklo
         reuse: False leaves the chains out: nothing is cached beyond L0.
 
     Raises:
-        ValueError: A chunk is no whole number of the log's blocks.
+        UsageError: A chunk is no whole number of the log's blocks.
     """
     size = log.block_tokens if chunk_tokens is None else chunk_tokens
     chains: list[tuple[int, ...]] = [()] * len(log)
+    outputs = chains
     if reuse and size is not None:
-        chains = chunk_chains(log, size)
-    return Workload(log, size, chains, prefixes(log), salts(log))
+        chains, outputs = chunk_chains(log, size), output_chains(log, size)
+    return Workload(log, size, chains, outputs, prefixes(log), salts(log))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,6 +115,9 @@ def simulate(
         _Source(env, order, choose).start()
     with _no_garbage_collection():
         env.run()
+    stuck = sum(job is not None and job.finished < 0 for job in jobs)
+    if stuck:
+        raise AssertionError(f"{stuck} requests never ended")
     return Finished(jobs, engines, shell, lower, costs.warnings(), env.now)
 
 
@@ -185,7 +191,25 @@ def _jobs(workload: Workload, settings: RunSettings) -> list[Job | None]:
     for job, arrival, enqueued in zip(jobs, arrived.tolist(), (arrived + handling).tolist(), strict=True):
         if job is not None:
             job.arrived, job.enqueued = arrival, enqueued
+    if log.output_starts is not None:
+        _append_outputs([job for job in jobs if job is not None], workload, settings)
+    elif settings.store_output:
+        raise SettingsError("store_output: the log has no output_hash_ids")
     return jobs
+
+
+def _append_outputs(jobs: list[Job], workload: Workload, settings: RunSettings) -> None:
+    """Tell the jobs which blocks and chunks their outputs complete; the last token's KV is never computed."""
+    lengths, size = workload.prefixes.lengths, workload.chunk_tokens
+    per_block = (workload.log.block_tokens or 0) // settings.l0_block_tokens
+    for job in jobs:
+        nodes = workload.prefixes.outputs[job.index]
+        if nodes:
+            job.whole_path = job.path + nodes
+            job.whole_findable = job.findable + per_block * sum(lengths[node] for node in nodes)
+        if settings.store_output and size is not None:
+            full = (job.prompt + job.output - 1) // size
+            job.output_chain = workload.output_chains[job.index][: max(0, full - len(job.chain))]
 
 
 @contextmanager

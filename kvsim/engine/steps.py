@@ -1,6 +1,6 @@
 """What a step of the engine takes: prompts' parts and decodes in one batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvsim.profiles import Profile
 
@@ -16,9 +16,9 @@ class StepCosts:
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
         self._prefill = profile.prefill_s
-        self._decode = profile.decode.at
         self._shortest = profile.decode.y[0]
-        self._empty: dict[int, float] = {}
+        self._rows: dict[int, Callable[[float], float]] = {}
+        """By batch, the time of a decode step as a function of the context."""
         self.most_new = 0
         self.most_cached: float = 0
         self.most_batch = 0
@@ -28,7 +28,13 @@ class StepCosts:
         """Return the time in which `batch` requests of `context` tokens on average get a token each, in seconds."""
         self.most_batch = max(self.most_batch, batch)
         self.longest = max(self.longest, context)
-        return self._decode(batch, context)
+        return self._row(batch)(context)
+
+    def _row(self, batch: int) -> Callable[[float], float]:
+        row = self._rows.get(batch)
+        if row is None:
+            row = self._rows[batch] = self._profile.decode.row(batch)
+        return row
 
     def mixed(self, parts: Sequence[tuple[int, int]], batch: int, context: float) -> float:
         """Return the time of a step, in seconds.
@@ -50,10 +56,7 @@ class StepCosts:
             alone = self._prefill(together, 0)
             took = max(self._prefill(1, 0), 2 * alone - took)
         if batch:
-            empty = self._empty.get(batch)
-            if empty is None:
-                empty = self._empty[batch] = self._decode(batch, self._shortest)
-            took += max(0.0, self.decode(batch, context) - empty)
+            took += max(0.0, self.decode(batch, context) - self._row(batch)(self._shortest))
         return took
 
     @staticmethod

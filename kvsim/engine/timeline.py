@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from kvsim.errors import MissingExtraError, UsageError
+
 if TYPE_CHECKING:
     from kvsim.run import RunResult
 
 PHASES = ("handling_s", "queue_s", "load_s", "prefill_s")
 
 
-class TimelineError(ValueError):
+class TimelineError(UsageError):
     """A timeline that cannot be written; the message is one line."""
 
 
@@ -22,7 +24,8 @@ def write_requests(result: "RunResult", path: str | Path) -> None:
     """Write a row a request, with the columns of `RunResult.columns`, to a .parquet, .jsonl or .jsonl.gz file.
 
     Raises:
-        TimelineError: Another kind of file, or parquet without pyarrow.
+        TimelineError: Another kind of file.
+        MissingExtraError: Parquet without pyarrow.
         OSError: The file cannot be written.
     """
     path = Path(path)
@@ -30,7 +33,7 @@ def write_requests(result: "RunResult", path: str | Path) -> None:
         try:
             arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
         except ImportError:
-            raise TimelineError(f"{path}: parquet needs pyarrow (the extra `report`); .jsonl needs nothing") from None
+            raise MissingExtraError(f"{path}: parquet (.jsonl needs nothing)", "report") from None
         parquet.write_table(arrow.table({"request": range(len(result.columns["refused"])), **result.columns}), path)
         return
     if path.name.removesuffix(".gz").endswith(".jsonl"):

@@ -2,6 +2,7 @@
 
 import math
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -60,6 +61,24 @@ class Grid:
         lower = low[j] + v * (low[j + 1] - low[j])
         upper = high[j] + v * (high[j + 1] - high[j])
         return math.exp(lower + u * (upper - lower))
+
+    def row(self, x: float) -> Callable[[float], float]:
+        """Return `at` for one x: a function of y, for who asks about the same x many times."""
+        log_x, log_y = self._log_x, self._log_y
+        a = math.log(x) if x > self.x[0] else log_x[0]
+        i = bisect_right(log_x, a, 1, len(log_x) - 1) - 1
+        u = (a - log_x[i]) / (log_x[i + 1] - log_x[i])
+        low, high = self._log_s[i], self._log_s[i + 1]
+        log_s = tuple(lower + u * (upper - lower) for lower, upper in zip(low, high, strict=True))
+        slopes = tuple((log_s[j + 1] - log_s[j]) / (log_y[j + 1] - log_y[j]) for j in range(len(log_y) - 1))
+        first, last, log, exp = self.y[0], len(log_y) - 1, math.log, math.exp
+
+        def at(y: float) -> float:
+            b = log(y + 1) if y > first else log_y[0]
+            j = bisect_right(log_y, b, 1, last) - 1
+            return exp(log_s[j] + slopes[j] * (b - log_y[j]))
+
+        return at
 
     def at_array(self, x: ArrayLike, y: ArrayLike) -> FloatArray:
         """Return the times at many points, in seconds; x and y broadcast, and so is the result shaped."""

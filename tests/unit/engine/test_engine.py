@@ -1,5 +1,7 @@
 """Small cases worked out by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -226,3 +228,29 @@ def test_a_log_of_lengths_alone_drives_load_but_has_no_cache(make_log, make_prof
     assert ttft(run(bare, settings)) == pytest.approx([0.1, 0.1])
     with pytest.raises(SettingsError, match="hash_ids"):
         run(bare, make_settings(make_profile(), l1_gb=1))
+
+
+def with_outputs(log, chains):
+    return dataclasses.replace(
+        log,
+        output_starts=np.cumsum([0, *map(len, chains)]).astype(np.int64),
+        output_blocks=np.array([name for chain in chains for name in chain], dtype=np.int64),
+    )
+
+
+@pytest.mark.parametrize("store_output", [False, True])
+def test_the_next_turn_hits_the_output_before_it(make_log, make_profile, make_settings, store_output):
+    # A prompt of 2 blocks and 10 tokens, an output of 60: the KV of 101 tokens is there, blocks 3 to 6 are of both.
+    log = make_log([0, 100], [42, 120], [60, 1], chains=[[1, 2], [1, 2, 3, 4, 5, 6, 7]])
+    log = with_outputs(log, [[3, 4, 5, 6], []])
+    settings = make_settings(
+        make_profile(linear=1e-3, decode=1e-2), chunk_tokens=16, l1_gb=None, store_output=store_output
+    )
+    columns = run(log, settings, baseline=False).columns
+    assert columns["l0_tokens"].tolist() == [0, 16 * 6]
+    assert columns["matched_l1"].tolist() == [0, 16 * (6 if store_output else 2)]
+
+
+def test_storing_outputs_needs_their_hashes(serve):
+    with pytest.raises(SettingsError, match="output_hash_ids"):
+        serve([0], [100], l1_gb=None, store_output=True)

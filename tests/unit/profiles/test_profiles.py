@@ -38,6 +38,10 @@ def test_the_array_form_agrees_with_the_scalar_form():
     cached[:50] = 0
     one_by_one = [profile.prefill_s(int(n), int(c)) for n, c in zip(new, cached, strict=True)]
     np.testing.assert_allclose(profile.prefill_s_array(new, cached), one_by_one, rtol=1e-12)
+    grid_of_profile = profile.prefill
+    assert [
+        grid_of_profile.row(n)(c) for n, c in zip(new.tolist(), cached.tolist(), strict=True) if n
+    ] == pytest.approx([one for n, one in zip(new.tolist(), one_by_one, strict=True) if n], rel=1e-12)
     assert profile.prefill_s_array(np.ones((2, 3)), 5).shape == (2, 3)
     curve = profile.transfers["h2d"]
     np.testing.assert_allclose(curve.at_array(new), [curve.at(int(n)) for n in new])
