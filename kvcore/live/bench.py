@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from kvcore.live.arena import Arena, Reader, Writer
 from kvcore.live.client import Client, Found, NotYet, SchedulerClient, ServerAwayError, WorkerClient
+from kvcore.live.tools import status
 from kvcore.live.wire import Clear, Granted, Register, Registered
 from kvcore.policy.hashing import block_hashes, chunk_names
 
@@ -73,6 +74,7 @@ def own_server(load: Load) -> Iterator[tuple[str, bool]]:
     process = subprocess.Popen(command)  # noqa: S603 - this very program
     try:
         _wait_for(endpoint, process)
+        _wait_until_touched(endpoint)
         yield endpoint, True
     finally:
         process.terminate()
@@ -94,6 +96,16 @@ def _wait_for(endpoint: str, process: "subprocess.Popen[bytes]") -> None:
     raise ServerAwayError(f"no server within {_START_S:g} s")
 
 
+def _wait_until_touched(endpoint: str) -> None:
+    """Let the server fault its arena in, so that this is not measured with the rest."""
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline:
+        arena = status(endpoint, 5.0)["arena"]
+        if (arena["touched_bytes"] or 0) >= arena["pages"] * arena["page_bytes"]:
+            return
+        time.sleep(0.2)
+
+
 def _measure(endpoint: str, load: Load, *, journal: bool | None) -> dict[str, Any]:
     hash_ms, chunks = _hash_prompt(endpoint, load)
     figures: dict[str, Any] = {
@@ -111,7 +123,7 @@ def _measure(endpoint: str, load: Load, *, journal: bool | None) -> dict[str, An
 def _hash_prompt(endpoint: str, load: Load) -> tuple[float, tuple[bytes, ...]]:
     """Return the time to name a prompt's chunks, in ms, and the names; the last chunk is filled up."""
     root = sha256(f"bench {os.getpid()}".encode()).digest()
-    with _Engine(endpoint, "bench-hash", 4096) as engine:
+    with Engine(endpoint, "bench-hash", 4096) as engine:
         chunk_tokens = engine.registered.chunk_tokens
     per_chunk = chunk_tokens // engine.block_tokens
     whole = -(-load.tokens // chunk_tokens) * chunk_tokens
@@ -124,8 +136,11 @@ def _hash_prompt(endpoint: str, load: Load) -> tuple[float, tuple[bytes, ...]]:
     return statistics.median(took), names
 
 
-class _Engine:
-    """An engine of one rank: scheduler and worker, without a model."""
+class Engine:
+    """An engine of one rank, scheduler and worker, without a model: registered for as long as the context lasts.
+
+    Raises ServerAwayError, RegistrationRefused.
+    """
 
     def __init__(self, endpoint: str, name: str, chunk_bytes: int) -> None:
         self.block_tokens = _BLOCK_TOKENS
@@ -133,8 +148,8 @@ class _Engine:
         self.endpoint = endpoint
         self.chunk_bytes = chunk_bytes
 
-    def __enter__(self) -> "_Engine":
-        chunk_tokens = self._chunk_tokens()
+    def __enter__(self) -> "Engine":
+        chunk_tokens = int(status(self.endpoint, 5.0)["chunk_tokens"])
         if chunk_tokens % self.block_tokens:
             self.block_tokens = chunk_tokens
         block_bytes = max(1, self.chunk_bytes * self.block_tokens // chunk_tokens)
@@ -156,24 +171,24 @@ class _Engine:
         self.worker.leave()
         self.scheduler.leave()
 
-    def _chunk_tokens(self) -> int:
-        from kvcore.live.wire import Status  # noqa: PLC0415
-
-        with Client(self.endpoint) as client:
-            reply = client.call(Status())
-        return int(reply.data["chunk_tokens"])  # type: ignore[union-attr]  # a status is a report
-
     def lookup(self, request: str, chunks: tuple[bytes, ...], tokens: int = 0) -> Found:
+        """Look up, and wait for the answer."""
         while isinstance(found := self.scheduler.lookup(request, chunks, input_tokens=tokens), NotYet):
             pass
         return found
 
     def ask(self, request: str, chunks: tuple[bytes, ...]) -> Granted:
+        """Ask room, and wait for the answer. Raises ServerAwayError."""
         self.scheduler.ask(request, chunks)
         while not (grants := self.scheduler.granted()):
             if self.scheduler.away:
                 raise ServerAwayError("the server went away")
         return grants[0][1]
+
+    def clear(self, chunks: tuple[bytes, ...]) -> None:
+        """Drop chunks."""
+        with Client(self.endpoint) as client:
+            client.call(Clear(chunks))
 
     def store(self, request: str, chunks: tuple[bytes, ...]) -> int:
         """Have chunks resident without writing anything; return how many are."""
@@ -192,7 +207,7 @@ class _Engine:
 
 
 def _lookups(endpoint: str, load: Load, chunks: tuple[bytes, ...]) -> dict[str, Any]:
-    with _Engine(endpoint, "bench-fill", 4096) as engine:
+    with Engine(endpoint, "bench-fill", 4096) as engine:
         resident = engine.store("fill", chunks)
     if resident != len(chunks):
         raise ValueError(f"only {resident} of {len(chunks)} chunks fit in L1: run against a larger server")
@@ -235,7 +250,7 @@ def _receive(pipe: Pipe) -> Any:
 def _client(pipe: Pipe, endpoint: str, index: int, chunks: tuple[bytes, ...], load: Load) -> None:
     """Look up, take and release pins, for a while; send back each round trip in s, and the time in all."""
     try:
-        with _Engine(endpoint, f"bench-client-{index}", 4096) as engine:
+        with Engine(endpoint, f"bench-client-{index}", 4096) as engine:
             for at in range(20):
                 _cycle(engine, f"warm-{at}", chunks, load.tokens)
             pipe.send("ready")
@@ -251,7 +266,7 @@ def _client(pipe: Pipe, endpoint: str, index: int, chunks: tuple[bytes, ...], lo
         raise
 
 
-def _cycle(engine: _Engine, request: str, chunks: tuple[bytes, ...], tokens: int) -> float:
+def _cycle(engine: Engine, request: str, chunks: tuple[bytes, ...], tokens: int) -> float:
     """Return the lookup's round trip in s; the pins are released by what an engine says after its loads."""
     start = time.perf_counter()
     found = engine.lookup(request, chunks, tokens)
@@ -273,7 +288,7 @@ def _copies(endpoint: str, load: Load) -> dict[str, Any]:
     source = np.random.default_rng(1).integers(0, 255, size, np.uint8)
     target = np.zeros_like(source)
     stores, retrieves, copies = [], [], []
-    with _Engine(endpoint, "bench-copy", chunk_bytes) as engine:
+    with Engine(endpoint, "bench-copy", chunk_bytes) as engine:
         arena = Arena.attach(Path(engine.registered.arena_path))
         try:
             arena.pretouch().join()  # as a worker does that registers its mapping with a device
@@ -306,7 +321,7 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _store(engine: _Engine, arena: Arena, request: str, chunks: tuple[bytes, ...], source: NDArray[np.uint8]) -> None:
+def _store(engine: Engine, arena: Arena, request: str, chunks: tuple[bytes, ...], source: NDArray[np.uint8]) -> None:
     engine.lookup(request, chunks)
     granted = engine.ask(request, chunks)
     if len(granted.chunks) != len(chunks):
@@ -319,9 +334,7 @@ def _store(engine: _Engine, arena: Arena, request: str, chunks: tuple[bytes, ...
     engine.scheduler.end(request)
 
 
-def _retrieve(
-    engine: _Engine, arena: Arena, request: str, chunks: tuple[bytes, ...], target: NDArray[np.uint8]
-) -> None:
+def _retrieve(engine: Engine, arena: Arena, request: str, chunks: tuple[bytes, ...], target: NDArray[np.uint8]) -> None:
     found = engine.lookup(request, chunks)
     if found.load_chunks != len(chunks):
         raise ValueError(f"only {found.load_chunks} of {len(chunks)} chunks found")

@@ -29,12 +29,10 @@ _SERVE_HELP = """Run the server: L1 in shared memory, decided by the policy core
 
 Every flag is also a variable KVCORE_* and a key of the TOML file given with --config; flags win, then variables.
 
+\b
 Examples:
-
   kvcore serve --l1-size-gb 20 --eviction-policy lru --chunk-size 256
-
-  kvcore serve --l1-size-gb 20 --record prod.jsonl --journal /var/lib/kvcore/journal
-
+  kvcore serve --record prod.jsonl --journal /var/lib/kvcore/journal
   kvcore serve --config kvcore.toml --l2 files:/var/cache/kvcore --l2-size-gb 100
 """
 
@@ -65,7 +63,9 @@ def _serve_signature() -> inspect.Signature:
         names = [f"{flag(field)}/--no-{flag(field)[2:]}"] if kind is bool else [flag(field)]
         option = typer.Option(
             *names,
-            help=f"{about.description} [default: {shown}]",
+            help=about.description
+            if "Default:" in (about.description or "")
+            else f"{about.description} [default: {shown}]",
             rich_help_panel=group,
             show_default=False,
             metavar=None if kind is bool else _metavar(kind),

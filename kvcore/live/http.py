@@ -6,6 +6,7 @@ of the web thread.
 
 import asyncio
 import itertools
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -92,13 +93,12 @@ class HttpThread:
 
     def start(self) -> None:
         """Bind, and serve in the thread."""
-        family = "[" in self._config.host or ":" in self._config.host
-        import socket  # noqa: PLC0415
-
-        self._socket = socket.socket(socket.AF_INET6 if family else socket.AF_INET)
+        family = socket.AF_INET6 if ":" in self._config.host else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((self._config.host, self._config.port))
+            self._socket.listen(128)  # now, so that who comes before the web thread turns is served all the same
         except OSError as error:
             self._socket.close()
             address = f"{self._config.host}:{self._config.port}"

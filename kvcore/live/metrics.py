@@ -6,7 +6,7 @@ The request loop only adds to plain numbers; the web thread asks for them over t
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 
@@ -225,7 +225,7 @@ def sampled(chunks: Sequence[Chunk]) -> list[Chunk]:
     """Return the chunks, digests of one length, that are followed one by one."""
     if not chunks:
         return []
-    last = np.frombuffer(b"".join([c for c in chunks if isinstance(c, bytes)]), np.uint8)
+    last = np.frombuffer(b"".join(cast("Sequence[bytes]", chunks)), np.uint8)
     width = last.size // len(chunks)
     return [chunks[at] for at in np.flatnonzero(last[width - 1 :: width] < SAMPLED_BELOW).tolist()]
 

@@ -20,13 +20,15 @@ from kvcore.live import wire
 from kvcore.live.allocator import PageAllocator
 from kvcore.live.arena import Arena, ArenaPaths
 from kvcore.live.book import page_ids
-from kvcore.live.l2 import StorePool
 from kvcore.live.limits import ArenaError
 from kvcore.live.liveness import Liveness
 from kvcore.live.members import Member, RefusedError, UnknownMemberError
 from kvcore.live.recorder import Recorder
 from kvcore.live.service import MonotonicClock, Parts, Service
-from kvcore.live.settings import Settings, check, http_address
+from kvcore.live.settings import GB, Settings, check, http_address
+from kvcore.live.stores.base import Store, StoreError
+from kvcore.live.stores.pool import StorePool
+from kvcore.live.stores.registry import open_store
 from kvcore.live.takeover import State, apply, clear_of_changed, end_of_what_was_under_way, recover
 from kvtraces.journal import Head, JournalWriter, take_snapshot
 
@@ -57,6 +59,7 @@ class Server:
         self._stop_fd = -1
         self._stopping = False
         self._thread: threading.Thread | None = None
+        self._store: Store | None = None
         self._logged: set[str] = set()
         self._journal_s = 0.0
 
@@ -68,7 +71,7 @@ class Server:
             with ExitStack() as stack:
                 self._open(stack)
                 self._resources = stack.pop_all()
-        except (ArenaError, OSError, ValueError, zmq.ZMQError) as error:
+        except (ArenaError, StoreError, OSError, ValueError, zmq.ZMQError) as error:
             raise StartError(str(error)) from error
 
     def run(self) -> None:
@@ -163,10 +166,11 @@ class Server:
             pool=self._open_pool(stack),
         )
         self.service = Service(parts)
+        self._scan_l2(stack)
         self._watch_members(paths.socket, stack)
         self._flush()
         if settings.pretouch:
-            arena.pretouch(huge_pages=settings.huge_pages)
+            self.service.pretouch = arena.pretouch(huge_pages=settings.huge_pages)
         self._open_http(stack)
 
     def _listen(self, endpoint: str, stack: ExitStack) -> None:
@@ -236,13 +240,34 @@ class Server:
     def _open_pool(self, stack: ExitStack) -> StorePool | None:
         if not self.settings.l2:
             return None
-        from kvcore.live.stores import open_store  # noqa: PLC0415 - with the store's client library
-
-        queue_bytes = int(self.settings.l2_queue_gb * (1 << 30))
-        pool = StorePool(open_store(self.settings.l2), self.settings.l2_threads, queue_bytes)
-        stack.callback(pool.close)
-        self._poller.register(pool.wake_fd, zmq.POLLIN)
+        settings = self.settings
+        queue_bytes = int(settings.l2_queue_gb * GB)
+        # A delete may come after the put that it makes room for, so the store itself is allowed a little more.
+        size_bytes = int(settings.l2_size_gb * GB) + queue_bytes if settings.l2_size_gb else None
+        store = open_store(settings.l2, size_bytes)
+        pool = StorePool(store, queue_bytes=queue_bytes, writers=settings.l2_threads, readers=settings.l2_threads)
+        stack.callback(pool.close, finish=False)
+        self._poller.register(pool.fileno(), zmq.POLLIN)
+        self._store = store
         return pool
+
+    def _scan_l2(self, stack: ExitStack) -> None:
+        """Find what an earlier server left in a folder, which is ours alone; other stores may be shared."""
+        if self._store is None or not self.settings.l2.startswith("files:"):
+            return
+        thread = threading.Thread(target=self._look_for_strays, args=(self._store,), name="kvcore-l2-scan", daemon=True)
+        thread.start()
+        stack.callback(thread.join)
+
+    def _look_for_strays(self, store: Store) -> None:
+        """Hand the request loop every chunk that lies in L2."""
+        try:
+            for chunk, _ in store.scan():
+                if self._stopping:
+                    return
+                self.service.strays.append(chunk)
+        except StoreError as error:
+            _LOG.warning("L2 cannot be looked through: %s", error)
 
     def _watch_members(self, path: Path, stack: ExitStack) -> None:
         self._liveness = Liveness(
@@ -297,12 +322,13 @@ class Server:
 
     def _receive(self, socket: "zmq.Socket[bytes]", replies: "list[tuple[zmq.Socket[bytes], list[bytes]]]") -> None:
         for _ in range(_TURN_MESSAGES):
-            try:
-                identity, *frames = socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+            identity, *frames = socket.recv_multipart(zmq.NOBLOCK)
             correlation, reply = self._answer(frames)
             replies.append((socket, [identity, *wire.encode(reply, correlation)]))
+            if (
+                not int(socket.get(zmq.EVENTS)) & zmq.POLLIN
+            ):  # an exception, which recv would raise, costs ten times more
+                return
 
     def _answer(self, frames: list[bytes]) -> tuple[int, wire.Reply]:
         """Return the reply to a message, whatever it is."""

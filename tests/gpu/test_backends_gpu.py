@@ -104,9 +104,16 @@ def test_registered_arena_serves_before_and_after_registration():
     arena.close()
 
 
-def test_choice():
+def test_choice_serves_over_an_arena_still_being_registered():
     case = random_case(np.random.default_rng(8), form="joined", device="cuda")
-    arena = HostArena(CudaRuntime(0).pinned(case.layout.slot_bytes), is_pinned=True)
-    choice = best_backend(case.layout, case.tensors, arena)
+    layout = case.layout
+    memory = mmap.mmap(-1, -(-layout.slot_bytes // 4096) * 4096)
+    arena = RegisteredArena(memory, cuda_driver(), enter_thread=CudaRuntime(0).enter_thread, slice_bytes=4096)
+    choice = best_backend(layout, case.tensors, arena)
+    ids = np.arange(layout.chunk_blocks)
+    choice.transfer.store(ids, [[(0, layout.slot_bytes)]]).wait()
+    assert np.array_equal(arena.array[: layout.slot_bytes], case.slot(ids))
+    choice.transfer.close()
+    arena.close()
     assert choice.profile["backend"] in {"triton", "cuda_batch", "reference"}
     assert all("error" not in curve for curve in choice.profile["curves"].values())

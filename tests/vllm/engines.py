@@ -105,7 +105,9 @@ class Filler:
         own = {
             name: one for name, one in self.written.items() if np.array_equal(self.arena.generations[one[0]], one[1])
         }
-        return len(own), all(bool((view == byte).all()) for pages, _, byte in own.values() for view in self._views(pages))
+        return len(own), all(
+            bool((view == byte).all()) for pages, _, byte in own.values() for view in self._views(pages)
+        )
 
     def _bytes(self, pages, byte):
         for view in self._views(pages):

@@ -1,0 +1,1 @@
+"""L2: stores of chunks behind the arena."""

@@ -1,0 +1,130 @@
+"""What a store of chunks is, and the frame around each value that tells a good one from a bad one."""
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from xxhash import xxh3_64
+
+Parts: TypeAlias = Sequence[memoryview]
+"""A chunk's bytes, in order, as one-dimensional contiguous memory: the pieces of the arena that it lies in."""
+
+_FRAME = struct.Struct("<4sQQ")
+_MAGIC = b"KVC1"
+FRAME_BYTES = _FRAME.size
+
+
+class StoreError(Exception):
+    """A store cannot be reached, or fails. One line, without passwords."""
+
+
+class StoreFull(StoreError):  # noqa: N818 - a kind of StoreError, named for what is the case
+    """A store has no room for a value. It may have once others are deleted."""
+
+
+@dataclass(slots=True)
+class StoreCounters:
+    """What a store has met. Threads count without a lock, so a figure may miss a little under load."""
+
+    hits: int = 0
+    missing: int = 0
+    corrupt: int = 0
+
+
+class Store(Protocol):
+    """Holds chunks by name. Every method may be called from several threads at once.
+
+    A vendor's store is a factory `(url, size_bytes) -> Store` under the entry point group `kvcore.stores`, named for
+    the URL's scheme.
+    """
+
+    counters: StoreCounters
+
+    def put(self, chunk: bytes, parts: Parts) -> None:
+        """Store a chunk, whole or not at all, over any that has its name.
+
+        Raises:
+            StoreFull: no room.
+            StoreError: anything else that went wrong.
+        """
+
+    def get(self, chunk: bytes, into: Parts) -> bool:
+        """Fill `into` with a chunk of exactly that many bytes and return True.
+
+        False, counted in `counters`: it is not there, or is of another size, or fails its checksum. `into` may then
+        hold rubbish.
+
+        Raises:
+            StoreError: the store cannot be asked.
+        """
+
+    def delete(self, chunks: Sequence[bytes]) -> None:
+        """Remove chunks; those not there are no error.
+
+        Raises:
+            StoreError: the store cannot be asked; some may be gone.
+        """
+
+    def scan(self) -> Iterator[tuple[bytes, int]]:
+        """List the chunks there and their sizes in bytes, frame included, lazily and in no order.
+
+        What comes or goes meanwhile may be listed or not. For a server that starts: what its core does not know of
+        takes room for nothing.
+
+        Raises:
+            StoreError: the store cannot be asked.
+        """
+
+    def close(self) -> None:
+        """Let go of connections and files. Nothing else may be called afterwards."""
+
+
+def frame(chunk: bytes, parts: Parts) -> bytes:
+    """Return the header that is stored before the parts: magic, payload length, checksum of name and payload.
+
+    The name is summed too, so that a value under another chunk's name is as bad as a broken one.
+    """
+    return _FRAME.pack(_MAGIC, size_of(parts), _checksum(chunk, parts))
+
+
+def is_intact(chunk: bytes, header: bytes | memoryview, parts: Parts) -> bool:
+    """Whether parts, filled from a store, are what was put under this header and name."""
+    if len(header) != FRAME_BYTES:
+        return False
+    magic, length, checksum = _FRAME.unpack(header)
+    return bool(magic == _MAGIC and length == size_of(parts) and checksum == _checksum(chunk, parts))
+
+
+def accept(counters: StoreCounters, chunk: bytes, value: memoryview, into: Parts) -> bool:
+    """Check a whole framed value, copy it into the parts, and count. For stores that return a value in one piece."""
+    size = size_of(into)
+    is_good = value.nbytes == FRAME_BYTES + size and is_intact(chunk, value[:FRAME_BYTES], _cut(value, into))
+    if not is_good:
+        counters.corrupt += 1
+        return False
+    for part, piece in zip(into, _cut(value, into), strict=True):
+        part[:] = piece
+    counters.hits += 1
+    return True
+
+
+def size_of(parts: Parts) -> int:
+    """Return the bytes of all parts."""
+    return sum(part.nbytes for part in parts)
+
+
+def _cut(value: memoryview, like: Parts) -> list[memoryview]:
+    pieces: list[memoryview] = []
+    at = FRAME_BYTES
+    for part in like:
+        pieces.append(value[at : at + part.nbytes])
+        at += part.nbytes
+    return pieces
+
+
+def _checksum(chunk: bytes, parts: Parts) -> int:
+    digest = xxh3_64(chunk)
+    for part in parts:
+        digest.update(part)
+    return digest.intdigest()

@@ -1,0 +1,223 @@
+"""The embedded store: a folder with one file for each chunk."""
+
+import errno
+import fcntl
+import itertools
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from kvcore.live.stores.base import (
+    FRAME_BYTES,
+    Parts,
+    StoreCounters,
+    StoreError,
+    StoreFull,
+    frame,
+    is_intact,
+    size_of,
+)
+
+_SHARDS = 256
+_MAX_VECTOR = 1024  # IOV_MAX of Linux
+
+
+class FileStore:
+    """Chunks as files `<folder>/<first byte of the name>/<name>`, in hex, up to `size_bytes` of them in all.
+
+    A file is written beside its place and renamed into it, so a reader finds all of it or nothing. It is not synced: a
+    machine that goes down may leave files that their checksum refuses. What a killed server had half written is removed
+    by the next. One server at a time may use a folder.
+
+    Files of an earlier run are found when they matter: a scan or a delete looks into the folder at hand, the first put
+    under a limit into all 256, for some milliseconds per thousand files. `used_bytes` is too low until then.
+
+    Raises:
+        StoreError: the folder cannot be used, or another server uses it.
+    """
+
+    def __init__(self, folder: Path, size_bytes: int | None = None) -> None:
+        self.counters = StoreCounters()
+        self.size_bytes = size_bytes
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._sizes: dict[bytes, int] = {}
+        self._used = 0
+        self._unknown = set(range(_SHARDS))
+        self._numbers = itertools.count()
+        self._parts_folder = folder / "parts"
+        try:
+            self._parts_folder.mkdir(parents=True, exist_ok=True)
+            self._lock_fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise _store_error(folder, error) from error
+        try:
+            self._claim()
+        except BaseException:
+            os.close(self._lock_fd)
+            raise
+
+    def _claim(self) -> None:
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for leftover in self._parts_folder.iterdir():
+                leftover.unlink()
+        except BlockingIOError:
+            raise StoreError(f"files:{self._folder}: another server uses this folder") from None
+        except OSError as error:
+            raise _store_error(self._folder, error) from error
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the files known of."""
+        return self._used
+
+    def put(self, chunk: bytes, parts: Parts) -> None:
+        """Write a file. See `Store.put`."""
+        header = memoryview(frame(chunk, parts))
+        size = header.nbytes + size_of(parts)
+        before = self._reserve(chunk, size)
+        part = self._parts_folder / str(next(self._numbers))
+        try:
+            _write(part, [header, *parts])
+            place = self._place(chunk)
+            place.parent.mkdir(exist_ok=True)
+            part.replace(place)
+        except BaseException as error:
+            with suppress(OSError):
+                part.unlink()
+            self._account(chunk, before)
+            if isinstance(error, OSError):
+                raise _store_error(self._folder, error) from error
+            raise
+
+    def get(self, chunk: bytes, into: Parts) -> bool:
+        """Read a file. One that is broken is removed. See `Store.get`."""
+        header = bytearray(FRAME_BYTES)
+        try:
+            fd = os.open(self._place(chunk), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            self.counters.missing += 1
+            return False
+        except OSError as error:
+            raise _store_error(self._folder, error) from error
+        try:
+            is_whole = _read(fd, [memoryview(header), *into])
+        except OSError as error:
+            raise _store_error(self._folder, error) from error
+        finally:
+            os.close(fd)
+        if not is_whole or not is_intact(chunk, bytes(header), into):
+            self.counters.corrupt += 1
+            with suppress(StoreError):  # a miss all the same; it only takes room
+                self.delete([chunk])
+            return False
+        self.counters.hits += 1
+        return True
+
+    def delete(self, chunks: Sequence[bytes]) -> None:
+        """Remove files. See `Store.delete`."""
+        for chunk in chunks:
+            with self._lock:
+                self._look_into(chunk[0])
+                try:
+                    self._place(chunk).unlink()
+                except FileNotFoundError:
+                    pass
+                except OSError as error:
+                    raise _store_error(self._folder, error) from error
+                self._set_size(chunk, None)
+
+    def scan(self) -> Iterator[tuple[bytes, int]]:
+        """List folder after folder. See `Store.scan`."""
+        for shard in range(_SHARDS):
+            with self._lock:
+                self._look_into(shard)
+                found = [(chunk, size) for chunk, size in self._sizes.items() if chunk[0] == shard]
+            yield from found
+
+    def close(self) -> None:
+        """Let the folder go."""
+        os.close(self._lock_fd)
+
+    def _place(self, chunk: bytes) -> Path:
+        return self._folder / f"{chunk[0]:02x}" / chunk.hex()
+
+    def _reserve(self, chunk: bytes, size: int) -> int | None:
+        """Count a file before it is written. Returns the size that the chunk's file has so far."""
+        with self._lock:
+            if self.size_bytes is None:
+                self._look_into(chunk[0])
+                return self._set_size(chunk, size)
+            for shard in sorted(self._unknown):
+                self._look_into(shard)
+            wanted = self._used - self._sizes.get(chunk, 0) + size
+            if wanted > self.size_bytes:
+                raise StoreFull(f"files:{self._folder}: {size} bytes more are {wanted} of {self.size_bytes}")
+            return self._set_size(chunk, size)
+
+    def _account(self, chunk: bytes, size: int | None) -> None:
+        with self._lock:
+            self._set_size(chunk, size)
+
+    def _set_size(self, chunk: bytes, size: int | None) -> int | None:
+        before = self._sizes.pop(chunk, None)
+        self._used += (size or 0) - (before or 0)
+        if size is not None:
+            self._sizes[chunk] = size
+        return before
+
+    def _look_into(self, shard: int) -> None:
+        """Learn of an earlier run's files in a shard's folder, once. The lock is held."""
+        if shard not in self._unknown:
+            return
+        try:
+            with os.scandir(self._folder / f"{shard:02x}") as entries:
+                for entry in entries:
+                    self._set_size(bytes.fromhex(entry.name), entry.stat().st_size)
+        except FileNotFoundError:
+            pass  # no chunk of this shard has been stored yet
+        except (OSError, ValueError) as error:
+            raise StoreError(f"files:{self._folder}: {error}") from error
+        self._unknown.discard(shard)
+
+
+def _write(path: Path, parts: Parts) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        left = list(parts)
+        while left:
+            _advance(left, os.writev(fd, left[:_MAX_VECTOR]))
+    finally:
+        os.close(fd)
+
+
+def _read(fd: int, into: Parts) -> bool:
+    """Fill the parts. Returns whether the file has exactly their bytes."""
+    if os.fstat(fd).st_size != size_of(into):
+        return False
+    left = list(into)
+    while left:
+        count = os.readv(fd, left[:_MAX_VECTOR])
+        if count == 0:
+            return False
+        _advance(left, count)
+    return True
+
+
+def _advance(parts: list[memoryview], count: int) -> None:
+    """Drop the first `count` bytes, as the kernel may take or give fewer than asked (2 GiB at most at a time)."""
+    done = 0
+    while done < len(parts) and count >= parts[done].nbytes:
+        count -= parts[done].nbytes
+        done += 1
+    del parts[:done]
+    if count:
+        parts[0] = parts[0][count:]
+
+
+def _store_error(folder: Path, error: OSError) -> StoreError:
+    kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else StoreError
+    return kind(f"files:{folder}: {error.strerror}")

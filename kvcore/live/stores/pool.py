@@ -1,0 +1,227 @@
+"""Threads that write to and read from a store on behalf of the request loop, which never waits for them."""
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+
+from kvcore.live.stores.base import Parts, Store, StoreError, StoreFull, size_of
+
+_log = logging.getLogger(__name__)
+
+
+class Outcome(Enum):
+    """How an operation ended."""
+
+    DONE = "done"
+    MISS = "miss"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """The end of an operation. `token` is what was submitted with it; deletes have None and are told only if failed."""
+
+    token: object
+    operation: str  # "put", "get" or "delete"
+    outcome: Outcome
+    size_bytes: int
+    duration_ns: int
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class _Job:
+    operation: str
+    token: object
+    size_bytes: int
+    run: Callable[[], bool]
+
+
+class StorePool:
+    """A store's operations, queued and carried out by `writers` + `readers` threads.
+
+    Puts and deletes of one chunk keep their order. `queue_bytes` bounds the bytes of puts that are queued or under way,
+    and those of gets likewise; a single larger one is let in when there is no other. The memory that was submitted
+    must keep its bytes until the completion is drained; nothing here refers to it from then on.
+
+    Once the store fails, operations fail at once for `pause` seconds, so that what waits is not held up for a store
+    that is away. `fileno` becomes readable when there are completions: for a poller.
+    """
+
+    def __init__(
+        self, store: Store, *, queue_bytes: int, writers: int = 2, readers: int = 2, pause: float = 1.0
+    ) -> None:
+        self._store = store
+        self._queue_bytes = queue_bytes
+        self._pause = pause
+        self._away_until = 0.0
+        self._away_error = ""
+        self._done: deque[Completion] = deque()
+        self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._putting, self._getting = _Budget(queue_bytes), _Budget(queue_bytes)
+        self._write_lanes = [_Lane(self._run, f"kvcore-l2-write-{index}") for index in range(writers)]
+        self._read_lane = _Lane(self._run, "kvcore-l2-read", threads=readers)
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable while completions wait."""
+        return self._event_fd
+
+    @property
+    def queued_put_bytes(self) -> int:
+        """Bytes of puts queued or under way."""
+        return self._putting.used
+
+    @property
+    def queued_get_bytes(self) -> int:
+        """Bytes of gets queued or under way."""
+        return self._getting.used
+
+    def submit_put(self, token: object, chunk: bytes, parts: Parts) -> bool:
+        """Queue a write. False, with nothing queued, if the queue is full: the caller gives the store up."""
+        size = size_of(parts)
+        if not self._putting.enter(size):
+            return False
+        self._write_lane(chunk).submit(_Job("put", token, size, partial(self._put, chunk, parts)))
+        return True
+
+    def submit_get(self, token: object, chunk: bytes, into: Parts) -> bool:
+        """Queue a read into memory. False, with nothing queued, if the queue is full: the caller counts a miss."""
+        size = size_of(into)
+        if not self._getting.enter(size):
+            return False
+        self._read_lane.submit(_Job("get", token, size, partial(self._store.get, chunk, into)))
+        return True
+
+    def submit_delete(self, chunks: Sequence[bytes]) -> None:
+        """Queue the removal of chunks, each behind any write of it that is still queued."""
+        for lane in self._write_lanes:
+            names = [chunk for chunk in chunks if self._write_lane(chunk) is lane]
+            if names:
+                lane.submit(_Job("delete", None, 0, partial(self._delete, names)))
+
+    def drain(self) -> list[Completion]:
+        """Return what has ended since the last call, in the order in which it ended."""
+        try:
+            os.eventfd_read(self._event_fd)
+        except BlockingIOError:
+            return []
+        return [self._done.popleft() for _ in range(len(self._done))]
+
+    def close(self, *, finish: bool = True) -> list[Completion]:
+        """End the threads and close the store. Returns the last completions.
+
+        What is queued is carried out first, or fails at once if not to `finish`; what is under way is waited for.
+        """
+        if not finish:
+            self._away_until, self._away_error = float("inf"), "the server stops"
+        for lane in (*self._write_lanes, self._read_lane):
+            lane.close()
+        last = self.drain()
+        self._store.close()
+        os.close(self._event_fd)
+        return last
+
+    def _write_lane(self, chunk: bytes) -> "_Lane":
+        return self._write_lanes[int.from_bytes(chunk[-4:], "little") % len(self._write_lanes)]
+
+    def _put(self, chunk: bytes, parts: Parts) -> bool:
+        self._store.put(chunk, parts)
+        return True
+
+    def _delete(self, chunks: list[bytes]) -> bool:
+        self._store.delete(chunks)
+        return True
+
+    def _run(self, job: _Job) -> None:
+        start = time.monotonic_ns()
+        outcome, error = self._attempt(job)
+        job.run = _spent  # the memory is the caller's again
+        if job.operation != "delete":
+            (self._putting if job.operation == "put" else self._getting).leave(job.size_bytes)
+        elif error is None:
+            return
+        self._done.append(
+            Completion(
+                token=job.token,
+                operation=job.operation,
+                outcome=outcome,
+                size_bytes=job.size_bytes,
+                duration_ns=time.monotonic_ns() - start,
+                error=error,
+            )
+        )
+        os.eventfd_write(self._event_fd, 1)
+
+    def _attempt(self, job: _Job) -> tuple[Outcome, str | None]:
+        if time.monotonic() < self._away_until:
+            return Outcome.FAILED, self._away_error
+        try:
+            return (Outcome.DONE if job.run() else Outcome.MISS), None
+        except StoreFull as error:
+            return Outcome.FAILED, str(error)
+        except StoreError as error:
+            self._away_until = max(self._away_until, time.monotonic() + self._pause)
+            self._away_error = str(error)
+            return Outcome.FAILED, str(error)
+        except Exception as error:  # a vendor's bug; told to the caller, who would else wait for ever
+            _log.exception("%s of a chunk in the store", job.operation)
+            return Outcome.FAILED, f"{type(error).__name__}: {error}"
+
+
+def _spent() -> bool:
+    raise AssertionError("a job runs once")
+
+
+class _Budget:
+    """Bytes that may be under way. Entered by one thread, left by many."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self.used = 0
+
+    def enter(self, size: int) -> bool:
+        with self._lock:
+            if self.used and self.used + size > self._limit:
+                return False
+            self.used += size
+            return True
+
+    def leave(self, size: int) -> None:
+        with self._lock:
+            self.used -= size
+
+
+class _Lane:
+    """A queue with the threads that empty it; with one thread, in order."""
+
+    def __init__(self, run: Callable[[_Job], None], name: str, threads: int = 1) -> None:
+        self._run = run
+        self._jobs: deque[_Job] = deque()
+        self._ready = threading.Semaphore(0)
+        self._threads = [threading.Thread(target=self._work, name=name, daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: _Job) -> None:
+        self._jobs.append(job)
+        self._ready.release()
+
+    def close(self) -> None:
+        """Let the threads end when the queue is empty, and wait for them."""
+        self._ready.release(len(self._threads))
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while True:
+            self._ready.acquire()
+            if not self._jobs:
+                return
+            self._run(self._jobs.popleft())

@@ -1,0 +1,152 @@
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvcore.live.stores.base import FRAME_BYTES, StoreError, StoreFull
+from kvcore.live.stores.files import FileStore
+
+DATA = b"0123456789" * 10
+SIZE = FRAME_BYTES + len(DATA)
+
+
+def name(number: int) -> bytes:
+    """Names whose first bytes differ: each lies in a folder of its own."""
+    return bytes([number]) + b"x" * 31
+
+
+def put(store: FileStore, chunk: bytes, data: bytes = DATA) -> None:
+    store.put(chunk, [memoryview(data)])
+
+
+def get(store: FileStore, chunk: bytes) -> bytes | None:
+    into = bytearray(len(DATA))
+    return bytes(into) if store.get(chunk, [memoryview(into)]) else None
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[FileStore]:
+    store = FileStore(tmp_path, 5 * SIZE)
+    yield store
+    store.close()
+    assert os.listdir(tmp_path / "parts") == []
+
+
+def test_the_limit_is_kept_and_room_comes_back(store: FileStore) -> None:
+    for number in range(5):
+        put(store, name(number))
+    with pytest.raises(StoreFull, match=f"{6 * SIZE} of {5 * SIZE}"):
+        put(store, name(5))
+    assert get(store, name(5)) is None
+    put(store, name(4), b"9876543210" * 10)  # over one that is there: no room needed
+    assert store.used_bytes == 5 * SIZE
+    store.delete([name(0), name(77)])
+    assert store.used_bytes == 4 * SIZE
+    put(store, name(5))
+    assert get(store, name(5)) == DATA
+
+
+def test_a_restart_finds_what_is_there_folder_by_folder(tmp_path: Path) -> None:
+    store = FileStore(tmp_path, 5 * SIZE)
+    for number in range(5):
+        put(store, name(number * 50))
+    store.close()
+
+    store = FileStore(tmp_path, 5 * SIZE)
+    assert store.used_bytes == 0
+    assert get(store, name(200)) == DATA
+    store.delete([name(200)])
+    assert store.used_bytes == 0
+    assert dict(store.scan()) == {name(number * 50): SIZE for number in range(4)}
+    assert store.used_bytes == 4 * SIZE
+    put(store, name(1))
+    with pytest.raises(StoreFull):
+        put(store, name(2))
+    store.close()
+
+
+def test_the_limit_holds_after_a_restart_without_a_scan(tmp_path: Path) -> None:
+    store = FileStore(tmp_path, 5 * SIZE)
+    for number in range(5):
+        put(store, name(number))
+    store.close()
+    store = FileStore(tmp_path, 5 * SIZE)
+    with pytest.raises(StoreFull):
+        put(store, name(100))
+    store.delete([name(3)])
+    put(store, name(100))
+    assert store.used_bytes == 5 * SIZE
+    store.close()
+
+
+def test_a_scan_is_lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FileStore(tmp_path)
+    put(store, name(0))
+    put(store, name(255))
+    store.close()
+    looked_into: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked_into.append(Path(path).name) or scandir(path))
+    store = FileStore(tmp_path)
+    first, _ = next(store.scan())
+    assert first == name(0)
+    assert looked_into == ["00"]
+    store.close()
+
+
+def test_half_written_files_of_a_killed_server_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/0").write_bytes(b"half")
+    store = FileStore(tmp_path, 5 * SIZE)
+    assert os.listdir(tmp_path / "parts") == []
+    put(store, name(0))
+    store.close()
+
+
+def test_a_folder_has_one_server(store: FileStore, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="another server"):
+        FileStore(tmp_path)
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_there(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(store, name(1))
+
+    def full(fd: int, parts: list[memoryview]) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "writev", full)
+        for chunk in (name(1), name(2)):
+            with pytest.raises(StoreFull, match="No space left"):
+                put(store, chunk, b"9876543210" * 10)
+    assert get(store, name(1)) == DATA
+    assert get(store, name(2)) is None
+    assert store.used_bytes == SIZE
+
+
+def test_short_writes_and_reads_are_continued(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    writev, readv = os.writev, os.readv
+    monkeypatch.setattr(os, "writev", lambda fd, parts: writev(fd, [parts[0][:7]]))
+    monkeypatch.setattr(os, "readv", lambda fd, parts: readv(fd, [parts[0][:5]]))
+    store.put(name(1), [memoryview(DATA)[:33], memoryview(DATA)[33:33], memoryview(DATA)[33:]])
+    assert get(store, name(1)) == DATA
+
+
+def test_a_broken_file_is_removed(store: FileStore, tmp_path: Path) -> None:
+    put(store, name(1))
+    place = tmp_path / "01" / name(1).hex()
+    place.write_bytes(place.read_bytes()[:-1] + b"!")
+    assert get(store, name(1)) is None
+    assert store.counters.corrupt == 1
+    assert not place.exists()
+    assert store.used_bytes == 0
+    assert get(store, name(1)) is None
+    assert store.counters.missing == 1
+
+
+def test_an_unusable_folder_is_a_store_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="Not a directory"):
+        FileStore(tmp_path / "file" / "store")
