@@ -1,12 +1,12 @@
 """The connectors as vLLM sees them: one object in the scheduler's process, and one in each worker's."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 from kvcore.live.client import Register, RegistrationRefused, SchedulerClient, WorkerClient
+from kvcore.policy.hashing import Namespace
 from kvcore.vllm import compat, identity
 from kvcore.vllm.embedded import EmbeddedServer, embedded_settings
 from kvcore.vllm.jobs import StepPlan, StepReport
@@ -95,7 +95,15 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
     def _deadline_s(self) -> float:
         return self._settings.deadline_ms / 1000
 
-    def _register(self, role: Any, *, block_bytes: int, namespace: Mapping[str, str], rank: int = 0) -> Register:
+    def _namespace(self, fingerprint: str) -> Namespace:
+        return identity.engine_namespace(
+            self._vllm_config,
+            layout=fingerprint,
+            isa=compat.isa(self._vllm_config, self._spec),
+            block_tokens=self._spec.block_size,
+        )
+
+    def _register(self, role: Any, *, block_bytes: int, namespace: Namespace, rank: int = 0) -> Register:
         return Register(
             instance=self._instance,
             role=role,
@@ -104,7 +112,13 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             rank=rank,
             world=self._vllm_config.parallel_config.world_size,
             shards=self._shards,
-            namespace=dict(namespace),
+            namespace={
+                "model": str(self._vllm_config.model_config.model),
+                "kv_dtype": namespace.kv_dtype,
+                "layout": namespace.layout,
+                "isa": namespace.isa,
+                "digest": namespace.digest().hex(),
+            },
         )
 
     # The worker
@@ -133,9 +147,12 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         if self._worker is None or self._cache is None:
             return None
         block_bytes = self._cache.block.block_bytes
-        namespace = {"model": str(self._vllm_config.model_config.model)}
+        fingerprint = self._cache.block.fingerprint()
         register = self._register(
-            "worker", block_bytes=block_bytes, namespace=namespace, rank=self._vllm_config.parallel_config.rank
+            "worker",
+            block_bytes=block_bytes,
+            namespace=self._namespace(fingerprint),
+            rank=self._vllm_config.parallel_config.rank,
         )
         client = WorkerClient(
             self._endpoint(),
@@ -147,7 +164,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         self._worker.connect(client)
         client.register(_START_S)
         self._worker.warm_up()
-        return KVCoreHandshake(self._cache.block.fingerprint(), block_bytes)
+        return KVCoreHandshake(fingerprint, block_bytes)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Nothing: blocks that are free from this step on are guarded like any others that are handed out again."""
@@ -197,22 +214,10 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             raise compat.UnsupportedModelError(
                 f"kvcore needs equal KV on every rank; a block has {sorted({s.block_bytes for s in shakes})} bytes"
             )
-        namespace = identity.engine_namespace(
-            self._vllm_config,
-            layout=first.fingerprint,
-            isa=compat.isa(self._vllm_config, self._spec),
-            block_tokens=self._spec.block_size,
-        )
-        described = {
-            "model": str(self._vllm_config.model_config.model),
-            "kv_dtype": namespace.kv_dtype,
-            "layout": namespace.layout,
-            "isa": namespace.isa,
-            "digest": namespace.digest().hex(),
-        }
+        namespace = self._namespace(first.fingerprint)
         client = SchedulerClient(
             self._endpoint(),
-            self._register("scheduler", block_bytes=first.block_bytes, namespace=described),
+            self._register("scheduler", block_bytes=first.block_bytes, namespace=namespace),
             deadline_s=self._deadline_s,
             curve=self._settings.curve,
         )

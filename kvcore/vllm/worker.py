@@ -275,7 +275,7 @@ class WorkerSide:
             return
         blocks = copy.blocks[good]
         tokens, size = int((blocks >= 0).sum()) * self._cache.block_tokens, one.mover.block_bytes(blocks)
-        self.counters.loaded_tokens += tokens
+        self.counters.loaded_tokens += self._counted(tokens)
         self.counters.loaded_bytes += size
         self.counters.load_seconds += seconds
         names = _chosen(copy.chunks, good)
@@ -289,7 +289,7 @@ class WorkerSide:
         blocks = copy.blocks[failed]
         bad = blocks[blocks >= 0].tolist()
         self._bad_blocks.update(bad)
-        self.counters.failed_tokens += len(bad) * self._cache.block_tokens
+        self.counters.failed_tokens += self._counted(len(bad) * self._cache.block_tokens)
         if not copy.asynchronous:
             self._failed_steps += 1
         elif failed.all():
@@ -322,7 +322,7 @@ class WorkerSide:
         copy, seconds = one.copy, time.perf_counter() - one.started
         blocks = copy.blocks[good]
         tokens, size = blocks.size * self._cache.block_tokens, one.mover.block_bytes(blocks)
-        self.counters.stored_tokens += tokens
+        self.counters.stored_tokens += self._counted(tokens)
         self.counters.stored_bytes += size
         self.counters.store_seconds += seconds
         if self._link is not None:
@@ -334,9 +334,13 @@ class WorkerSide:
         )  # fmt: skip
 
     def _store_failed(self, copy: Copy, failed: NDArray[np.bool_]) -> None:
-        self.counters.aborted_tokens += int(failed.sum()) * copy.blocks.shape[1] * self._cache.block_tokens
+        self.counters.aborted_tokens += self._counted(int(failed.sum()) * copy.blocks.shape[1] * self._cache.block_tokens)
         if self._link is not None:
             self._link.aborted(copy.name, _chosen(copy.chunks, failed), epoch=copy.epoch)
+
+    def _counted(self, tokens: int) -> int:
+        """Return the tokens to count: all ranks copy the same ones, so only the first counts them."""
+        return 0 if self._rank else tokens
 
     def _where(self) -> str:
         return f" (rank {self._rank})" if self._rank else ""
