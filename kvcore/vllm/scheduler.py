@@ -72,8 +72,8 @@ class SchedulerSide:
         self._asking: dict[str, tuple[str, Life, float]] = {}
         """Lives with unanswered asks, by name: the request, the life, when it asked last."""
         self._unrecorded: list[Tracked] = []
-        self._inbox: list[tuple[str, Granted]] = []
-        """Grants that came when no step was being planned."""
+        self._late: dict[str, Life] = {}
+        """Finished requests with unanswered asks: stored yet, unless their blocks are handed out again before."""
         self._waiting_first: dict[str, Tracked] = {}
         self._plan = StepPlan()
         self._failures: dict[int, int] = {}
@@ -135,9 +135,11 @@ class SchedulerSide:
                 upto = computed + output.num_scheduled_tokens.get(request_id, 0)
                 completes |= self._advance(tracked, blocks, upto)
         self._record_finished()
+        written = np.concatenate(handed_out) if handed_out else np.empty(0, np.int64)
+        self._settle_late(written)
         self._hand_out(self._options.grant_wait_s if completes else 0.0)
         plan, self._plan = self._plan, StepPlan()
-        plan.handed_out = np.concatenate(handed_out) if handed_out else plan.handed_out
+        plan.handed_out = written
         plan.failures_seen = dict(self._failures)
         return plan
 
@@ -165,7 +167,8 @@ class SchedulerSide:
         """Take in `request_finished`.
 
         Its blocks need not be held for stores under way: the workers see to it that a block is not written again
-        before it has been read (`StepPlan.handed_out`). So an idle engine holds nothing.
+        before it has been read (`StepPlan.handed_out`). So an idle engine holds nothing. Room that is granted later
+        is used if the blocks still hold what they held.
         """
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
@@ -181,7 +184,7 @@ class SchedulerSide:
             self._drop_found(life)
         self._end(life)
         if life.allocated and current and life.asks:
-            self._give_back(life)
+            self._late[life.name] = life
 
     def counted(self) -> dict[str, int | float]:
         """Return what was counted since the last call."""
@@ -305,8 +308,7 @@ class SchedulerSide:
         """Turn the grants that have come into copies; wait a little where the blocks may be free after this step."""
         until = time.monotonic() + wait_s
         while self._asking:
-            inbox, self._inbox = [*self._inbox, *self._link.granted()], []
-            for name, granted in inbox:
+            for name, granted in self._link.granted():
                 self._granted(name, granted)
             if not self._asking or time.monotonic() >= until:
                 break
@@ -317,19 +319,13 @@ class SchedulerSide:
                 life.asks.clear()
                 del self._asking[name]
 
-    def _give_back(self, life: Life) -> None:
-        """Store nothing more of a life; wait a little for its grants, since there may be no step to come."""
-        life.tainted = True
-        until = time.monotonic() + self._options.grant_wait_s
-        while life.asks and time.monotonic() < until:
-            others = []
-            for name, granted in self._link.granted():
-                if name == life.name:
-                    self._granted(name, granted)
-                else:
-                    others.append((name, granted))
-            self._inbox += others
-            time.sleep(50e-6 if life.asks else 0)
+    def _settle_late(self, handed_out: NDArray[np.int64]) -> None:
+        """Store nothing of finished requests whose room comes after their blocks have been handed out again."""
+        for name, life in list(self._late.items()):
+            if not life.asks:
+                del self._late[name]
+            elif np.isin(handed_out, life.blocks).any():
+                life.tainted = True
 
     def _granted(self, name: str, granted: Granted) -> None:
         request_id, life, _ = self._asking.get(name, (None, None, 0.0))

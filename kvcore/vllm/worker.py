@@ -334,7 +334,9 @@ class WorkerSide:
         )  # fmt: skip
 
     def _store_failed(self, copy: Copy, failed: NDArray[np.bool_]) -> None:
-        self.counters.aborted_tokens += self._counted(int(failed.sum()) * copy.blocks.shape[1] * self._cache.block_tokens)
+        self.counters.aborted_tokens += self._counted(
+            int(failed.sum()) * copy.blocks.shape[1] * self._cache.block_tokens
+        )
         if self._link is not None:
             self._link.aborted(copy.name, _chosen(copy.chunks, failed), epoch=copy.epoch)
 

@@ -106,8 +106,9 @@ def test_unknown_setting_ends_the_start(tiny_model):
 def test_model_that_forgets_tokens_is_refused(tmp_path):
     from tiny_model import build_sliding_model
 
-    with pytest.raises(UnsupportedModelError, match="SlidingWindowSpec"), harness.engine(
-        build_sliding_model(tmp_path / "sliding"), mp("ipc:///x")
+    with (
+        pytest.raises(UnsupportedModelError, match="SlidingWindowSpec"),
+        harness.engine(build_sliding_model(tmp_path / "sliding"), mp("ipc:///x")),
     ):
         pass
 
