@@ -42,7 +42,7 @@ class StepPlan:
     loads: list[Copy] = field(default_factory=list)
     stores: list[Copy] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
-    """Requests whose blocks are free from this step on: copies from them end before the step computes."""
+    """Wire names of requests whose blocks are free from this step on; what reads them does so before it computes."""
     released: list[str] = field(default_factory=list)
     """Finished requests that get no further stores: their blocks can be freed when those under way have ended."""
     failures_seen: dict[int, int] = field(default_factory=dict)

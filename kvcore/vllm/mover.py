@@ -129,6 +129,11 @@ class _Both:
         for handle in self._handles:
             handle.wait_layer(layer)
 
+    def wait_sources(self) -> None:
+        """Order what follows behind the reading of all."""
+        for handle in self._handles:
+            handle.wait_sources()
+
 
 def _distinct(tensors: Tensors) -> dict[str, Any]:
     """Leave out layers that share another's cache."""

@@ -94,13 +94,11 @@ class WorkerSide:
     # A step, in this order
 
     def preempt(self, plan: StepPlan) -> None:
-        """End copies that touch blocks which are free from this step on, before the step computes."""
+        """Order the step's work behind the reading of blocks that are free from this step on."""
         gone = frozenset(plan.preempted)
-        if gone and any(one.copy.name in gone for one in self._storing):
-            for one in self._storing:
-                if one.copy.name in gone:
-                    one.handle.wait()
-            self._end_stores()
+        for one in self._storing:
+            if one.copy.name in gone:
+                one.handle.wait_sources()
 
     def start_loads(self, plan: StepPlan) -> None:
         """Begin the step's loads; on a backend that works in the calling thread they end here."""
@@ -301,7 +299,9 @@ class WorkerSide:
         )  # fmt: skip
 
     def _store_failed(self, copy: Copy, failed: NDArray[np.bool_]) -> None:
-        self.counters.aborted_tokens += self._counted(int(failed.sum()) * copy.blocks.shape[1] * self._cache.block_tokens)
+        self.counters.aborted_tokens += self._counted(
+            int(failed.sum()) * copy.blocks.shape[1] * self._cache.block_tokens
+        )
         if self._link is not None:
             self._link.aborted(copy.name, _chosen(copy.chunks, failed), epoch=copy.epoch)
 
@@ -330,6 +330,10 @@ class _InThread:
     def wait_layer(self, layer: int) -> None:
         """Nothing: the request is not in the batch."""
 
+    def wait_sources(self) -> None:
+        """Block until it has ended: a load reads the arena alone, which nobody here overwrites."""
+        self.wait()
+
 
 class _Nothing:
     """No copy at all."""
@@ -342,6 +346,9 @@ class _Nothing:
         """Nothing to wait for."""
 
     def wait_layer(self, layer: int) -> None:
+        """Nothing to wait for."""
+
+    def wait_sources(self) -> None:
         """Nothing to wait for."""
 
 
