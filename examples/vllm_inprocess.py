@@ -26,7 +26,9 @@ CONNECTOR = {
 def ttft_s(llm: LLM, prompt: list[int]) -> tuple[float, int]:
     """Return the time to the first token, and the token."""
     started = time.perf_counter()
-    (answer,) = llm.generate([{"prompt_token_ids": prompt}], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+    (answer,) = llm.generate(
+        [{"prompt_token_ids": prompt}], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False
+    )
     return time.perf_counter() - started, answer.outputs[0].token_ids[0]
 
 

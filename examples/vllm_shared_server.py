@@ -47,7 +47,9 @@ def ask(model: str, endpoint: str, prompt: list[int]) -> tuple[tuple[int, ...], 
         "kv_connector_extra_config": {"endpoint": endpoint},
     }
     llm = LLM(model, enforce_eager=True, max_model_len=1024, disable_log_stats=False, kv_transfer_config=connector)
-    (answer,) = llm.generate([{"prompt_token_ids": prompt}], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    (answer,) = llm.generate(
+        [{"prompt_token_ids": prompt}], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False
+    )
     loaded = sum(m.value for m in llm.get_metrics() if m.name == "vllm:kvcore_loaded_tokens")
     llm.llm_engine.engine_core.shutdown()
     del llm

@@ -224,8 +224,8 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         registered = client.register(_START_S)
         if registered is not None and registered.chunk_tokens % self._spec.block_size:
             raise RegistrationRefused(
-                f"the server's chunk of {registered.chunk_tokens} tokens is no multiple of the "
-                f"block's {self._spec.block_size}"
+                f"the server's chunk of {registered.chunk_tokens} tokens is no multiple of the block's "
+                f"{self._spec.block_size}"
             )
         options = Options(
             block_tokens=self._spec.block_size,
