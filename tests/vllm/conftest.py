@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 with suppress(ImportError), warnings.catch_warnings():
     warnings.simplefilter("ignore")  # theirs, not ours to mend
     import harness  # noqa: F401 - sets what vLLM reads when it is imported
-    import vllm.distributed.kv_transfer
+    import vllm.distributed.kv_transfer  # noqa: F401
     from vllm import LLM  # noqa: F401
 
 

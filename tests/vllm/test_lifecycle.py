@@ -1,6 +1,8 @@
 """Engines that start, end and start again; servers that are away or say no; the log of what was asked."""
 
 import json
+import subprocess
+import sys
 
 import harness
 import numpy as np
@@ -9,10 +11,11 @@ import pytest
 pytest.importorskip("vllm")
 
 from harness import BLOCK, CHUNK, assert_same, generate, metrics
-from servers import ServerInThread, counters, wait_for
+from servers import ServerInThread, counters, environment, status, wait_for
+from tiny_model import build_sliding_model
 
 from kvcore.live.client import RegistrationRefused
-from kvcore.policy.hashing import trace_ids
+from kvcore.policy.hashing import block_hashes, trace_ids
 from kvcore.vllm.compat import UnsupportedModelError
 
 pytestmark = pytest.mark.vllm
@@ -57,8 +60,6 @@ def test_restarted_engine_loads_what_the_first_stored(tiny_model, reference, tmp
 
 
 def check_log(rows, namespace):
-    from kvcore.policy.hashing import block_hashes
-
     assert [row["seq"] for row in rows] == [0, 1, 2]
     for row, prompt in zip(rows, (FIRST, SECOND, SHORT), strict=True):
         assert row["input_length"] == len(prompt)
@@ -104,12 +105,30 @@ def test_unknown_setting_ends_the_start(tiny_model):
 
 
 def test_model_that_forgets_tokens_is_refused(tmp_path):
-    from tiny_model import build_sliding_model
-
-    with pytest.raises(UnsupportedModelError, match="SlidingWindowSpec"), harness.engine(
-        build_sliding_model(tmp_path / "sliding"), mp("ipc:///x")
+    with (
+        pytest.raises(UnsupportedModelError, match="SlidingWindowSpec"),
+        harness.engine(build_sliding_model(tmp_path / "sliding"), mp("ipc:///x")),
     ):
         pass
+
+
+def test_two_tensor_parallel_ranks_keep_a_shard_each(tiny_model, reference, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    server = ServerInThread(tmp_path, **SMALL)
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with harness.engine(tiny_model, mp(server.endpoint), **options) as llm:
+        assert_same(generate(llm, [FIRST]), reference[:1])
+        assert llm.reset_prefix_cache()
+        assert_same(generate(llm, [FIRST]), reference[:1])
+        ours = metrics(llm)
+        assert ours["vllm:external_prefix_cache_hits"] == 5 * CHUNK
+        assert ours["vllm:kvcore_loaded_tokens"] == ours["vllm:kvcore_stored_tokens"] == 5 * CHUNK
+        chunk_bytes = status(server.endpoint)["instances"][0]["chunk_bytes"]
+        assert ours["vllm:kvcore_loaded_bytes"] == 5 * chunk_bytes
+        served = counters(server.endpoint)
+        assert served["loaded_tokens"] == served["stored_tokens"] == 5 * CHUNK
+    server.stop()
 
 
 def test_embedded_server_ends_with_its_engine(tiny_model, reference, tmp_path):
@@ -118,3 +137,40 @@ def test_embedded_server_ends_with_its_engine(tiny_model, reference, tmp_path):
         assert list(tmp_path.glob("*.arena"))
         assert_same(generate(llm, [FIRST]), reference[:1])
     assert not list(tmp_path.iterdir())
+
+
+def simulated(log, chunks, policy, engine):
+    """In a process of its own: a vLLM that starts where numba was imported stumbles over its functions."""
+    code = (
+        "import json, sys; from kvsim.api import simulate; from kvtraces import read;"
+        "path, tokens, chunks, policy, engine = sys.argv[1:];"
+        "sizes = {'chunk_tokens': int(tokens), 'capacity_chunks': int(chunks)};"
+        "found = simulate(read(path), **sizes, policy=policy, engine=engine);"
+        "print(json.dumps(found.hit_tokens.tolist()))"
+    )
+    command = [sys.executable, "-c", code, str(log), str(CHUNK), str(chunks), policy, engine]
+    return json.loads(subprocess.run(command, env=environment(), check=True, stdout=subprocess.PIPE).stdout)
+
+
+@pytest.mark.parametrize("policy", ["lru", "s3fifo"])
+def test_simulating_the_recorded_log_gives_what_the_live_run_matched(tiny_model, tmp_path, policy):
+    """A sequential run over an L1 of 12 chunks: every request's matched tokens, by the sweep and by the core."""
+    log, chunks = tmp_path / "log.jsonl", 12
+    options = {**SMALL, "l1_size_gb": chunks / 2048, "eviction_policy": policy}
+    server = ServerInThread(tmp_path, **options, record=str(log))
+    shared = [tokens(3 * CHUNK, 70 + i) for i in range(4)]
+    with harness.engine(tiny_model, mp(server.endpoint), max_num_batched_tokens=256) as llm:
+        for i in range(24):
+            prompt = shared[i * i % 4][: (1 + i % 3) * CHUNK + 7 * i] + tokens(CHUNK + 90, 80 + i % 5)
+            generate(llm, [prompt], 1)
+            if i % 3 == 0:
+                assert llm.reset_prefix_cache()
+    evicted = counters(server.endpoint)["evicted_chunks"]
+    server.stop()
+    assert evicted > 0
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    matched = [row["matched_l1"] for row in rows]
+    assert len(rows) == 24
+    assert len(set(matched)) > 2
+    for engine in ("sweep", "core"):
+        assert simulated(log, chunks, policy, engine) == matched

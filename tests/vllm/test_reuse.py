@@ -66,7 +66,9 @@ def setup(request, tiny_model, reference, tmp_path_factory):
     options = {"l1_size_gb": L1_CHUNKS * CHUNK_BYTES / 2**30, "page_size": "512KiB", "chunk_size": CHUNK}
     server = ServerInThread(tmp_path_factory.mktemp("server"), **options) if kind == "mp" else None
     if server is not None:
-        config = harness.connector_config("KVCoreMPConnector", endpoint=server.endpoint, load_mode=mode, deadline_ms=10_000)
+        config = harness.connector_config(
+            "KVCoreMPConnector", endpoint=server.endpoint, load_mode=mode, deadline_ms=10_000
+        )
     else:
         config = harness.connector_config("KVCoreConnector", load_mode=mode, pretouch=False, **options)
     with harness.engine(tiny_model, config, max_num_batched_tokens=256, num_gpu_blocks_override=GPU_BLOCKS) as llm:

@@ -31,7 +31,8 @@ class Serve:
             "kv_role": "kv_both",
         }
         command = [
-            str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--port", str(port), "--host", "127.0.0.1",
+            str(Path(sys.executable).with_name("vllm")), "serve", str(model),
+            "--host", "127.0.0.1", "--port", str(port),
             "--enforce-eager", "--dtype", "float32", "--max-model-len", "3072", "--served-model-name", "tiny",
             "--kv-transfer-config", json.dumps(config),
         ]  # fmt: skip
