@@ -74,6 +74,8 @@ class SchedulerSide:
         self._unrecorded: list[Tracked] = []
         self._finished: dict[str, Life] = {}
         """Finished requests whose blocks the engine holds until they are named in `StepPlan.released`."""
+        self._abandoned: list[Tracked] = []
+        """Requests that were aborted while their lookup was under way."""
         self._inbox: list[tuple[str, Granted]] = []
         """Grants that came when no step was being planned."""
         self._waiting_first: dict[str, Tracked] = {}
@@ -92,8 +94,8 @@ class SchedulerSide:
         if life is None:
             return 0, False
         life.computed = computed
-        if life.found is None:
-            self._look_up(tracked, life)
+        if life.found is None or life.found.load_start * life.session.chunk_tokens > computed:
+            self._look_up(tracked, life)  # again where the engine's own cache has lost some since
         if life.found is None:
             return (None, False) if tracked.life is life else (0, False)
         external, life.asynchronous = self._loadable(life, request)
@@ -135,6 +137,7 @@ class SchedulerSide:
                 upto = computed + output.num_scheduled_tokens.get(request_id, 0)
                 completes |= self._advance(tracked, blocks, upto)
         self._record_finished()
+        self._end_abandoned()
         self._hand_out(self._options.grant_wait_s if completes else 0.0)
         self._release()
         plan, self._plan = self._plan, StepPlan()
@@ -173,6 +176,9 @@ class SchedulerSide:
         if life is None:
             return False
         current = life.session is self._link.registered
+        if current and life.found is None:
+            self._abandoned.append(tracked)  # what the answer says is to be loaded must be given back
+            return False
         if current and not life.allocated:
             self._drop_found(life)
         self._end(life)
@@ -229,7 +235,7 @@ class SchedulerSide:
 
     def _look_up(self, tracked: Tracked, life: Life) -> None:
         """Ask the server; the life ends where the server turns out to be away."""
-        started = time.perf_counter()
+        again, started = life.found is not None, time.perf_counter()
         found = self._link.lookup(
             life.name,
             life.chunks,
@@ -242,11 +248,28 @@ class SchedulerSide:
         self.counters.lookup_seconds += time.perf_counter() - started
         if self._link.registered is not life.session:
             tracked.end_life()
-        elif not isinstance(found, NotYet):
+        elif isinstance(found, NotYet):
+            life.found = None
+        else:
             life.found = found
             life.asked = min(sum(found.hits), len(life.chunks))
-            self.counters.lookups += 1
-            self.counters.matched_tokens += life.asked * life.session.chunk_tokens
+            if not again:
+                self.counters.lookups += 1
+                self.counters.matched_tokens += life.asked * life.session.chunk_tokens
+
+    def _end_abandoned(self) -> None:
+        """Take the answers to lookups of requests that were aborted meanwhile, and give back what they found."""
+        waiting, self._abandoned = self._abandoned, []
+        for tracked in waiting:
+            life = tracked.life
+            if life is None or life.session is not self._link.registered:
+                continue
+            self._look_up(tracked, life)
+            if life.found is not None:
+                self._drop_found(life)
+                self._end(life)
+            elif tracked.life is life:
+                self._abandoned.append(tracked)
 
     def _loadable(self, life: Life, request: EngineRequest) -> tuple[int, bool]:
         """Return how many tokens to load, and whether asynchronously."""
