@@ -35,7 +35,8 @@ class Options:
         copies_in_step: Whether workers have ended a step's stores when the step ends (the CPU backend).
         steps_when_idle: Whether the engine goes on stepping for the sake of finished requests that wait for their
             stores. An engine inside the caller's own thread does not.
-        grant_wait_s: How long the step that completes a prompt waits for the room it asked for.
+        grant_wait_s: How long the step that completes a prompt waits for the room it asked for, in an engine that does
+            not step when idle. In others the blocks of a finished request are held instead, and nothing waits.
         ask_patience_s: An ask unanswered for longer is given up.
     """
 
@@ -138,7 +139,7 @@ class SchedulerSide:
                 completes |= self._advance(tracked, blocks, upto)
         self._record_finished()
         self._end_abandoned()
-        self._hand_out(self._options.grant_wait_s if completes else 0.0)
+        self._hand_out(self._options.grant_wait_s if completes and not self._options.steps_when_idle else 0.0)
         self._release()
         plan, self._plan = self._plan, StepPlan()
         plan.failures_seen = dict(self._failures)
