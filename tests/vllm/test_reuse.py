@@ -16,7 +16,8 @@ from vllm import SamplingParams
 
 from kvcore.live.arena import Arena
 from kvcore.live.client import Client
-from kvcore.live.wire import Clear
+from kvcore.live.wire import Clear, Where
+from kvcore.policy.hashing import block_hashes, chunk_names
 from kvcore.vllm.mover import Mover
 
 pytestmark = pytest.mark.vllm
@@ -214,6 +215,12 @@ def test_load_that_fails_is_computed_and_poisons_nothing(setup, monkeypatch):
         gained = setup.ask("first")
     assert gained["vllm:kvcore_failed_tokens"] == 4 * CHUNK
     assert gained["loaded_tokens"] == 0
+    hasher = harness.scheduler(setup.llm).connector._scheduler._hasher
+    root = hasher.namespace.digest()
+    names = chunk_names(block_hashes(PROMPTS["first"], BLOCK, root), CHUNK // BLOCK)
+    with Client(setup.endpoint) as client:
+        assert client.call(Where(names[:3])).tiers == (0, 0, 0)
+        assert client.call(Where(names[4:])).tiers == (-1,)
     setup.clear()
     assert hits(setup.ask("first")) == 0
     setup.forget_locally()

@@ -285,6 +285,32 @@ def test_abort_before_allocation_gives_the_hit_back():
     assert line.named("end") == [("end", "a")]
 
 
+def test_abort_while_the_lookup_is_under_way_gives_the_late_hit_back():
+    line, side = make()
+    line.pending = 2
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request))
+    assert side.matched(request, 0) == (None, False)
+    side.finished(request)
+    assert not line.named("end")
+    side.plan(step())
+    assert not line.named("end")
+    side.plan(step())
+    assert line.named("drop_load") == [("drop_load", "a", 3)]
+    assert line.named("end") == [("end", "a")]
+
+
+def test_lookup_is_made_again_where_the_engine_has_lost_what_it_held():
+    line, side = make()
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request))
+    assert side.matched(request, CHUNK) == (128, False)
+    assert side.matched(request, 0) == (192, False)
+    side.allocated(request, blocks(200), 192)
+    plan = side.plan(step(new=[("a", blocks(200), 192, 8)]))
+    assert plan.loads[0].tokens == 192
+
+
 def test_abort_during_an_asynchronous_load_leaves_the_blocks_to_vllm():
     line, side = make(load_mode="async")
     request = EngineRequest("a", prompt(200))
