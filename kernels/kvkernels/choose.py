@@ -15,6 +15,7 @@ import numpy as np
 from kvkernels.arena import Arena, HostArena
 from kvkernels.errors import DeviceError, LayoutError
 from kvkernels.layouts import PagedLayout
+from kvkernels.registered import BounceTransfer, StreamTransfer
 from kvkernels.slots import Slot
 from kvkernels.streams import HostRuntime, Runtime
 from kvkernels.transfer import Tensors, Transfer, listed
@@ -24,6 +25,7 @@ __all__ = ["Choice", "best_backend", "measure"]
 _SCRATCH_BYTES = 256 << 20
 _SEED = 5
 _HOST_THREADS = 4
+_QUIET_S = 0.1
 
 Make = Callable[[Arena], Transfer]
 
@@ -51,13 +53,13 @@ def best_backend(
     """Measure every backend for this cache's device and return the fastest, built over `arena`.
 
     It stores random blocks to scratch memory of its own and loads the same bytes back to where they came from, so the
-    cache and the arena keep their contents; the engine must be idle. A few hundred milliseconds on a GPU, the first
-    compilation apart.
+    cache and the arena keep their contents; the engine must be idle. Under a second on a GPU, the first compilation
+    apart.
 
     Args:
         layout: what `describe` returned for these tensors.
         tensors: the engine's KV cache (torch; JAX engines use `JaxTransfer`, which owns its arrays).
-        arena: the arena to serve. Not touched here.
+        arena: the arena to serve, not touched here. Over a `RegisteredArena` the transfer bounces what is not pinned.
         only: names of backends to consider (`reference`, `cuda_batch`, `memmove`, `triton`); all by default.
         scratch_bytes: the most host memory (pinned on a GPU) to measure with; one chunk at least.
 
@@ -72,7 +74,7 @@ def best_backend(
     for name, make in chosen.items():
         try:
             transfer = make(scratch)
-            curves[name] = measure(transfer, counts)
+            curves[name] = measure(transfer, counts, quiet=arena)
             transfer.close()
         except (LayoutError, DeviceError) as error:
             curves[name] = {"error": str(error)}
@@ -86,13 +88,16 @@ def best_backend(
         "slot_bytes": layout.slot_bytes,
         "curves": curves,
     }
-    return Choice(chosen[best](arena), profile)
+    return Choice(_serving(chosen[best](arena), arena, runtime), profile)
 
 
-def measure(transfer: Transfer, chunk_counts: Sequence[int], *, repeats: int = 3) -> dict[str, list[list[float]]]:
+def measure(
+    transfer: Transfer, chunk_counts: Sequence[int], *, repeats: int = 5, quiet: Arena | None = None
+) -> dict[str, list[list[float]]]:
     """Time stores of random blocks, and loads of the same bytes back to them, at each number of chunks.
 
-    `transfer`'s arena must be scratch memory of at least the largest count of slots, from its start.
+    `transfer`'s arena must be scratch memory of at least the largest count of slots, from its start, all of it within
+    the device's reach. An arena that is still being pinned (`quiet`) is asked to hold off meanwhile.
 
     Returns:
         `store` and `load`, each a list of `[bytes, GB/s]`; medians after one warm-up.
@@ -106,6 +111,8 @@ def measure(transfer: Transfer, chunk_counts: Sequence[int], *, repeats: int = 3
         nbytes = count * layout.slot_bytes
         seconds: dict[str, list[float]] = {"store": [], "load": []}
         for _ in range(repeats + 1):
+            if quiet is not None:
+                quiet.defer(_QUIET_S)
             began = perf_counter_ns()
             transfer.store(ids, slots).wait()
             stored = perf_counter_ns()
@@ -115,6 +122,13 @@ def measure(transfer: Transfer, chunk_counts: Sequence[int], *, repeats: int = 3
         for direction, points in curve.items():
             points.append([nbytes, round(nbytes / median(seconds[direction][1:]) / 1e9, 3)])
     return curve
+
+
+def _serving(transfer: Transfer, arena: Arena, runtime: Runtime) -> Transfer:
+    """The backend, with a bounce for slots that are not pinned yet where the arena is registered in slices."""
+    if runtime.needs_pinned and arena.split_bytes and isinstance(transfer, StreamTransfer):
+        return BounceTransfer(transfer, arena, runtime)
+    return transfer
 
 
 def _largest_seconds(curve: dict[str, list[list[float]]]) -> float:
@@ -140,7 +154,7 @@ def _candidates(layout: PagedLayout, tensors: Tensors) -> tuple[Runtime, dict[st
     if layout.device == "cpu":
         host = HostRuntime(threads=min(_HOST_THREADS, os.cpu_count() or 1))
         makers["memmove"] = lambda arena: BatchTransfer(
-            layout, tensors, arena, host, batch_rows=1024, lanes=1, name="memmove"
+            layout, tensors, arena, host, batch_rows=1024, call_copies=1 << 20, lanes=1, name="memmove"
         )
         return host, makers
     if layout.device != "cuda":

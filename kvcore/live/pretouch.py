@@ -2,7 +2,7 @@
 
 import errno
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from kvcore.live.mapping import HUGE_PAGE_BYTES, Mapping
@@ -12,13 +12,16 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 _SLICE_BYTES = 32 << 20  # at 1 GB/s, which a cold virtual machine may be, a stop waits 30 ms
 _SMALL_PAGE_BYTES = 4096
+_REFUSALS = 3
 
 
 class Pretouch:
     """A thread that touches `length` bytes of a mapping from `offset` on, in slices, contents kept.
 
-    Where the kernel can, each slice becomes huge pages first. `error` tells why the thread gave up (the memory that
-    was reserved is not there after all); None otherwise.
+    When all are touched (`done_bytes` of `total_bytes`, told to `progress`), it goes over them again and turns them
+    into huge pages where the kernel can (`huge_bytes`): that takes several times as long, and is of use to whoever
+    maps or pins the arena later. `error` tells why touching was given up (the memory that was reserved is not there
+    after all); None otherwise.
     """
 
     def __init__(
@@ -53,30 +56,42 @@ class Pretouch:
             self._thread.join()
 
     def _run(self) -> None:
-        while self.done_bytes < self.total_bytes and not self._stop.is_set():
-            length = min(_SLICE_BYTES, self.total_bytes - self.done_bytes)
-            try:
-                self._touch(self._offset + self.done_bytes, length)
-            except OSError as error:
-                self.error = error
-                return
-            self.done_bytes += length
-            if self._progress is not None:
-                self._progress(self.done_bytes, self.total_bytes)
+        try:
+            for at, length in self._slices():
+                self._touch(at, length)
+                self.done_bytes += length
+                if self._progress is not None:
+                    self._progress(self.done_bytes, self.total_bytes)
+        except OSError as error:
+            self.error = error
+            return
+        if self._huge_pages and self.done_bytes == self.total_bytes:
+            self._make_huge()
 
-    def _touch(self, offset: int, length: int) -> None:
-        if self._huge_pages and length >= HUGE_PAGE_BYTES:
-            self._collapse(offset, length - length % HUGE_PAGE_BYTES)
-        code = self._mapping.populate(offset, length)
+    def _slices(self) -> Iterator[tuple[int, int]]:
+        """Yield (offset, length) in order until all have been or somebody stops it."""
+        end = self._offset + self.total_bytes
+        for at in range(self._offset, end, _SLICE_BYTES):
+            if self._stop.is_set():
+                return
+            yield at, min(_SLICE_BYTES, end - at)
+
+    def _touch(self, at: int, length: int) -> None:
+        code = self._mapping.populate(at, length)
         if code == errno.EINVAL:
             # An old kernel. Reading faults the pages in just as well; writing from here could undo a worker's write.
-            self._mapping.bytes[offset : offset + length : _SMALL_PAGE_BYTES].max()
+            self._mapping.bytes[at : at + length : _SMALL_PAGE_BYTES].max()
         elif code != 0:
-            raise OSError(code, f"touching the arena at {offset} of {self.total_bytes} bytes: {errno.errorcode[code]}")
+            raise OSError(code, f"touching the arena at byte {at}: {errno.errorcode[code]}")
 
-    def _collapse(self, offset: int, length: int) -> None:
-        code = self._mapping.collapse(offset, length)
-        if code == 0:
-            self.huge_bytes += length
-        elif code == errno.EINVAL:
-            self._huge_pages = False  # not on this kernel or file system; any other code: none free just now
+    def _make_huge(self) -> None:
+        """Go on until the kernel has refused some slices: it cannot at all, has none free, or pages are pinned."""
+        refused = 0
+        for at, length in self._slices():
+            whole = length - length % HUGE_PAGE_BYTES
+            if whole and self._mapping.collapse(at, whole) == 0:
+                self.huge_bytes += whole
+            else:
+                refused += 1
+            if refused == _REFUSALS:
+                return

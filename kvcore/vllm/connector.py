@@ -1,12 +1,12 @@
 """The connectors as vLLM sees them: one object in the scheduler's process, and one in each worker's."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 from kvcore.live.client import Register, RegistrationRefused, SchedulerClient, WorkerClient
+from kvcore.policy.hashing import Namespace
 from kvcore.vllm import compat, identity
 from kvcore.vllm.embedded import EmbeddedServer, embedded_settings
 from kvcore.vllm.jobs import StepPlan, StepReport
@@ -20,6 +20,7 @@ from kvcore.vllm.worker import WorkerSide
 _LOG = logging.getLogger("kvcore.vllm")
 _START_S = 2.0
 """How long the start of vLLM waits for a server that does not answer."""
+_EMBEDDED_DEADLINE_S = 10.0
 
 
 @dataclass
@@ -64,6 +65,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        compat.log_with_vllm()
         compat.check_version()
         parallel = vllm_config.parallel_config
         for kind in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -89,7 +91,19 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
     def _endpoint(self) -> str:
         return self._settings.endpoint
 
-    def _register(self, role: Any, *, block_bytes: int, namespace: Mapping[str, str], rank: int = 0) -> Register:
+    @property
+    def _deadline_s(self) -> float:
+        return self._settings.deadline_ms / 1000
+
+    def _namespace(self, fingerprint: str) -> Namespace:
+        return identity.engine_namespace(
+            self._vllm_config,
+            layout=fingerprint,
+            isa=compat.isa(self._vllm_config, self._spec),
+            block_tokens=self._spec.block_size,
+        )
+
+    def _register(self, role: Any, *, block_bytes: int, namespace: Namespace, rank: int = 0) -> Register:
         return Register(
             instance=self._instance,
             role=role,
@@ -98,7 +112,13 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             rank=rank,
             world=self._vllm_config.parallel_config.world_size,
             shards=self._shards,
-            namespace=dict(namespace),
+            namespace={
+                "model": str(self._vllm_config.model_config.model),
+                "kv_dtype": namespace.kv_dtype,
+                "layout": namespace.layout,
+                "isa": namespace.isa,
+                "digest": namespace.digest().hex(),
+            },
         )
 
     # The worker
@@ -118,7 +138,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             rank=config.parallel_config.rank,
             shards=self._shards,
             factory=compat.transfer_factory(config),
-            copy_thread=compat.copies_in_step(config),
+            in_step=compat.copies_in_step(config),
             layerwise=self._settings.layerwise,
         )
 
@@ -127,31 +147,32 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         if self._worker is None or self._cache is None:
             return None
         block_bytes = self._cache.block.block_bytes
-        namespace = {"model": str(self._vllm_config.model_config.model)}
+        fingerprint = self._cache.block.fingerprint()
         register = self._register(
-            "worker", block_bytes=block_bytes, namespace=namespace, rank=self._vllm_config.parallel_config.rank
+            "worker",
+            block_bytes=block_bytes,
+            namespace=self._namespace(fingerprint),
+            rank=self._vllm_config.parallel_config.rank,
         )
         client = WorkerClient(
             self._endpoint(),
             register,
             drain=self._worker.drain,
-            deadline_s=self._settings.deadline_ms / 1000,
+            deadline_s=self._deadline_s,
             curve=self._settings.curve,
         )
         self._worker.connect(client)
         client.register(_START_S)
         self._worker.warm_up()
-        return KVCoreHandshake(self._cache.block.fingerprint(), block_bytes)
+        return KVCoreHandshake(fingerprint, block_bytes)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
-        """End copies from blocks that are free from this step on."""
-        if self._worker is not None and isinstance(kv_connector_metadata, KVCoreMetadata):
-            self._worker.preempt(kv_connector_metadata.plan)
+        """Nothing: blocks that are free from this step on are guarded like any others that are handed out again."""
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Begin this step's loads."""
         if self._worker is not None and (plan := self._plan()) is not None:
-            self._worker.start_loads(plan)
+            self._worker.start_loads(plan, one_graph=compat.runs_as_one_graph(forward_context))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Order the loads of a layer before its attention."""
@@ -167,11 +188,8 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             self._worker.finish_step(plan)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Return requests whose stores, and requests whose asynchronous loads, have ended."""
-        if self._worker is None:
-            return None, None
-        sent, received = self._worker.finished()
-        return sent or None, received or None
+        """Return no requests whose blocks were held for stores, and those whose asynchronous loads have ended."""
+        return None, (None if self._worker is None else self._worker.received() or None)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return blocks that were to be loaded and were not."""
@@ -196,35 +214,23 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             raise compat.UnsupportedModelError(
                 f"kvcore needs equal KV on every rank; a block has {sorted({s.block_bytes for s in shakes})} bytes"
             )
-        namespace = identity.engine_namespace(
-            self._vllm_config,
-            layout=first.fingerprint,
-            isa=compat.isa(self._vllm_config, self._spec),
-            block_tokens=self._spec.block_size,
-        )
-        described = {
-            "model": str(self._vllm_config.model_config.model),
-            "kv_dtype": namespace.kv_dtype,
-            "layout": namespace.layout,
-            "isa": namespace.isa,
-            "digest": namespace.digest().hex(),
-        }
+        namespace = self._namespace(first.fingerprint)
         client = SchedulerClient(
             self._endpoint(),
-            self._register("scheduler", block_bytes=first.block_bytes, namespace=described),
-            deadline_s=self._settings.deadline_ms / 1000,
+            self._register("scheduler", block_bytes=first.block_bytes, namespace=namespace),
+            deadline_s=self._deadline_s,
             curve=self._settings.curve,
         )
         registered = client.register(_START_S)
         if registered is not None and registered.chunk_tokens % self._spec.block_size:
             raise RegistrationRefused(
-                f"the server's chunk of {registered.chunk_tokens} tokens is no multiple of the block's {self._spec.block_size}"
+                f"the server's chunk of {registered.chunk_tokens} tokens is no multiple of the block's "
+                f"{self._spec.block_size}"
             )
         options = Options(
             block_tokens=self._spec.block_size,
             load_mode=self._settings.load_mode,
             copies_in_step=compat.copies_in_step(self._vllm_config),
-            steps_when_idle=compat.steps_when_idle(),
             grant_wait_s=self._settings.grant_wait_ms / 1000,
         )
         self._scheduler = SchedulerSide(client, Hasher(namespace), options)
@@ -253,8 +259,10 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             )
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Return whether the request's blocks must be held for its stores."""
-        return (False if self._scheduler is None else self._scheduler.finished(request)), None
+        """Let go of the request; its blocks need not be held for stores under way."""
+        if self._scheduler is not None:
+            self._scheduler.finished(request)
+        return False, None
 
     def reset_cache(self) -> bool:
         """Forget: KV of before (of other weights, say) is not matched again by this engine. Others' is left alone."""
@@ -267,7 +275,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
     def get_kv_connector_stats(self) -> KVCoreStats | None:
         """Return what was counted since the last call."""
         side = self._scheduler or self._worker
-        data = {} if side is None else side.counters.take()
+        data = {} if side is None else side.counted()
         return KVCoreStats(data=data) if data else None
 
     @classmethod
@@ -288,8 +296,8 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """Layer by layer, attention waits for loads in Python, which a full CUDA graph would skip."""
-        return read(extra_config, embedded=cls._embedded).layerwise
+        """No: a step that runs as one graph waits for its loads before it starts, others layer by layer."""
+        return False
 
     def shutdown(self) -> None:
         """End what is under way, leave the server, and stop it where it is ours."""
@@ -318,3 +326,8 @@ class KVCoreConnector(KVCoreMPConnector):
 
     def _endpoint(self) -> str:
         return embedded_settings(self._instance, self._settings.server).endpoints[0]
+
+    @property
+    def _deadline_s(self) -> float:
+        """A server in a thread cannot die alone, but the engine may keep the interpreter to itself for a while."""
+        return max(super()._deadline_s, _EMBEDDED_DEADLINE_S)

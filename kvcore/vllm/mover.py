@@ -1,6 +1,6 @@
 """Copies between the engine's blocks and a shard of chunks in the arena: whole chunks, or single blocks of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from kvcore.live.arena import Arena, pieces
 from kvcore.live.wire import Registered
-from kvkernels import Handle, HostArena, PagedLayout, Slot, Transfer, describe, slot_range
+from kvcore.vllm.transfers import TransferFactory
+from kvkernels import Handle, PagedLayout, Slot, describe, slot_range
 
 Tensors: TypeAlias = Mapping[str, Any]
-TransferFactory: TypeAlias = Callable[[PagedLayout, Tensors, HostArena], Transfer]
 
 
 class Cache:
@@ -48,7 +48,7 @@ class Mover:
         cache: The engine's KV cache.
         registered: What the server said.
         shard: Which shard of every chunk is this worker's.
-        factory: Makes the backend that copies.
+        factory: Makes what copies.
 
     Raises:
         kvcore.live.arena.ArenaError: The arena cannot be mapped.
@@ -63,15 +63,17 @@ class Mover:
         self.registered = registered
         self.layout = layout
         self.arena = Arena.attach(Path(registered.arena_path))
-        host = HostArena(self.arena.data)
         self._start = shard * registered.shard_bytes
-        self._whole = factory(layout, cache.tensors, host)
-        self._single = factory(cache.block, cache.tensors, host)
+        try:
+            self._transfers = factory(layout, cache.block, cache.tensors, self.arena.data)
+        except BaseException:
+            self.arena.close()
+            raise
         self._planes = tuple(zip(layout.plane_starts(), (plane.row_bytes for plane in layout.planes), strict=False))
 
     def store(self, pages: NDArray[np.uint32], blocks: NDArray[np.int64]) -> Handle:
         """Copy whole chunks to the arena; pages (chunks, pages a chunk), blocks (chunks, blocks a chunk)."""
-        return self._whole.store(blocks.ravel(), self._slots(pages))
+        return self._transfers.whole.store(blocks.ravel(), self._slots(pages))
 
     def load(self, pages: NDArray[np.uint32], blocks: NDArray[np.int64]) -> Handle:
         """Copy chunks from the arena; blocks that are -1 are left as they are, since they are others' and live."""
@@ -80,11 +82,11 @@ class Mover:
         handles = []
         if whole.any():
             chosen = [slot for slot, want in zip(slots, whole, strict=True) if want]
-            handles.append(self._whole.load(chosen, blocks[whole].ravel()))
+            handles.append(self._transfers.whole.load(chosen, blocks[whole].ravel()))
         if not whole.all():
             rows, columns = np.nonzero((blocks >= 0) & ~whole[:, None])
             parts = [self._block_slot(slots[row], int(column)) for row, column in zip(rows, columns, strict=True)]
-            handles.append(self._single.load(parts, blocks[rows, columns]))
+            handles.append(self._transfers.single.load(parts, blocks[rows, columns]))
         return handles[0] if len(handles) == 1 else _Both(handles)
 
     def block_bytes(self, blocks: NDArray[np.int64]) -> int:
@@ -93,8 +95,7 @@ class Mover:
 
     def close(self) -> None:
         """End what is under way and let go of the arena, which stays."""
-        self._whole.close()
-        self._single.close()
+        self._transfers.close()
         self.arena.close()
 
     def _slots(self, pages: NDArray[np.uint32]) -> list[Slot]:
@@ -128,6 +129,11 @@ class _Both:
         """Order one layer of all before what follows."""
         for handle in self._handles:
             handle.wait_layer(layer)
+
+    def wait_sources(self) -> None:
+        """Order the reading of all before what follows."""
+        for handle in self._handles:
+            handle.wait_sources()
 
 
 def _distinct(tensors: Tensors) -> dict[str, Any]:

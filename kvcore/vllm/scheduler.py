@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvcore.live.client import NotYet
 from kvcore.live.wire import Granted, Registered
 from kvcore.policy.hashing import chunk_names, trace_ids
@@ -33,8 +36,6 @@ class Options:
             outside the batch until its hit is there. auto: async where the device copies by itself and other requests
             run meanwhile, else sync.
         copies_in_step: Whether workers have ended a step's stores when the step ends (the CPU backend).
-        steps_when_idle: Whether the engine goes on stepping for the sake of finished requests that wait for their
-            stores. An engine inside the caller's own thread does not.
         grant_wait_s: How long the step that completes a prompt waits for the room it asked for.
         ask_patience_s: An ask unanswered for longer is given up.
     """
@@ -42,7 +43,6 @@ class Options:
     block_tokens: int
     load_mode: LoadMode = "auto"
     copies_in_step: bool = True
-    steps_when_idle: bool = True
     grant_wait_s: float = 0.001
     ask_patience_s: float = 5.0
 
@@ -72,8 +72,8 @@ class SchedulerSide:
         self._asking: dict[str, tuple[str, Life, float]] = {}
         """Lives with unanswered asks, by name: the request, the life, when it asked last."""
         self._unrecorded: list[Tracked] = []
-        self._finished: dict[str, Life] = {}
-        """Finished requests whose blocks the engine holds until they are named in `StepPlan.released`."""
+        self._late: dict[str, Life] = {}
+        """Finished requests with unanswered asks: stored yet, unless their blocks are handed out again before."""
         self._waiting_first: dict[str, Tracked] = {}
         self._plan = StepPlan()
         self._failures: dict[int, int] = {}
@@ -127,15 +127,19 @@ class SchedulerSide:
             if tracked is not None and tracked.request.num_preemptions > tracked.preemptions:
                 self._preempt(tracked)
         completes = False
+        handed_out = [copy.blocks[copy.blocks >= 0] for copy in self._plan.loads]
         for request_id, blocks, computed in _scheduled(output):
+            handed_out.append(blocks.written(computed // self._options.block_tokens))
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 upto = computed + output.num_scheduled_tokens.get(request_id, 0)
                 completes |= self._advance(tracked, blocks, upto)
         self._record_finished()
+        written = np.concatenate(handed_out) if handed_out else np.empty(0, np.int64)
+        self._settle_late(written)
         self._hand_out(self._options.grant_wait_s if completes else 0.0)
-        self._release()
         plan, self._plan = self._plan, StepPlan()
+        plan.handed_out = written
         plan.failures_seen = dict(self._failures)
         return plan
 
@@ -159,31 +163,32 @@ class SchedulerSide:
         self._note_first_tokens()
         self._record_finished()
 
-    def finished(self, request: EngineRequest) -> bool:
-        """Take in `request_finished`; return whether its blocks must be held until they are named in `released`."""
+    def finished(self, request: EngineRequest) -> None:
+        """Take in `request_finished`.
+
+        Its blocks need not be held for stores under way: the workers see to it that a block is not written again
+        before it has been read (`StepPlan.handed_out`). So an idle engine holds nothing. Room that is granted later
+        is used if the blocks still hold what they held.
+        """
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
-            return False
+            return
         self._note_first_tokens(tracked)
         self._waiting_first.pop(tracked.id, None)
         self._unrecorded.append(tracked)
         life = tracked.life
         if life is None:
-            return False
+            return
         current = life.session is self._link.registered
         if current and not life.allocated:
             self._drop_found(life)
         self._end(life)
-        if life.loading or not life.allocated:
-            return False  # nothing is stored of it; the blocks of a load under way are held without us
-        unanswered = bool(life.asks) and current
-        if unanswered and not self._options.steps_when_idle:
-            life.tainted = True  # what is granted later is given back
-            unanswered = False
-        if unanswered or (life.stored and not self._options.copies_in_step):
-            self._finished[tracked.id] = life
-            return True
-        return False
+        if life.allocated and current and life.asks:
+            self._late[life.name] = life
+
+    def counted(self) -> dict[str, int | float]:
+        """Return what was counted since the last call."""
+        return self.counters.take()
 
     def forget(self, mark: str) -> None:
         """Name everything differently from now on, so that nothing stored before is matched again."""
@@ -215,11 +220,11 @@ class SchedulerSide:
             if tracked.request.num_preemptions == tracked.preemptions and life.session is session:
                 tracked.unlucky = True  # it comes back since its load failed: to load again would fail again
                 self._end(life)
-                tracked.life = None
+                tracked.end_life()
                 return None
             self._preempt(tracked)
         elif life is not None and life.session is not session:
-            tracked.life = None
+            tracked.end_life()
         if tracked.life is None and session is not None:
             names = chunk_names(tracked.hashes, session.chunk_tokens // self._options.block_tokens)
             tracked.life = Life(tracked.wire_name(), session, names)
@@ -239,7 +244,7 @@ class SchedulerSide:
         )
         self.counters.lookup_seconds += time.perf_counter() - started
         if self._link.registered is not life.session:
-            tracked.life = None
+            tracked.end_life()
         elif not isinstance(found, NotYet):
             life.found = found
             life.asked = min(sum(found.hits), len(life.chunks))
@@ -285,7 +290,7 @@ class SchedulerSide:
         if life is None or life.ended:
             return False
         if life.session is not self._link.registered:
-            tracked.life = None
+            tracked.end_life()
             return False
         blocks.apply(life)
         chunks = min(upto, tracked.prompt_tokens) // life.session.chunk_tokens
@@ -314,6 +319,14 @@ class SchedulerSide:
                 life.asks.clear()
                 del self._asking[name]
 
+    def _settle_late(self, handed_out: NDArray[np.int64]) -> None:
+        """Store nothing of finished requests whose room comes after their blocks have been handed out again."""
+        for name, life in list(self._late.items()):
+            if not life.asks:
+                del self._late[name]
+            elif np.isin(handed_out, life.blocks).any():
+                life.tainted = True
+
     def _granted(self, name: str, granted: Granted) -> None:
         request_id, life, _ = self._asking.get(name, (None, None, 0.0))
         if request_id is None or life is None:
@@ -334,12 +347,6 @@ class SchedulerSide:
         copy = life.store(request_id, chunks, granted.pages, granted.generations, granted.epoch, block_tokens)
         self._plan.stores.append(copy)
 
-    def _release(self) -> None:
-        for request_id, life in list(self._finished.items()):
-            if not life.asks:
-                self._plan.released.append(request_id)
-                del self._finished[request_id]
-
     def _preempt(self, tracked: Tracked) -> None:
         """End a life whose blocks are free from now on; what is granted to it later is given back."""
         life = tracked.life
@@ -348,9 +355,7 @@ class SchedulerSide:
             if life.session is self._link.registered and not life.allocated:
                 self._drop_found(life)
             self._end(life)
-            self._plan.preempted.append(life.name)
-        tracked.life = None
-        tracked.lives += 1
+        tracked.end_life()
         tracked.preemptions = tracked.request.num_preemptions
 
     def _taint(self, bad: frozenset[int]) -> None:
@@ -413,6 +418,10 @@ class _Blocks:
     def __init__(self, ids: Sequence[int], whole: bool) -> None:
         self.ids = ids
         self.whole = whole
+
+    def written(self, computed: int) -> NDArray[np.int64]:
+        """Return those that the step may write: of a request's whole table, those behind `computed` blocks."""
+        return np.asarray(self.ids[computed:] if self.whole else self.ids, dtype=np.int64)
 
     def apply(self, life: Life) -> None:
         if self.whole:

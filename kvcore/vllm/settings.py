@@ -34,7 +34,7 @@ class ConnectorSettings:
     grant_wait_ms: float = 1.0
     deadline_ms: float = 500.0
     fail_on_load_error: bool = False
-    layerwise: bool = False
+    layerwise: bool = True
     curve_server: str = ""
     curve_public: str = ""
     curve_secret: str = ""

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import harness
+
 from kvkernels.reference import ReferenceTransfer
 
 SLOW_S = 1.0
@@ -53,7 +54,9 @@ def main(model, endpoint):
                 assert llm.reset_prefix_cache()
             slow.kind = command.get("slow")
             answers = harness.generate(llm, command["prompts"], command.get("max_tokens", 8))
-            gained = {name: value for name, value in harness.metrics(llm).items() if "kvcore" in name or "external" in name}
+            gained = {
+                name: value for name, value in harness.metrics(llm).items() if "kvcore" in name or "external" in name
+            }
             say("ANSWERS", json.dumps({"answers": [[a.tokens, a.logprobs] for a in answers], "metrics": gained}))
 
 

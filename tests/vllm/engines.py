@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ class Child:
     """`child.py` in a process that can be stopped and killed."""
 
     def __init__(self, model, endpoint, log):
-        self._log = Path(log).open("w")
+        self._log = Path(log).open("w")  # noqa: SIM115 - open as long as the process is
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "child.py"), str(model), endpoint],
             stdin=subprocess.PIPE,
@@ -105,7 +105,9 @@ class Filler:
         own = {
             name: one for name, one in self.written.items() if np.array_equal(self.arena.generations[one[0]], one[1])
         }
-        return len(own), all(bool((view == byte).all()) for pages, _, byte in own.values() for view in self._views(pages))
+        return len(own), all(
+            bool((view == byte).all()) for pages, _, byte in own.values() for view in self._views(pages)
+        )
 
     def _bytes(self, pages, byte):
         for view in self._views(pages):
@@ -132,14 +134,11 @@ class Timed:
     def __init__(self, *connectors):
         self.seconds = 0.0
         self.longest = 0.0
-        self._lock = threading.Lock()
         for connector in connectors:
             for name in self.METHODS:
                 setattr(connector, name, self._wrap(getattr(connector, name)))
 
     def _wrap(self, method):
-        import time
-
         def timed(*args, **kwargs):
             started = time.perf_counter()
             try:

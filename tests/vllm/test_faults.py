@@ -6,9 +6,13 @@ import time
 import harness
 import numpy as np
 import pytest
+
+pytest.importorskip("vllm")
+
 from engines import Child, Filler, Timed
 from harness import CHUNK, assert_same, generate, metrics
 from servers import ServerProcess, counters, status, wait_for
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 pytestmark = pytest.mark.vllm
 
@@ -53,8 +57,6 @@ def rig(tiny_model, reference, tmp_path_factory):
     server = ServerProcess(tmp_path_factory.mktemp("server"), *FLAGS)
     config = harness.connector_config("KVCoreMPConnector", endpoint=server.endpoint)
     with harness.engine(tiny_model, config, max_num_batched_tokens=512) as llm:
-        from vllm.distributed.kv_transfer import get_kv_transfer_group
-
         yield server, llm, Timed(harness.scheduler(llm).connector, get_kv_transfer_group())
     server.stop()
 

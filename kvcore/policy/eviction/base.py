@@ -12,8 +12,10 @@ class EvictionPolicy(Protocol):
     A policy only orders. It holds no storage, clock, lock or metric, draws no random numbers, and answers from
     the calls made so far alone, so the same calls give the same victims in every process.
 
-    One request may have its room made in several calls of `victims` before any of its chunks is inserted; the
-    victims must be those of a single call for the sum. This is why a policy is not told what is coming in.
+    One request may have its room made in several calls of `victims` before any of its chunks is inserted; where each
+    call asks for whole chunks, the victims and the state after are those of a single call for the sum. This is why a
+    policy is not told what is coming in. What it remembers of evicted chunks it notes in `victims` and reads in
+    `insert`.
     """
 
     def insert(self, chunks: Iterable[Chunk], pages: int) -> None:

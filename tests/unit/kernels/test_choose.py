@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 from kvkernels import HostArena, LayoutError, describe
 from kvkernels.cases import random_case
 from kvkernels.choose import best_backend
+from kvkernels.streams import HostRuntime
 
 
 def test_the_choice_serves_and_leaves_everything_as_it_was():
@@ -58,6 +59,18 @@ def test_a_cache_smaller_than_a_chunk_is_refused():
     layout = describe(tensors, num_blocks=3, block_tokens=16, chunk_tokens=64)
     with pytest.raises(LayoutError, match="smaller than a chunk"):
         best_backend(layout, tensors, HostArena(np.zeros(layout.slot_bytes, np.uint8)))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_host_copies_by_several_threads(threads):
+    rng = np.random.default_rng(threads)
+    source, target = rng.integers(0, 256, 6 << 20, dtype=np.uint8), np.zeros(6 << 20, np.uint8)
+    size = 6 << 10
+    order = rng.permutation(1 << 10)
+    lengths = np.full(len(order), size)
+    stream = HostRuntime(threads=threads).current()
+    stream.copy(target.ctypes.data + np.arange(1 << 10) * size, source.ctypes.data + order * size, lengths)
+    assert np.array_equal(target.reshape(-1, size), source.reshape(-1, size)[order])
 
 
 def test_importing_the_package_imports_no_framework():

@@ -58,7 +58,7 @@ def slot_of(form, host, ids):
 
 @pytest.mark.parametrize("platform", ["interpret", "interpret_tpu"])
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(seed=st.integers(0, 2**32), dtype=st.sampled_from(DTYPES), chunks=st.integers(1, 4))
 def test_round_trip(platform, form, seed, dtype, chunks):
     rng = np.random.default_rng(seed)

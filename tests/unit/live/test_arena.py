@@ -257,6 +257,42 @@ def test_pretouch_tells_when_memory_is_not_there(paths: ArenaPaths, monkeypatch:
         assert pretouch.done_bytes == 0
 
 
+@pytest.mark.parametrize(("code", "asked"), [(0, 5), (errno.EINVAL, 3), (errno.ENOMEM, 3)])
+def test_huge_pages_are_made_after_all_is_touched_and_given_up_when_refused(
+    paths: ArenaPaths, monkeypatch: pytest.MonkeyPatch, code: int, asked: int
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(Mapping, "populate", lambda *_: calls.append("touch") or 0)
+    monkeypatch.setattr(Mapping, "collapse", lambda *_: calls.append("collapse") or code)
+    with Arena.create(paths, size_bytes=160 << 20) as arena:
+        pretouch = arena.pretouch()
+        assert pretouch.join(60)
+        assert calls == ["touch"] * 5 + ["collapse"] * asked
+        assert pretouch.huge_bytes == (arena.size_bytes if code == 0 else 0)
+        assert pretouch.error is None
+        calls.clear()
+        assert arena.pretouch(huge_pages=False).join(60)
+        assert calls == ["touch"] * 5
+
+
+def test_huge_pages_keep_what_is_written_meanwhile() -> None:
+    """On a memory file system the kernel moves the data; a writer must not notice."""
+    if os.statvfs("/dev/shm").f_bavail * os.statvfs("/dev/shm").f_frsize < 256 << 20:
+        pytest.skip("/dev/shm is too small")
+    paths = ArenaPaths(Path("/dev/shm"), f"test-{os.getpid()}")
+    with Arena.create(paths, size_bytes=128 << 20) as arena:
+        pretouch = arena.pretouch()
+        words = arena.data.view(np.uint64)
+        rounds = 0
+        while pretouch.running or rounds < 2:
+            rounds += 1
+            words[::512] = rounds  # one word of every small page
+            assert (words[::512] == rounds).all()
+        assert pretouch.error is None
+    assert not paths.arena.exists()
+    assert not paths.lock.exists()
+
+
 def test_close_stops_a_pretouch_under_way(paths: ArenaPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     entered = threading.Event()
 

@@ -1,0 +1,161 @@
+"""An engine to measure: what is asked of it, and one behind an OpenAI-compatible URL."""
+
+import http.client
+import json
+import ssl
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from kvsim.errors import UsageError
+
+
+class EndpointError(UsageError):
+    """The endpoint cannot be reached or refuses; one line that names it."""
+
+
+class Endpoint(Protocol):
+    """An engine with prefix caching, idle but for the calibration."""
+
+    @property
+    def model(self) -> str:
+        """Its model's name."""
+
+    @property
+    def where(self) -> str:
+        """What to say of it in a profile's provenance."""
+
+    def first_token_s(self, prompt: Sequence[int]) -> float:
+        """Send one prompt of token ids and return the time to its first token, in seconds."""
+
+    def decode_step_s(self, prompts: Sequence[Sequence[int]], steps: int) -> float:
+        """Have all prompts continued by `steps` tokens at once; return the time of a step with all of them in it."""
+
+
+class HttpEndpoint:
+    """`/v1/completions` of vLLM, SGLang or whatever else takes prompts as token ids and streams.
+
+    Args:
+        url: Of the server, with or without /v1.
+        model: Its name there; None: the first one that the server lists.
+        api_key: Sent as a bearer token.
+        timeout_s: Of a request.
+
+    Raises:
+        EndpointError: It cannot be reached.
+        UsageError: The URL is none.
+    """
+
+    def __init__(
+        self, url: str, *, model: str | None = None, api_key: str | None = None, timeout_s: float = 600.0
+    ) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or parts.hostname is None:
+            raise UsageError(f"--url {url}: not an http:// or https:// address")
+        self.where = url
+        self._secure = parts.scheme == "https"
+        self._host = parts.hostname
+        self._port = parts.port
+        self._path = parts.path.rstrip("/").removesuffix("/v1")
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._timeout_s = timeout_s
+        self.model = self._first_model() if model is None else model
+
+    def first_token_s(self, prompt: Sequence[int]) -> float:
+        """Send one prompt of token ids and return the time to its first token, in seconds."""
+        started = time.perf_counter()
+        return next(self._stream(prompt, 1)) - started
+
+    def decode_step_s(self, prompts: Sequence[Sequence[int]], steps: int) -> float:
+        """Have all prompts continued by `steps` tokens at once; return the time of a step with all of them in it.
+
+        Raises:
+            EndpointError: Some had ended before all had begun: too few steps for this batch.
+        """
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            arrivals = list(pool.map(lambda prompt: list(self._stream(prompt, steps)), prompts))
+        return step_s(arrivals)
+
+    def _first_model(self) -> str:
+        with closing(self._connect()) as connection:
+            answer = self._answer(connection, "GET", "/v1/models", None)
+            try:
+                return str(json.loads(answer.read())["data"][0]["id"])
+            except (ValueError, LookupError, TypeError):
+                raise EndpointError(f"{self.where}: /v1/models lists no model; name one with --model") from None
+
+    def _connect(self) -> http.client.HTTPConnection:
+        if self._secure:
+            context = ssl.create_default_context()
+            return http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout_s, context=context)
+        return http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
+
+    def _answer(
+        self, connection: http.client.HTTPConnection, method: str, path: str, body: dict[str, Any] | None
+    ) -> http.client.HTTPResponse:
+        text = None if body is None else json.dumps(body)
+        try:
+            connection.request(method, self._path + path, text, self._headers)
+            answer = connection.getresponse()
+            if answer.status == http.client.OK:
+                return answer
+            reason = " ".join(answer.read(500).decode("utf-8", "replace").split())
+        except (OSError, http.client.HTTPException) as error:
+            raise EndpointError(f"{self.where}: {type(error).__name__}: {error}") from None
+        raise EndpointError(f"{self.where}{path}: status {answer.status}: {reason}")
+
+    def _stream(self, prompt: Sequence[int], tokens: int) -> Iterator[float]:
+        """Yield the arrival time of each token; a message that brings several counts for each of them."""
+        body = {
+            "model": self.model,
+            "prompt": list(prompt),
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+        seen = 0
+        with closing(self._connect()) as connection:
+            answer = self._answer(connection, "POST", "/v1/completions", body)
+            try:
+                for line in answer:
+                    now = time.perf_counter()
+                    count = _tokens(line, seen)
+                    yield from [now] * (count - seen)
+                    seen = max(seen, count)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                raise EndpointError(f"{self.where}: the stream broke: {type(error).__name__}: {error}") from None
+        if not seen:
+            raise EndpointError(f"{self.where}: a completion of {tokens} tokens ended without one")
+
+
+def _tokens(line: bytes, seen: int) -> int:
+    """Return the tokens that have come up to a line of the stream."""
+    if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
+        return seen
+    message = json.loads(line[5:])
+    if "error" in message:
+        raise ValueError(str(message["error"]))
+    usage = message.get("usage")
+    if usage and usage.get("completion_tokens"):
+        return int(usage["completion_tokens"])
+    return seen + 1 if message.get("choices") else seen
+
+
+def step_s(arrivals: Sequence[Sequence[float]]) -> float:
+    """Return the time of a step from the arrival times of every request's tokens, while all were decoding.
+
+    Raises:
+        EndpointError: They never were.
+    """
+    begin, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
+    inside = sum(sum(begin < at <= end for at in times) for times in arrivals)
+    if inside < 2 * len(arrivals):
+        raise EndpointError(f"{len(arrivals)} requests were hardly ever decoding together: ask for more decode steps")
+    return (end - begin) * len(arrivals) / inside

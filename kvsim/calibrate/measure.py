@@ -1,0 +1,188 @@
+"""A calibration: measure the plan's points, one after the other, and make a profile of them."""
+
+import datetime as dt
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kvsim.calibrate.endpoint import Endpoint, EndpointError
+from kvsim.calibrate.fitting import decode_grid, fit_prefill, handling, prefill_grid, spread
+from kvsim.calibrate.plan import Plan
+from kvsim.calibrate.state import CalibrationError, Point, State
+from kvsim.profiles import Part, Profile, TransferCurve
+
+__all__ = ["CalibrationError", "Facts", "Progress", "calibrate"]
+
+Progress = Callable[[int, int, str], None]
+"""Called with the points done, all of them, and what comes next."""
+FIRST_ID = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What an endpoint cannot be asked, of the engine that is measured; as in `Profile`."""
+
+    name: str
+    model: str
+    gpu: str
+    layers: int
+    kv_bytes_per_token: int
+    weight_bytes: int
+    gpu_memory_bytes: int
+    max_model_len: int
+    transfers: Mapping[str, TransferCurve]
+    transfers_from: Part
+    tensor_parallel: int = 1
+    duplex: float = 1.0
+
+
+def calibrate(
+    endpoint: Endpoint,
+    plan: Plan,
+    facts: Facts,
+    *,
+    state: Path | None = None,
+    progress: Progress | None = None,
+) -> Profile:
+    """Measure a profile. The engine must be idle and have prefix caching; its caches are filled with random prompts.
+
+    Args:
+        endpoint: The engine.
+        plan: The points to measure.
+        facts: What cannot be measured there.
+        state: A file that keeps the measurements: run again with it, a calibration goes on where it stopped.
+        progress: Told of every point.
+
+    Raises:
+        EndpointError: The endpoint is gone or refuses.
+        CalibrationError: The state belongs to another calibration, or too few points could be measured.
+    """
+    about = {"model": endpoint.model, "where": endpoint.where, "seed": plan.seed, "vocabulary": plan.vocabulary}
+    kept = State(state, about)
+    points: list[Point] = [("prefill", *point) for point in plan.prefill] + [
+        ("decode", *point) for point in plan.decode
+    ]
+    prompts = _Prompts(plan)
+    warmed: int | None = None
+    for number, point in enumerate(points):
+        kind, a, b = point
+        if progress is not None:
+            what = f"prefill of {a:,} behind {b:,} tokens" if kind == "prefill" else f"decode of {a} x {b:,} tokens"
+            progress(number, len(points), what)
+        if point in kept.seconds:
+            continue
+        if warmed is None:
+            endpoint.first_token_s(prompts.fresh("warm", 64))  # whatever is compiled or allocated on first use
+        if kind == "prefill":
+            warmed = _prefill(endpoint, plan, prompts, kept, point, warmed)
+        else:
+            _decode(endpoint, plan, prompts, kept, point)
+    if progress is not None:
+        progress(len(points), len(points), "done")
+    return _profile(kept, plan, facts, endpoint)
+
+
+class _Prompts:
+    """Random prompts; the same words for the same name, whatever was measured before."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._seed = plan.seed
+        self._high = plan.vocabulary
+
+    def fresh(self, name: str, tokens: int) -> list[int]:
+        digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
+        rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+        words: list[int] = rng.integers(FIRST_ID, self._high, tokens).tolist()
+        return words
+
+
+def _prefill(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, point: Point, warmed: int | None) -> int:
+    """Measure a prefill point; the prefix is computed first, unless the point before had the same one."""
+    _, new, cached = point
+    prefix = prompts.fresh(f"prefix {cached}", cached)
+    if cached and warmed != cached:
+        endpoint.first_token_s([*prefix, FIRST_ID])
+    seconds = [
+        endpoint.first_token_s([*prefix, *prompts.fresh(f"suffix {new} {cached} {number}", new)])
+        for number in range(plan.repeats)
+    ]
+    kept.add(point, seconds)
+    return cached
+
+
+def _decode(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, point: Point) -> None:
+    """Measure a decode point. One where requests ended before all had begun is left to the form."""
+    _, batch, context = point
+    asked = [prompts.fresh(f"decode {batch} {context} {number}", context) for number in range(batch)]
+    for prompt in asked:  # so that the batch finds its prompts computed, and begins together
+        endpoint.first_token_s(prompt)
+    try:
+        kept.add(point, [endpoint.decode_step_s(asked, plan.decode_steps) for _ in range(plan.repeats)])
+    except EndpointError as error:
+        if batch == 1:
+            raise
+        kept.fail(point, error)
+
+
+def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profile:
+    ttft = {point[1:]: float(np.median(values)) for point, values in kept.seconds.items() if point[0] == "prefill"}
+    decode = {point[1:]: float(np.median(values)) for point, values in kept.seconds.items() if point[0] == "decode"}
+    ttft = {point: ttft[point] for point in plan.prefill if point in ttft}
+    decode = {point: decode[point] for point in plan.decode if point in decode}
+    if any(len({point[axis] for point in points}) < 2 for points in (ttft, decode) for axis in (0, 1)):
+        failed = "; ".join(kept.failed.values()) or "too few points"
+        raise CalibrationError(f"{endpoint.where}: no grid can be made: {failed}")
+    base, token = handling(ttft, decode)
+    least = min(decode.values())
+    prefill = {(n, c): max(least, seconds - base - token * (n + c)) for (n, c), seconds in ttft.items()}
+    fit = fit_prefill(prefill)
+    grid = prefill_grid(prefill, fit)
+    misses = [abs(fit.at(n, c) / seconds - 1) for (n, c), seconds in prefill.items()]
+    share = spread(kept.seconds)
+    today = dt.datetime.now(tz=dt.UTC).date().isoformat()
+    source = f"kvsim calibrate, {endpoint.where}, {endpoint.model}, {today}"
+    filled = len(grid.x) * len(grid.y) - len(prefill)
+    return Profile(
+        name=facts.name,
+        model=facts.model,
+        gpu=facts.gpu,
+        tensor_parallel=facts.tensor_parallel,
+        layers=facts.layers,
+        kv_bytes_per_token=facts.kv_bytes_per_token,
+        weight_bytes=facts.weight_bytes,
+        gpu_memory_bytes=facts.gpu_memory_bytes,
+        max_model_len=facts.max_model_len,
+        prefill=grid,
+        prefill_fit=fit,
+        decode=decode_grid(decode),
+        transfers=facts.transfers,
+        duplex=facts.duplex,
+        handling_base_s=base,
+        handling_token_s=token,
+        provenance={
+            "prefill": Part(
+                kind="measured",
+                source=source,
+                error=f"repeats of a point spread by {100 * share:.1f}% (median); {filled} points follow the fit",
+            ),
+            "prefill_fit": Part(
+                kind="fitted",
+                source=source,
+                error=f"{100 * np.mean(misses):.1f}% mean, {100 * np.max(misses):.1f}% worst against the grid",
+            ),
+            "decode": Part(
+                kind="measured",
+                source=source,
+                error=f"repeats as above; {len(kept.failed)} points could not be measured and follow a linear form",
+            ),
+            "pcie": facts.transfers_from,
+            "handling": Part(
+                kind="fitted",
+                source=source,
+                error="what TTFT of one token behind a cached prefix takes beyond a decode step",
+            ),
+        },
+    )

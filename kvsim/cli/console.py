@@ -1,0 +1,64 @@
+"""Progress on stderr, reading with progress, and JSON on stdout."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from kvsim.errors import UsageError
+from kvtraces import Log, read
+from kvtraces.schema import MAX_BLOCK_TOKENS
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+class Stages:
+    """Shows how far each stage of a command is; nothing where nobody looks."""
+
+    def __init__(self, progress: "Progress | None") -> None:
+        self._progress = progress
+        self._tasks: dict[str, Any] = {}
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of `total` of a stage are done."""
+        if self._progress is None:
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._tasks[stage], completed=done, total=total)
+
+
+@contextmanager
+def stages(show: bool | None) -> Iterator[Stages]:
+    """Show progress bars on stderr while the block runs; by default only if stderr is a terminal."""
+    if not (sys.stderr.isatty() if show is None else show):
+        yield Stages(None)
+        return
+    from rich.console import Console  # noqa: PLC0415 - loaded where it is shown
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    columns = (TextColumn("{task.description:8}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True, force_terminal=True), transient=True) as progress:
+        yield Stages(progress)
+
+
+def read_log(paths: Sequence[str], block_size: int | None, skip_bad: bool, shown: Stages) -> Log:
+    """Read a log with progress; bad rows left out are told on stderr. Raises as `kvtraces.read`, and UsageError."""
+    if block_size is not None and not 1 <= block_size <= MAX_BLOCK_TOKENS:
+        raise UsageError(f"--block-size {block_size}: from 1 to {MAX_BLOCK_TOKENS:,}")
+    log = read(
+        list(paths),
+        block_tokens=block_size,
+        skip_bad=skip_bad,
+        progress=lambda done, total: shown.update("reading", done, total),
+    )
+    if log.skipped:
+        sys.stderr.write(f"kvsim: {log.skipped:,} bad rows left out; the first: {log.skipped_messages[0]}\n")
+    return log
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """Print one JSON object."""
+    sys.stdout.write(json.dumps(data, indent=1, allow_nan=False) + "\n")

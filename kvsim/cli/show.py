@@ -1,0 +1,38 @@
+"""What the commands print for a person."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvsim.plots import Chart, terminal
+
+
+def facts(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print named facts, one a line."""
+    console = Console(highlight=False)
+    console.print(Text(title, style="bold"))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 1))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, fact in rows:
+        table.add_row(Text(name), Text(fact))
+    console.print(table)
+
+
+def chart(console: Console, plot: Chart) -> None:
+    """Print a chart as wide as the terminal, up to 100 columns."""
+    for pieces in terminal(plot, width=min(console.width, 100) - 1):
+        console.print(Text.assemble(*pieces, no_wrap=True, overflow="crop"))
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None = None) -> Table:
+    """Return a table of right-aligned figures, one row marked."""
+    built = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        built.add_column(heading, justify="right", no_wrap=True)
+    for i, row in enumerate(rows):
+        built.add_row(*row, style="bold green" if i == marked else None)
+    return built

@@ -1,0 +1,51 @@
+"""A tuning run for a person at a terminal."""
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from kvsim.cli.show import chart, facts, table
+from kvsim.report.charts import hit_ratio
+from kvsim.report.words import (
+    FRONTIER_HEADINGS,
+    frontier_rows,
+    further_notes,
+    headline,
+    log_facts,
+    marked_row,
+    sentences,
+)
+from kvsim.tuner.result import TuneResult
+
+_MOST_ROWS = 24
+_WIDE = 104
+_ONLY_WIDE = ("saved p50", "saved p95")
+"""Columns left out where the terminal is narrower than `_WIDE`."""
+
+
+def show(result: TuneResult) -> None:
+    """Print the log's summary, the best setting of each size, a plot, and the recommendation last."""
+    console = Console(highlight=False)
+    facts("Log and costs", log_facts(result))
+    if result.unbounded.cold.hit_tokens:
+        console.print(Text("\nThe best setting at each L1 size", style="bold"))
+        columns = [i for i, name in enumerate(FRONTIER_HEADINGS) if console.width >= _WIDE or name not in _ONLY_WIDE]
+        rows, marked = _thinned([[row[i] for i in columns] for row in frontier_rows(result)], marked_row(result))
+        console.print(table([FRONTIER_HEADINGS[i] for i in columns], rows, marked))
+        chart(console, hit_ratio(result))
+        console.print()
+    words = Text(headline(result), style="bold green" if result.pays else "bold yellow")
+    for sentence in sentences(result):
+        words.append(f"\n{sentence}", style="not bold default")
+    console.print(
+        Panel(words, title="Recommendation", title_align="left", padding=(0, 1), width=min(console.width, 110))
+    )
+    for note in further_notes(result):
+        console.print(Text(f"* {note}", style="dim"))
+
+
+def _thinned(rows: list[list[str]], marked: int | None) -> tuple[list[list[str]], int | None]:
+    """Return at most about `_MOST_ROWS` rows, evenly chosen, with the marked one among them."""
+    step = -(-len(rows) // _MOST_ROWS)
+    kept = sorted({*range(len(rows) - 1, -1, -step), *([] if marked is None else [marked])})
+    return [rows[i] for i in kept], None if marked is None else kept.index(marked)

@@ -1,0 +1,1 @@
+"""The engine model: the SimPy shell of the policy core, and one in which nothing takes time."""

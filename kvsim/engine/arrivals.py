@@ -1,0 +1,33 @@
+"""When requests arrive, and which are let in."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvsim.engine.settings import RunSettings, SettingsError
+from kvtraces import Log
+
+
+def arrival_times(log: Log, settings: RunSettings) -> NDArray[np.float64]:
+    """Return when each request of a log arrives, in seconds from the first one.
+
+    Raises:
+        SettingsError: The log is empty.
+    """
+    count = len(log)
+    if not count:
+        raise SettingsError("the log has no requests")
+    if settings.arrivals == "recorded":
+        times = 1e-3 * (log.timestamp_ms - log.timestamp_ms.min())
+        return np.asarray(times / settings.rate_scale)
+    rate = (settings.rate_per_s or 1.0) * settings.rate_scale
+    if settings.arrivals == "uniform":
+        return np.arange(count) / rate
+    gaps = np.random.default_rng(settings.seed).exponential(1 / rate, count)
+    return np.asarray(np.cumsum(gaps) - gaps[0])
+
+
+def refused(log: Log, settings: RunSettings) -> NDArray[np.bool_]:
+    """Return which requests are turned away: no prompt, longer than the model's length, or than the GPU's cache."""
+    tokens = log.input_tokens + log.output_tokens
+    room = settings.l0_blocks * settings.l0_block_tokens
+    return np.asarray((log.input_tokens < 1) | (tokens > settings.model_len) | (tokens > room))

@@ -1,0 +1,403 @@
+"""One engine: continuous batching under a token budget, as vLLM's scheduler does it."""
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from kvsim.engine.decodes import Decodes
+from kvsim.engine.gpu_cache import GpuCache
+from kvsim.engine.job import Job
+from kvsim.engine.links import Link
+from kvsim.engine.settings import RunSettings
+from kvsim.engine.shell import Shell
+from kvsim.engine.steps import StepCosts
+
+
+class Engine:
+    """Runs jobs. Callbacks of SimPy events, not a process a request, carry it from step to step.
+
+    A step computes the decodes first (a token each), then the prompts that it has begun, then admits waiting ones in
+    order while budget, sequences and GPU blocks last; a prompt is admitted when the whole of it fits. Steps with
+    prompts in them are an event each. Steps of decodes alone are one event from one change of the batch to the next:
+    the first request that ends, or the end of the step in which a request arrives that can be admitted.
+    """
+
+    def __init__(
+        self, env: Any, number: int, settings: RunSettings, costs: StepCosts, cache: GpuCache, link: Link
+    ) -> None:
+        self._env = env
+        self.number = number
+        self.cache = cache
+        self.link = link
+        self.unfinished = 0
+        self.pending_tokens = 0
+        """Prompt tokens sent here that are not computed yet."""
+        self.busy_s = 0.0
+        self.prefill_s = 0.0
+        """Time of the steps that have prompts in them."""
+        self.steps: list[tuple[float, float, int, int, int]] | None = None
+        """Where a list: start, end, prompt tokens, decodes and engine steps of every event."""
+        self._settings = settings
+        self._costs = costs
+        self._block = settings.l0_block_tokens
+        self._layers = settings.profile.layers
+        self._shell: Shell | None = None
+        self._waiting: deque[Job] = deque()
+        self._loaded_jobs: deque[Job] = deque()
+        """Requests whose asynchronous load has arrived: they hold their blocks, so they come before all others."""
+        self._running: dict[Job, None] = {}
+        self._prefilling: list[Job] = []
+        self._decodes = Decodes(self._block)
+        self._blocked = False
+        """Whether the head of the queue cannot be admitted before something ends."""
+        self._idle = True
+        self._version = 0
+        self._began = 0.0
+        self._parts: list[tuple[Job, int]] = []
+        self._loads: list[tuple[Job, int]] = []
+        self._compute_s = 0.0
+        self._taken = 0
+        """Blocks taken already for the next step of the decodes."""
+        self._macro: tuple[int, float, float] | None = None
+        """Of a run of decode steps: their number, the first one's time, and by how much each next one is longer."""
+
+    def attach(self, shell: Shell) -> None:
+        """Use the cache beyond L0 through `shell`."""
+        self._shell = shell
+
+    # What happens from outside
+
+    def enqueue(self, job: Job) -> None:
+        """A request has come."""
+        job.enqueued = self._env.now
+        self._waiting.append(job)
+        self._poke()
+
+    def ready(self, job: Job) -> None:
+        """What a request waited for has arrived: it is next."""
+        if job.first_scheduled < 0:
+            job.exposed_load += self._env.now - job.load_began
+        (self._loaded_jobs.append if job.holding.blocks else self._waiting.appendleft)(job)
+        self._blocked = False
+        self._poke()
+
+    def stored(self, job: Job) -> None:
+        """A store has ended; the blocks of a request that is over can go."""
+        job.stores -= 1
+        if not job.stores and job.finished >= 0:
+            self._release(job)
+            if self._waiting or self._loaded_jobs:
+                self._blocked = False
+                self._poke()
+
+    def _poke(self) -> None:
+        if self._idle:
+            self._schedule()
+        elif self._macro is not None and not self._blocked:
+            self._shorten(self._macro)
+
+    # Scheduling
+
+    def _schedule(self) -> None:
+        """Put the next step together and start it."""
+        self._idle = self._blocked = False
+        self._macro = None
+        self._taken = 0
+        self._parts = parts = []
+        self._loads = []
+        lookups = 0
+        preempted = False
+        if self._decodes.batch and (self._prefilling or self._waiting or self._loaded_jobs):
+            preempted = self._room_for_decodes()
+        budget = self._settings.max_num_batched_tokens - self._decodes.batch
+        for job in tuple(self._prefilling):
+            if budget <= 0:
+                break
+            new = min(job.target - job.computed, budget)
+            if job not in self._running or not self._grow(job, job.computed + new):
+                preempted = True
+                continue
+            parts.append((job, new))
+            budget -= new
+        if (self._waiting or self._loaded_jobs) and not preempted:
+            lookups = self._admit(budget)
+        parts[:] = [(job, new) for job, new in parts if job in self._running]
+        self._start(lookups)
+
+    def _start(self, lookups: int) -> None:
+        batch = self._decodes.batch
+        if self._parts:
+            sizes = [(new, job.computed) for job, new in self._parts]
+            took = self._costs.mixed(sizes, batch, self._decodes.context)
+            self._run_step(took + lookups * self._settings.lookup_s)
+        elif batch:
+            self._run_decodes(lookups * self._settings.lookup_s)
+        else:
+            self._idle = True
+
+    def _admit(self, budget: int) -> int:
+        """Admit waiting requests in order; return how many lookups that took."""
+        block, cache = self._block, self.cache
+        lookups = 0
+        while budget > 0 and (waiting := self._loaded_jobs or self._waiting):
+            job = waiting[0]
+            if len(self._running) >= self._settings.max_num_seqs:
+                self._blocked = True
+                break
+            if waiting is self._waiting:
+                hit = min(cache.peek(job.path), (job.target - 1) // block)
+                if not cache.fits(job.path, -(-job.target // block), hit):
+                    self._blocked = True
+                    break
+                if not job.looked_up:
+                    lookups += self._look_up(job, hit)
+                    if job.waits:
+                        waiting.popleft()
+                        job.load_began = self._env.now
+                        continue
+                if self._take_hits(job, hit):
+                    waiting.popleft()
+                    continue
+            new = job.target - job.computed
+            if new > budget:
+                if not self._settings.chunked_prefill and budget < self._settings.max_num_batched_tokens:
+                    break
+                new = budget
+            if not self._grow(job, job.computed + new):
+                self._blocked = True
+                break
+            waiting.popleft()
+            self._running[job] = None
+            self._prefilling.append(job)
+            if job.first_scheduled < 0:
+                job.first_scheduled = self._env.now
+            self._parts.append((job, new))
+            budget -= new
+        return lookups
+
+    def _look_up(self, job: Job, hit: int) -> int:
+        job.looked_up = True
+        if not job.preemptions:
+            job.l0_tokens = hit * self._block
+        if self._shell is None:
+            return 0
+        self._shell.look_up(job, hit * self._block)
+        return 1
+
+    def _take_hits(self, job: Job, hit: int) -> bool:
+        """Refer to L0's hits and begin to load what lies beyond; return whether the request has to wait for it."""
+        cached = hit * self._block
+        end = 0 if self._shell is None else self._shell.loadable(job, cached)
+        self.cache.hit(job.holding, job.path, hit)
+        job.computed = max(cached, min(end, job.target - 1))
+        self.pending_tokens -= job.computed
+        if end <= cached:
+            return False
+        size = self._settings.profile.kv_bytes(end - cached)
+        job.loaded += end - cached
+        if self._settings.load != "async":
+            self._loads.append((job, size))
+            return False
+        # The whole prompt's blocks, or requests that wait with parts of theirs could keep each other from running.
+        self.cache.grow(job.holding, job.path, -(-job.target // self._block), 0)
+        job.load_began = self._env.now
+        self.link.send(0, size, lambda: self._loaded(job))
+        return True
+
+    def _loaded(self, job: Job) -> None:
+        """An asynchronous load has arrived."""
+        if self._shell is not None:
+            self._shell.loaded(job)
+        self.cache.grow(job.holding, job.path, job.holding.blocks, min(job.findable, job.computed // self._block))
+        self.ready(job)
+
+    def _grow(self, job: Job, tokens: int) -> bool:
+        """Give a request room for `tokens` tokens, preempting others, then itself; return whether it has it."""
+        blocks, findable = -(-tokens // self._block), min(job.findable, tokens // self._block)
+        while not self.cache.grow(job.holding, job.path, blocks, findable):
+            victim = next(reversed(self._running), None)
+            if victim is None:
+                return False
+            self._preempt(victim)
+            if victim is job:
+                return False
+        return True
+
+    # Preemption
+
+    def _room_for_decodes(self) -> bool:
+        """Take the blocks of one step of all decodes; return whether anyone had to be preempted for them."""
+        preempted = False
+        while self._decodes.blocks(1) > self.cache.free:
+            self._preempt(next(reversed(self._running)))
+            preempted = True
+        self._taken = self._decodes.blocks(1)
+        self.cache.take(self._taken)
+        return preempted
+
+    def _preempt(self, job: Job) -> None:
+        """Give up the blocks of a request and compute it anew later, what it has put out included.
+
+        Stores that still read its blocks are taken to have had them, as vLLM's connectors see to.
+        """
+        del self._running[job]
+        extra = 0
+        if job in self._prefilling:
+            self._prefilling.remove(job)
+        else:
+            steps = self._decodes.leave(job)
+            extra = self._decodes.grown(job.target, steps)
+            if self._taken and (job.target + steps) % self._block == 0:
+                self._taken -= 1
+                extra += 1
+            job.produced += steps
+            job.computed = job.target = job.prompt + job.produced
+        self.pending_tokens += job.computed
+        self.cache.release(job.holding, job.path, extra)
+        job.computed = job.decoded = 0
+        job.preemptions += 1
+        if job.ended:
+            job.looked_up = False
+        self._waiting.appendleft(job)
+
+    # Steps with prompts
+
+    def _run_step(self, compute_s: float) -> None:
+        self._began = self._env.now
+        self._compute_s = compute_s
+        if not self._loads:
+            self._wake_at(self._began + compute_s)
+            return
+        size = sum(load for _, load in self._loads)
+        turn = [self._began]
+        self.link.send(0, size, lambda: self._step_loaded(size, turn[0]), lambda: turn.__setitem__(0, self._env.now))
+
+    def _step_loaded(self, size: int, turn: float) -> None:
+        """The loads of the step that is under way have arrived: say when the step ends.
+
+        Layer by layer, compute follows one layer behind the load and ends one layer after it, whichever is slower.
+        """
+        now, compute = self._env.now, self._compute_s
+        if self._settings.load == "layerwise":
+            first = turn + (now - turn) / self._layers
+            end = max(first + compute, now + compute / self._layers)
+        else:
+            end = now + compute
+        for job, _ in self._loads:
+            if job.first_token < 0:
+                job.exposed_load += end - self._began - compute
+                job.step_load += end - self._began - compute
+            if self._shell is not None:
+                self._shell.loaded(job)
+        self._wake_at(end)
+
+    def _wake_at(self, when: float) -> None:
+        self._version += 1
+        event = self._env.timeout(max(0.0, when - self._env.now), self._version)
+        event.callbacks.append(self._wake)
+
+    def _wake(self, event: Any) -> None:
+        if event.value != self._version:
+            return
+        if self._macro is None:
+            self._end_step()
+        else:
+            self._end_decodes(self._macro[0])
+        self._schedule()
+
+    def _end_step(self) -> None:
+        now = self._env.now
+        took = now - self._began
+        self.busy_s += took
+        self.prefill_s += took
+        if self.steps is not None:
+            self.steps.append((self._began, now, sum(new for _, new in self._parts), self._decodes.batch, 1))
+        self._finish(self._decodes.advance(1))
+        for job, new in self._parts:
+            job.computed += new
+            self.pending_tokens -= new
+            if self._shell is not None:
+                self._shell.computed(job)
+            if job.computed >= job.target:
+                self._prompt_done(job, now)
+
+    def _prompt_done(self, job: Job, now: float) -> None:
+        self._prefilling.remove(job)
+        job.produced += 1
+        if job.first_token < 0:
+            job.first_token = now
+        if job.produced >= job.output:
+            self._finish((job,))
+        else:
+            self._decodes.join(job)
+
+    def _finish(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            job.finished = self._env.now
+            job.produced = max(job.produced, job.output)
+            del self._running[job]
+            self.unfinished -= 1
+            grown = self._decodes.grown(job.target, job.decoded)
+            findable = min(job.whole_findable, (job.target + job.decoded) // self._block)
+            self.cache.settle(job.holding, job.whole_path, grown, findable)
+            if self._shell is not None and job.output_chain:
+                self._shell.put_out(job)
+            if not job.stores:
+                self._release(job)
+
+    def _release(self, job: Job) -> None:
+        self.cache.release(job.holding, job.whole_path)
+
+    # Steps of decodes alone
+
+    def _run_decodes(self, delay: float) -> None:
+        decodes = self._decodes
+        while not (steps := decodes.fitting(self.cache.free + self._taken)):
+            self._preempt(next(reversed(self._running)))
+            if not decodes.batch:  # loads and stores under way hold the rest; their end wakes the engine
+                self._idle = True
+                return
+        batch, context = decodes.batch, decodes.context
+        first = self._costs.decode(batch, context + 1)
+        slope = (self._costs.decode(batch, context + steps) - first) / (steps - 1) if steps > 1 else 0.0
+        self._began = self._env.now
+        self._macro = (steps, first, slope)
+        self._wake_at(self._began + delay + _run_s(steps, first, slope))
+
+    def _shorten(self, macro: tuple[int, float, float]) -> None:
+        """A request has come that may be admitted: end the run of decodes with the step that is under way."""
+        steps, first, slope = macro
+        done = _steps_until(self._env.now - self._began, first, slope)
+        if done < steps:
+            self._macro = (done, first, slope)
+            self._wake_at(self._began + _run_s(done, first, slope))
+
+    def _end_decodes(self, steps: int) -> None:
+        now = self._env.now
+        self.busy_s += now - self._began
+        if self.steps is not None:
+            self.steps.append((self._began, now, 0, self._decodes.batch, steps))
+        self.cache.take(self._decodes.blocks(steps) - self._taken)
+        self._finish(self._decodes.advance(steps))
+
+
+def _run_s(steps: int, first: float, slope: float) -> float:
+    """Return the time of `steps` steps, each longer than the one before by `slope`."""
+    return steps * (first + slope * (steps - 1) / 2)
+
+
+def _steps_until(passed: float, first: float, slope: float) -> int:
+    """Return the least number of steps, at least one, that take at least `passed` seconds."""
+    if first <= 0:
+        return 1
+    guess = passed / first
+    if slope > 1e-18:
+        b = first - slope / 2
+        guess = (math.sqrt(b * b + 2 * slope * passed) - b) / slope
+    steps = max(1, int(guess))
+    while _run_s(steps, first, slope) < passed:
+        steps += 1
+    while steps > 1 and _run_s(steps - 1, first, slope) >= passed:
+        steps -= 1
+    return steps

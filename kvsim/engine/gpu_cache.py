@@ -1,0 +1,165 @@
+"""L0: the engine's own prefix cache, with vLLM's semantics, over runs of blocks."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+
+class Holding:
+    """What one request occupies: the nodes that it refers to, and blocks that nobody else can find."""
+
+    __slots__ = ("blocks", "claimed", "nodes", "private")
+
+    def __init__(self) -> None:
+        self.blocks = 0
+        """Blocks of its tokens so far, in nodes or private."""
+        self.nodes = 0
+        """How many leading nodes of its path it refers to."""
+        self.claimed = 0
+        """Blocks of the nodes referred to, up to which the request has come."""
+        self.private = 0
+
+
+class GpuCache:
+    """Blocks of one engine: a free list in the order of release, prefix hits, reference counts.
+
+    As in vLLM's block pool: a request's blocks are released tail first, so its head lives longest; a free block keeps
+    its content until it is handed out again, from the front of the list; a hit takes a block off the list. Blocks can
+    be hit from the step that computes them on. A node (`Prefixes`) stands for its blocks: they are released together
+    and, since they leave from the tail, what is left of a node is always its head. Blocks of outputs, of trailing
+    partial blocks, and second copies of a block hold no prefix that a log could name, but take their place in the list.
+
+    Args:
+        capacity: Blocks.
+        node_blocks: Blocks of each node.
+        reuse: Whether there are prefix hits at all.
+    """
+
+    def __init__(self, capacity: int, node_blocks: Sequence[int], *, reuse: bool = True) -> None:
+        self.capacity = capacity
+        self.held = 0
+        """Blocks that requests refer to."""
+        self._fresh = capacity
+        self._length = node_blocks
+        self._resident = [0] * len(node_blocks)
+        self._refs = [0] * len(node_blocks)
+        self._free: OrderedDict[int, int] = OrderedDict()
+        """Blocks by node, or by a negative number where nothing can be found in them."""
+        self._anonymous = -1
+        self._reuse = reuse
+
+    @property
+    def free(self) -> int:
+        """Blocks that can be handed out, cached content included."""
+        return self.capacity - self.held
+
+    def peek(self, path: Sequence[int]) -> int:
+        """Return the leading blocks of a prompt that are cached."""
+        if not self._reuse:
+            return 0
+        hit = 0
+        resident, length = self._resident, self._length
+        for node in path:
+            blocks = resident[node]
+            hit += blocks
+            if blocks < length[node]:
+                break
+        return hit
+
+    def fits(self, path: Sequence[int], blocks: int, hit: int) -> bool:
+        """Return whether a prompt of `blocks` blocks, `hit` of them cached, can be held beside what is held."""
+        idle = 0
+        if hit:
+            for node in path:
+                if not self._resident[node]:
+                    break
+                if not self._refs[node]:
+                    idle += self._resident[node]
+        return blocks - hit + idle <= self.free
+
+    def hit(self, holding: Holding, path: Sequence[int], blocks: int) -> None:
+        """Refer to the first `blocks` blocks of a prompt, all of them cached."""
+        holding.blocks = blocks
+        while blocks > holding.claimed:
+            self._refer(holding, path[holding.nodes])
+            holding.claimed += self._length[path[holding.nodes - 1]]
+        holding.claimed = min(holding.claimed, blocks)
+
+    def _refer(self, holding: Holding, node: int) -> None:
+        if not self._refs[node]:
+            self.held += self._free.pop(node, 0)
+        self._refs[node] += 1
+        holding.nodes += 1
+
+    def grow(self, holding: Holding, path: Sequence[int], blocks: int, findable: int) -> bool:
+        """Give a request room for `blocks` blocks in all; the first `findable` of them can be hit from now on.
+
+        Returns False, with nothing changed, where that many are not free.
+        """
+        need = blocks - holding.blocks
+        if need > 0:
+            if need > self.capacity - self.held:
+                return False
+            self.take(need)
+            holding.blocks = blocks
+            holding.private += need
+        if self._reuse and findable > holding.claimed:
+            self._claim(holding, path, findable)
+        return True
+
+    def _claim(self, holding: Holding, path: Sequence[int], findable: int) -> None:
+        """Hand private blocks over to the nodes that they belong to, unless another request was there first."""
+        length, resident = self._length, self._resident
+        start = sum(length[node] for node in path[: max(0, holding.nodes - 1)])
+        at = max(0, holding.nodes - 1)
+        while at < len(path) and start < findable:
+            node = path[at]
+            if at >= holding.nodes:
+                self._refer(holding, node)
+            covered = min(length[node], findable - start)
+            gained = covered - resident[node]
+            if gained > 0:
+                resident[node] = covered
+                holding.private -= gained
+            start += length[node]
+            at += 1
+        holding.claimed = findable
+
+    def settle(self, holding: Holding, path: Sequence[int], blocks: int, findable: int) -> None:
+        """Count `blocks` blocks that were taken for a request's output as its own; the first `findable` can be hit."""
+        holding.blocks += blocks
+        holding.private += blocks
+        if self._reuse and findable > holding.claimed:
+            self._claim(holding, path, findable)
+
+    def take(self, blocks: int) -> None:
+        """Hand out free blocks, the longest free first; what was cached in them is gone."""
+        self.held += blocks
+        fresh = min(blocks, self._fresh)
+        self._fresh -= fresh
+        blocks -= fresh
+        free = self._free
+        while blocks:
+            node, there = next(iter(free.items()))
+            gone = min(there, blocks)
+            if node >= 0:
+                self._resident[node] -= gone
+            if gone == there:
+                del free[node]
+            else:
+                free[node] = there - gone
+            blocks -= gone
+
+    def release(self, holding: Holding, path: Sequence[int], extra: int = 0) -> None:
+        """Let go of everything a request holds, tail first; `extra` blocks were taken for its output."""
+        private = holding.private + extra
+        if private:
+            self._free[self._anonymous] = private
+            self._anonymous -= 1
+            self.held -= private
+        refs, resident = self._refs, self._resident
+        for node in reversed(path[: holding.nodes]):
+            refs[node] -= 1
+            if not refs[node] and resident[node]:
+                self._free[node] = resident[node]
+                self.held -= resident[node]
+        holding.blocks = holding.nodes = holding.claimed = holding.private = 0

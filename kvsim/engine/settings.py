@@ -1,0 +1,165 @@
+"""What a simulation is told: the engines, the tiers, the arrivals."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from kvcore.policy import CoreConfig, TierConfig
+from kvcore.policy.config import Admission, Placement
+from kvsim.errors import UsageError
+from kvsim.profiles import Profile
+
+Routing: TypeAlias = Literal["round-robin", "least-loaded", "prefix-aware", "recorded"]
+Arrivals: TypeAlias = Literal["recorded", "poisson", "uniform"]
+LoadMode: TypeAlias = Literal["layerwise", "sync", "async"]
+LowerKind: TypeAlias = Literal["disk", "network"]
+
+GIB = 2**30
+ROUTINGS: tuple[Routing, ...] = ("round-robin", "least-loaded", "prefix-aware", "recorded")
+
+
+class SettingsError(UsageError):
+    """Settings that cannot be simulated; the message is one line and names the setting."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """One setting of the simulator. GB are 2**30 bytes over all ranks; None is named with each.
+
+    Attributes:
+        profile: What steps and copies cost.
+        chunk_tokens: Tokens of an L1 chunk; None: the log's own block.
+        engines: Engine instances, all on one server's L1.
+        routing: Which engine a request goes to; `recorded` follows the log's `instance` column.
+        rate_scale: Recorded arrivals this many times as fast.
+        arrivals: Recorded times, or a Poisson or evenly spaced stream of `rate_per_s` in the log's order.
+        rate_per_s: Requests a second of the latter two.
+        seed: Of everything drawn at random.
+        max_model_len: Longest prompt and output together, longer requests are refused; None: the profile's.
+        max_num_batched_tokens: Token budget of a step.
+        max_num_seqs: Most requests running at once.
+        chunked_prefill: Whether a prompt may be computed over several steps.
+        l0_gb: GPU memory for KV; None: 90% of the device less the weights and 2 GiB.
+        l0_block_tokens: Tokens of an engine block.
+        l0_prefix_caching: Whether the engine reuses its own blocks.
+        l1_gb: L1's size; 0: no cache beyond L0; None: unbounded.
+        policy: L1's eviction policy.
+        l2_gb: The lower tier's size; 0: there is none; None: unbounded.
+        l2_kind: What the lower tier is: a disk of this host, or a store across the network.
+        l2_policy: Its eviction policy.
+        placement: How chunks reach L2.
+        promote_on_hit: Whether chunks loaded from L2 stay in L1.
+        admission: Whether a chunk is stored at once or when it is missed a second time.
+        ttl_s: Chunks unused for longer are dropped; None keeps them.
+        load_or_recompute: Whether the core leaves hits that are faster to compute than to load.
+        store_output: Whether the chunks that an output completes are stored too; the log has to have their hashes. (L0
+            has them either way, as vLLM does, where the log has.)
+        page_bytes: Page of the L1 arena; a chunk takes whole ones.
+        load: How the engine loads: `layerwise` (in the step, layers overlapped with compute), `sync` (in the step,
+            before compute) or `async` (the request waits beside the batch).
+        lookup_s: What a lookup holds up the scheduler.
+    """
+
+    profile: Profile
+    chunk_tokens: int | None = None
+    engines: int = 1
+    routing: Routing = "round-robin"
+    rate_scale: float = 1.0
+    arrivals: Arrivals = "recorded"
+    rate_per_s: float | None = None
+    seed: int = 0
+    max_model_len: int | None = None
+    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = 256
+    chunked_prefill: bool = True
+    l0_gb: float | None = None
+    l0_block_tokens: int = 16
+    l0_prefix_caching: bool = True
+    l1_gb: float | None = 0.0
+    policy: str = "lru"
+    l2_gb: float | None = 0.0
+    l2_kind: LowerKind = "disk"
+    l2_policy: str = "lru"
+    placement: Placement = "write-through"
+    promote_on_hit: bool = True
+    admission: Admission = "always"
+    ttl_s: float | None = None
+    load_or_recompute: bool = False
+    store_output: bool = False
+    page_bytes: int = 2 * 2**20
+    load: LoadMode = "layerwise"
+    lookup_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be simulated."""
+        counts = ("engines", "max_num_batched_tokens", "max_num_seqs", "l0_block_tokens", "page_bytes")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}; at least 1 is needed")
+        for name in ("l0_gb", "l1_gb", "l2_gb", "lookup_s", "ttl_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise SettingsError(f"{name} is {value}; not negative, and finite")
+        if not 0 < self.rate_scale < math.inf:
+            raise SettingsError(f"rate_scale is {self.rate_scale}; above zero is needed")
+        if (self.arrivals == "recorded") != (self.rate_per_s is None):
+            raise SettingsError("rate_per_s goes with arrivals poisson or uniform, and they with it")
+        if self.rate_per_s is not None and not 0 < self.rate_per_s < math.inf:
+            raise SettingsError(f"rate_per_s is {self.rate_per_s}; above zero is needed")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise SettingsError(f"max_model_len is {self.max_model_len}; at least 1 is needed")
+        if self.l2_gb != 0 and f"{self.l2_kind}_read" not in self.profile.transfers:
+            raise SettingsError(f"profile {self.profile.name} has no speed of a {self.l2_kind}")
+        if self.l1_gb == 0 and self.l2_gb != 0:
+            raise SettingsError("an L2 needs an L1 in front of it")
+        if self.l0_blocks < 1:
+            raise SettingsError(f"no GPU memory is left for KV: l0_gb is {self.l0_gb}, profile {self.profile.name}")
+
+    @property
+    def l0_blocks(self) -> int:
+        """Engine blocks of one instance's GPU cache."""
+        profile = self.profile
+        size = (
+            0.9 * profile.gpu_memory_bytes - profile.weight_bytes - 2 * GIB if self.l0_gb is None else self.l0_gb * GIB
+        )
+        return max(0, int(size // (profile.kv_bytes_per_token * self.l0_block_tokens)))
+
+    @property
+    def model_len(self) -> int:
+        """Longest prompt and output together."""
+        return self.profile.max_model_len if self.max_model_len is None else self.max_model_len
+
+    def chunk_bytes(self, chunk_tokens: int) -> int:
+        """Return the size of a chunk, over all ranks."""
+        return self.profile.kv_bytes(chunk_tokens)
+
+    def chunk_pages(self, chunk_tokens: int) -> int:
+        """Return the pages that a chunk takes."""
+        return -(-self.chunk_bytes(chunk_tokens) // self.page_bytes)
+
+    def core_config(self, chunk_tokens: int) -> CoreConfig | None:
+        """Return the core's configuration, None where there is no cache beyond L0.
+
+        Raises:
+            SettingsError: A policy that does not exist, or a combination the core refuses.
+        """
+        if self.l1_gb == 0:
+            return None
+        try:
+            tiers = [TierConfig(name="l1", pages=self._pages(self.l1_gb), eviction=self.policy)]
+            if self.l2_gb != 0:
+                tiers.append(TierConfig(name="l2", pages=self._pages(self.l2_gb), eviction=self.l2_policy))
+            lower = (self.l2_kind,) if self.l2_gb != 0 else ()
+            return CoreConfig(
+                tiers=tuple(tiers),
+                placement=self.placement,
+                promote_on_hit=self.promote_on_hit,
+                admission=self.admission,
+                ttl_ns=None if self.ttl_s is None else round(1e9 * self.ttl_s),
+                load_cost=self.profile.load_cost(chunk_tokens, lower) if self.load_or_recompute else None,
+            )
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
+
+    def _pages(self, size_gb: float | None) -> int | None:
+        return None if size_gb is None else int(size_gb * GIB // self.page_bytes)

@@ -1,0 +1,182 @@
+"""A recommendation in plain words, for the terminal and the report."""
+
+from kvsim.plots import number
+from kvsim.tuner.points import Figures, Point
+from kvsim.tuner.result import TuneResult
+
+
+def seconds(value: float) -> str:
+    """Return a time with its unit, three digits."""
+    size = abs(value)
+    if size >= 100:
+        return f"{value:,.0f} s"
+    if size >= 1:
+        return f"{_three_digits(value)} s"
+    return f"{_three_digits(1e3 * value)} ms" if size >= 1e-3 else f"{1e6 * value:.3g} us"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".")
+
+
+def gib(value: float) -> str:
+    """Return a size in GiB, as short as it is exact enough."""
+    return f"{value:,.0f} GiB" if value >= 100 else f"{value:.3g} GiB"
+
+
+def mib(size_bytes: int) -> str:
+    """Return a size in MiB."""
+    return f"{size_bytes / (1 << 20):,.4g} MiB"
+
+
+def percent(value: float) -> str:
+    """Return a fraction in percent."""
+    return f"{100 * value:.1f}%"
+
+
+def headline(result: TuneResult) -> str:
+    """Return the recommendation in one line."""
+    if not result.pays:
+        return "No L1: reuse does not pay on this log."
+    point = result.point
+    size = mib(result.costs.kv.chunk_bytes(point.chunk_tokens))
+    return f"Chunks of {point.chunk_tokens:,} tokens ({size}), an L1 of {gib(point.l1_size_gb)}, policy {point.policy}."
+
+
+def sentences(result: TuneResult) -> list[str]:
+    """Return what the recommendation brings and rests on, one sentence each."""
+    if not result.pays:
+        return [f"{result.notes[0][0].upper()}{result.notes[0][1:]}.", _without(result)]
+    point = result.point
+    cold, warm = point.cold, point.warm
+    words = [
+        f"It finds {percent(cold.token_hit_ratio)} of all prompt tokens in L1: {_share(result)}.",
+        f"TTFT without a queue: {_times(cold)}.",
+    ]
+    state = (
+        "after the cache had filled" if point.filled else "the second half of the log; the cache was not full by then"
+    )
+    found = percent(warm.token_hit_ratio)
+    words.append(f"Once warm (from request {point.warm_from:,} on, {state}): {found} found, {_times(warm)}.")
+    words.append(_more(result))
+    words.append(_alignment(result))
+    return words
+
+
+def _more(result: TuneResult) -> str:
+    words = f"One GiB more would add {_gain(result.point, result.next_gib)} of the mean TTFT"
+    larger = result.next_size
+    if larger is None:
+        return f"{words}; no larger L1 was tried."
+    return f"{words}; {gib(larger.l1_size_gb)} would add {_gain(result.point, larger)}."
+
+
+def _gain(here: Point, larger: Point) -> str:
+    points = 100 * (larger.cold.token_hit_ratio - here.cold.token_hit_ratio)
+    return f"{points:.2g} points of hit ratio and save {seconds(here.cold.ttft.mean_s - larger.cold.ttft.mean_s)}"
+
+
+def _share(result: TuneResult) -> str:
+    cold = result.point.cold
+    parts = []
+    for bound, name in ((result.unbounded, "a cache without end"), (result.belady, "Belady's bound at this size")):
+        if bound.cold.hit_tokens:
+            share = cold.hit_tokens / bound.cold.hit_tokens
+            parts.append(f"{percent(share)} of what {name} finds ({percent(bound.cold.token_hit_ratio)})")
+    return ", ".join(parts)
+
+
+def _times(figures: Figures) -> str:
+    with_, without = figures.ttft, figures.no_cache
+    saved = figures.saved_mean_s / without.mean_s if without.mean_s else 0.0
+    return (
+        f"p50 {seconds(with_.p50_s)} instead of {seconds(without.p50_s)}, "
+        f"p95 {seconds(with_.p95_s)} instead of {seconds(without.p95_s)}, mean {percent(saved)} less"
+    )
+
+
+def _alignment(result: TuneResult) -> str:
+    lost = result.alignment
+    if result.point.chunk_tokens == lost.finest_tokens:
+        return f"A chunk is one block of the log ({lost.finest_tokens:,} tokens): no finer one can be tried."
+    return (
+        f"Against chunks of one block ({lost.finest_tokens:,} tokens) it loses {100 * lost.lost_ratio_here:.2f} points "
+        f"of hit ratio at this size, {100 * lost.lost_ratio:.2f} without end."
+    )
+
+
+def _without(result: TuneResult) -> str:
+    times = result.point.cold.no_cache
+    return f"TTFT without a queue and without a cache: p50 {seconds(times.p50_s)}, p95 {seconds(times.p95_s)}."
+
+
+def further_notes(result: TuneResult) -> list[str]:
+    """Return the notes that `sentences` has not said already, as sentences."""
+    notes = result.notes if result.pays else result.notes[1:]
+    return [f"{note[0].upper()}{note[1:]}." for note in notes]
+
+
+FRONTIER_HEADINGS = (
+    "L1 GiB",
+    "chunk",
+    "policy",
+    "hits",
+    "TTFT p50",
+    "p95",
+    "saved p50",
+    "saved p95",
+    "saved mean",
+    "pts/GiB",
+)
+
+
+def frontier_rows(result: TuneResult) -> list[list[str]]:
+    """Return the best setting of each L1 size, as text under `FRONTIER_HEADINGS`."""
+    rows: list[list[str]] = []
+    ratio, size = 0.0, 0.0
+    for point in result.choice.frontier:
+        cold = point.cold
+        gain = 100 * (cold.token_hit_ratio - ratio) / (point.l1_size_gb - size)
+        ratio, size = cold.token_hit_ratio, point.l1_size_gb
+        rows.append(
+            [
+                f"{point.l1_size_gb:,.6g}",
+                f"{point.chunk_tokens:,}",
+                point.policy,
+                percent(cold.token_hit_ratio),
+                seconds(cold.ttft.p50_s),
+                seconds(cold.ttft.p95_s),
+                seconds(cold.no_cache.p50_s - cold.ttft.p50_s),
+                seconds(cold.no_cache.p95_s - cold.ttft.p95_s),
+                percent(cold.saved_mean_s / cold.no_cache.mean_s if cold.no_cache.mean_s else 0.0),
+                f"{gain:.4f}",
+            ]
+        )
+    return rows
+
+
+def marked_row(result: TuneResult) -> int | None:
+    """Return the frontier's row that is recommended."""
+    sizes = [point.l1_size_gb for point in result.choice.frontier]
+    return sizes.index(result.point.l1_size_gb) if result.pays else None
+
+
+def log_facts(result: TuneResult) -> list[tuple[str, str]]:
+    """Return the log's summary and the costs used, by name."""
+    log, costs = result.log, result.costs
+    profile, kv = costs.profile, costs.kv
+    rate = f", {number(log.requests / log.duration_s)} a second" if log.duration_s else ""
+    facts = [
+        ("requests", f"{log.requests:,} in {log.duration_s:,.0f} s{rate}"),
+        ("prompt tokens", f"{log.input_tokens:,}, {log.input_tokens / log.requests:,.0f} a request"),
+        ("output tokens", f"{log.output_tokens:,}"),
+        ("block", f"{log.block_tokens:,} tokens"),
+        ("KV", f"{kv.stored_bytes_per_token:,} bytes a token in L1, all ranks together"),
+        (
+            "cost profile",
+            f"{profile.name}: {profile.model} on {profile.gpu}, tensor parallel {profile.tensor_parallel}",
+        ),
+    ]
+    if log.skipped_rows:
+        facts.append(("bad rows", f"{log.skipped_rows:,} left out"))
+    return facts

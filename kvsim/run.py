@@ -1,0 +1,227 @@
+"""One setting in full detail: TTFT under load, hits by tier, and what every resource was doing."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcore.policy.driver import Observer
+from kvsim.engine.columns import Columns, columns_of, copied_bytes, utilisation
+from kvsim.engine.load import Load, offered_load
+from kvsim.engine.settings import RunSettings
+from kvsim.engine.simulation import Workload, prepare, simulate
+from kvtraces import Log
+
+PERCENTILES = (50, 90, 95, 99)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RunResult:
+    """What one run says.
+
+    Attributes:
+        settings: What was run.
+        chunk_tokens: Tokens of a chunk; None for a log of lengths alone.
+        columns: [n] each, a row a request in the log's order. Seconds: `arrived_s`, `handling_s`, `queue_s`, `load_s`,
+            `prefill_s` and their sum `ttft_s`, `finished_s` (all NaN where `refused`). Tokens: `prompt_tokens`,
+            `output_tokens`, `l0_tokens` (hit in L0), `matched_l1`, `matched_l2` (leading chunks found in L1, and in L2
+            but not above, whatever L0 held), `loaded_tokens` (copied beyond L0). Also `engine`, `preemptions` and
+            `refused`.
+        load: What was offered against what was served.
+        ttft_s: Percentiles of TTFT, `p50` to `p99`; None each where the engines cannot sustain the load.
+        ttft_no_cache_s: The same of a run without L1 and L2, with L0 as vLLM has it; None where it was not asked for.
+        load_no_cache: What that run was offered and served.
+        utilisation: Busy share of each resource between the first arrival and the end, 0 to 1, averaged over engines.
+        copied_bytes: Bytes by link and direction.
+        stored_chunks: Chunks that engines wrote to L1.
+        evicted_chunks: Chunks that left L1.
+        refused_chunks: Chunks that were not stored or not loaded, by the core's reason.
+        warnings: Extrapolations beyond the profile's grids, with the ranges.
+        steps: By engine, a tuple for each event: start and end in s, prompt tokens, decodes and engine steps; empty
+            unless a timeline was asked for.
+    """
+
+    settings: RunSettings
+    chunk_tokens: int | None
+    columns: Columns
+    load: Load
+    ttft_s: Mapping[str, float | None]
+    ttft_no_cache_s: Mapping[str, float | None] | None
+    load_no_cache: Load | None
+    utilisation: Mapping[str, float]
+    copied_bytes: Mapping[str, int]
+    stored_chunks: int
+    evicted_chunks: int
+    refused_chunks: Mapping[str, int]
+    warnings: tuple[str, ...]
+    steps: tuple[tuple[tuple[float, float, int, int, int], ...], ...]
+
+    def total(self, column: str) -> int:
+        """Return the sum of a column of counts."""
+        return int(self.columns[column].sum())
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures as an object that JSON can carry."""
+        served = ~self.columns["refused"].astype(bool)
+        return {
+            "requests": len(served),
+            "refused_requests": int((~served).sum()),
+            "prompt_tokens": int(self.columns["prompt_tokens"][served].sum()),
+            "output_tokens": int(self.columns["output_tokens"][served].sum()),
+            "ttft_s": dict(self.ttft_s),
+            "ttft_no_cache_s": None if self.ttft_no_cache_s is None else dict(self.ttft_no_cache_s),
+            "hit_tokens": {
+                "l0": self.total("l0_tokens"),
+                "l1": self.total("matched_l1"),
+                "l2": self.total("matched_l2"),
+            },
+            "loaded_tokens": self.total("loaded_tokens"),
+            **{name: self._spread(name) for name in ("handling_s", "queue_s", "load_s", "prefill_s")},
+            "load": self.load.as_dict(),
+            "load_no_cache": None if self.load_no_cache is None else self.load_no_cache.as_dict(),
+            "utilisation": dict(self.utilisation),
+            "copied_bytes": dict(self.copied_bytes),
+            "stored_chunks": self.stored_chunks,
+            "evicted_chunks": self.evicted_chunks,
+            "refused_chunks": dict(self.refused_chunks),
+            "preemptions": self.total("preemptions"),
+            "warnings": list(self.warnings),
+        }
+
+    def _spread(self, column: str) -> dict[str, float | None]:
+        values = self.columns[column].astype(np.float64)
+        spread = percentiles(values) if self.load.sustained else dict.fromkeys(f"p{p}" for p in PERCENTILES)
+        return {"mean": float(np.nanmean(values)) if self.load.sustained and len(values) else None, **spread}
+
+
+def percentiles(values: NDArray[np.float64]) -> dict[str, float | None]:
+    """Return p50, p90, p95 and p99 of the values that are numbers; None each where there are none."""
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return dict.fromkeys(f"p{p}" for p in PERCENTILES)
+    return {f"p{p}": float(np.percentile(finite, p)) for p in PERCENTILES}
+
+
+def run(
+    log: Log,
+    settings: RunSettings,
+    *,
+    baseline: bool = True,
+    timeline: bool = False,
+    workload: Workload | None = None,
+    observe: Observer | None = None,
+    workers: int = 1,
+) -> RunResult:
+    """Simulate one setting.
+
+    Args:
+        log: The requests.
+        settings: What to run.
+        baseline: Whether to run it again without L1 and L2, for `ttft_no_cache_s`.
+        timeline: Whether to keep every step of the engines.
+        workload: The log prepared for this chunk size, where several settings share it.
+        observe: Sees every event of the core with its decisions.
+        workers: With 2, the baseline runs in a process beside this one (which must be importable: a script needs its
+            `if __name__ == "__main__"`).
+
+    Raises:
+        SettingsError: A setting that cannot be run, with this log or at all.
+        UsageError: A chunk is no whole number of the log's blocks.
+    """
+    cached = settings.l1_gb != 0
+    if workload is None:
+        workload = prepare(log, settings.chunk_tokens, reuse=cached)
+    without = load_without = None
+    with ExitStack() as stack:
+        beside = None
+        if baseline and cached and workers > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+            beside = pool.submit(_no_cache, log, None, settings)
+        finished = simulate(workload, settings, observe=observe, timeline=timeline)
+        columns = columns_of(log, finished, workload.chunk_tokens)
+        load = offered_load(columns, settings.engines)
+        if baseline:
+            if not cached:
+                without, load_without = _ttft(columns, load), load
+            else:
+                without, load_without = _no_cache(log, workload, settings) if beside is None else beside.result()
+    shell = finished.shell
+    return RunResult(
+        settings=settings,
+        chunk_tokens=workload.chunk_tokens,
+        columns=columns,
+        load=load,
+        ttft_s=_ttft(columns, load),
+        ttft_no_cache_s=without,
+        load_no_cache=load_without,
+        utilisation=utilisation(finished),
+        copied_bytes=copied_bytes(finished),
+        stored_chunks=0 if shell is None else shell.stored,
+        evicted_chunks=0 if shell is None else shell.evicted,
+        refused_chunks={} if shell is None else dict(shell.refused),
+        warnings=tuple(finished.warnings),
+        steps=tuple(tuple(engine.steps or ()) for engine in finished.engines),
+    )
+
+
+def run_many(
+    log: Log,
+    settings: Sequence[RunSettings],
+    *,
+    baseline: bool = False,
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[RunResult]:
+    """Simulate each of several settings; results come in their order, and are those of `run`.
+
+    Args:
+        log: The requests.
+        settings: What to run.
+        baseline: As in `run`, for each setting.
+        workers: Processes; with 1, or one setting, everything happens in this one.
+        progress: Called with the settings done and all of them, from none on.
+
+    Raises:
+        SettingsError: As `run`, for the first setting that fails.
+        UsageError: As `run`.
+    """
+    done, total = 0, len(settings)
+    report = progress or (lambda done, total: None)
+    report(done, total)
+    if workers <= 1 or total <= 1:
+        results = []
+        for chosen in settings:
+            results.append(run(log, chosen, baseline=baseline))
+            report(len(results), total)
+        return results
+    # Processes start afresh: a fork would copy the threads' locks of whatever library has any.
+    with ProcessPoolExecutor(min(workers, total), mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(run, log, chosen, baseline=baseline) for chosen in settings]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                done += 1
+                report(done, total)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [future.result() for future in futures]
+
+
+def _no_cache(log: Log, workload: Workload | None, settings: RunSettings) -> tuple[dict[str, float | None], Load]:
+    """Run a setting without L1 and L2."""
+    if workload is None:
+        workload = prepare(log, settings.chunk_tokens, reuse=False)
+    columns = columns_of(log, simulate(workload, replace(settings, l1_gb=0.0, l2_gb=0.0)), None)
+    load = offered_load(columns, settings.engines)
+    return _ttft(columns, load), load
+
+
+def _ttft(columns: Columns, load: Load) -> dict[str, float | None]:
+    values = columns["ttft_s"].astype(np.float64)
+    return percentiles(values) if load.sustained else dict.fromkeys(f"p{p}" for p in PERCENTILES)

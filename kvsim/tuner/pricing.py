@@ -1,0 +1,137 @@
+"""What a setting costs: bytes of L1, and time to first token without a queue."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvsim import models
+from kvsim.errors import UsageError
+from kvsim.models.names import plain
+from kvsim.models.shape import ModelShape
+from kvsim.models.table import canonical
+from kvsim.profiles import Profile, load, lookup
+
+GIB = 1 << 30
+PAGE_BYTES = 2 << 20
+"""The arena's page: a chunk owns whole pages, so a chunk of 2.1 MiB takes 4 MiB of L1."""
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvSize:
+    """How large KV is: bytes a token in L1 and on the way to the GPU, all ranks together."""
+
+    stored_bytes_per_token: int
+    moved_bytes_per_token: int
+    note: str | None = None
+
+    @classmethod
+    def of(cls, shape: ModelShape, *, tensor_parallel: int = 1, kv_dtype: str = "auto") -> "KvSize":
+        """Return the sizes of a model's KV. Raises UsageError as `ModelShape.bytes_per_token` does."""
+        return cls(
+            stored_bytes_per_token=shape.bytes_per_token(tensor_parallel=tensor_parallel, kv_dtype=kv_dtype),
+            moved_bytes_per_token=shape.moved_bytes_per_token(tensor_parallel=tensor_parallel, kv_dtype=kv_dtype),
+            note=shape.note(),
+        )
+
+    def chunk_bytes(self, chunk_tokens: int) -> int:
+        """Return the bytes of L1 that a chunk takes: whole pages."""
+        return -(-chunk_tokens * self.stored_bytes_per_token // PAGE_BYTES) * PAGE_BYTES
+
+    def capacity_chunks(self, l1_size_gb: float, chunk_tokens: int) -> int:
+        """Return how many chunks fit in an L1 of so many GiB, all ranks together."""
+        return int(l1_size_gb * GIB) // self.chunk_bytes(chunk_tokens)
+
+    def size_gb(self, chunks: int, chunk_tokens: int) -> float:
+        """Return the GiB of L1 that so many chunks take."""
+        return chunks * self.chunk_bytes(chunk_tokens) / GIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """A cost profile and the KV's size: everything between hit tokens and TTFT."""
+
+    profile: Profile
+    kv: KvSize
+
+    def recompute_s(self, input_tokens: IntArray) -> FloatArray:
+        """Return the TTFT of prompts that nothing is cached of, in seconds: [n] for [n]."""
+        new = np.maximum(input_tokens, 1)
+        return self.profile.prefill_s_array(new, 0) + self.profile.handling_s(0) + self._handling_tokens(input_tokens)
+
+    def load_s(self, input_tokens: IntArray, hit_tokens: IntArray) -> FloatArray:
+        """Return the TTFT of prompts whose hit is loaded from L1, in seconds: [n] for [n].
+
+        The whole hit is copied, then what is new is computed behind it. The last token is always computed: its output
+        is the first token, so a hit of the whole prompt still takes a step.
+        """
+        cached = np.minimum(hit_tokens, np.maximum(input_tokens, 1) - 1)
+        new = np.maximum(input_tokens, 1) - cached
+        copy = self.profile.transfer_s(hit_tokens * self.kv.moved_bytes_per_token, "h2d")
+        step = self.profile.prefill_s_array(new, cached)
+        return copy + step + self.profile.handling_s(0) + self._handling_tokens(input_tokens)
+
+    def ttft_s(
+        self, input_tokens: IntArray, hit_tokens: IntArray, without_s: FloatArray
+    ) -> tuple[FloatArray, NDArray[np.bool_]]:
+        """Return TTFT with a cache [n] in seconds, and which hits are loaded [n]: those that beat computing anew.
+
+        Args:
+            input_tokens: [n] prompt lengths.
+            hit_tokens: [n] leading tokens found in L1.
+            without_s: [n] `recompute_s(input_tokens)`.
+        """
+        ttft = without_s.copy()
+        loaded = np.zeros(len(ttft), bool)
+        hits = np.flatnonzero(hit_tokens)
+        with_load = self.load_s(input_tokens[hits], hit_tokens[hits])
+        faster = with_load < without_s[hits]
+        ttft[hits[faster]] = with_load[faster]
+        loaded[hits[faster]] = True
+        return ttft, loaded
+
+    def _handling_tokens(self, input_tokens: IntArray) -> FloatArray:
+        return self.profile.handling_token_s * input_tokens.astype(np.float64)
+
+
+def kv_size(name: str, *, tensor_parallel: int = 1, kv_dtype: str = "auto") -> KvSize:
+    """Return the KV sizes of a model by name or config.json. Raises UsageError."""
+    return KvSize.of(models.model(name), tensor_parallel=tensor_parallel, kv_dtype=kv_dtype)
+
+
+def costs(
+    *,
+    model: str | None = None,
+    gpu: str | None = None,
+    profile: str | Path | None = None,
+    tensor_parallel: int | None = None,
+    kv_dtype: str = "auto",
+) -> Costs:
+    """Return the costs of a model on a GPU, from a shipped profile or from the file `profile`.
+
+    With a profile of your own the model may be left out: it names one, with its KV's size. Raises UsageError for names
+    that are not known or not enough, ProfileError for a profile that does not exist or cannot be read.
+    """
+    if profile is None:
+        if model is None or gpu is None:
+            raise UsageError("--model and --gpu are needed, or a --profile")
+        shape = models.model(model)
+        kind = models.gpu(gpu).name
+        ranks = 1 if tensor_parallel is None else tensor_parallel
+        found = lookup(canonical(shape.name) or shape.name, kind, ranks)
+    else:
+        found = load(profile)
+        if gpu is not None and plain(gpu) != plain(found.gpu) and models.gpu(gpu).name != found.gpu:
+            raise UsageError(f"--gpu {gpu}: the profile {profile} is of {found.gpu}")
+        ranks = found.tensor_parallel if tensor_parallel is None else tensor_parallel
+        if ranks != found.tensor_parallel:
+            raise UsageError(f"--tensor-parallel {ranks}: the profile {profile} is of {found.tensor_parallel}")
+        if model is None and kv_dtype == "auto":
+            size = found.kv_bytes_per_token
+            return Costs(profile=found, kv=KvSize(stored_bytes_per_token=size, moved_bytes_per_token=size))
+        shape = models.model(model or found.model)
+    return Costs(profile=found, kv=KvSize.of(shape, tensor_parallel=ranks, kv_dtype=kv_dtype))

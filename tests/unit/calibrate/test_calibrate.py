@@ -1,0 +1,271 @@
+import http.server
+import json
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from kvsim.calibrate import (
+    CalibrationError,
+    EndpointError,
+    Facts,
+    HttpEndpoint,
+    LocalEndpoint,
+    Plan,
+    calibrate,
+    make_plan,
+)
+from kvsim.calibrate.endpoint import step_s
+from kvsim.profiles import Part, TransferCurve, load
+from kvsim.profiles.load import to_json
+
+CURVE = TransferCurve(sizes=(1,), bytes_per_s=(1e9,))
+FACTS = Facts(
+    name="test",
+    model="test",
+    gpu="test",
+    layers=4,
+    kv_bytes_per_token=100,
+    weight_bytes=0,
+    gpu_memory_bytes=10**9,
+    max_model_len=20_000,
+    transfers={"h2d": CURVE, "d2h": CURVE},
+    transfers_from=Part(kind="assumed", source="a test", error="unknown"),
+)
+PLAN = make_plan(max_model_len=20_000, max_num_batched_tokens=4096, max_num_seqs=8)
+
+
+class Engine:
+    """An engine with a prefix cache whose times are known forms."""
+
+    model = "known"
+    where = "here"
+    handling = (0.01, 1e-6)
+
+    def __init__(self, fail_after=None):
+        self.cached = []
+        self.calls = 0
+        self.fail_after = fail_after
+
+    def step(self, batch, context):
+        return 2e-3 + 1e-4 * batch + 1e-8 * batch * context
+
+    def first_token_s(self, prompt):
+        self.calls += 1
+        if self.fail_after is not None and self.calls > self.fail_after:
+            raise EndpointError("here: gone")
+        cached = max((common(prompt, old) for old in self.cached), default=0) // 16 * 16
+        cached = min(cached, (len(prompt) - 1) // 16 * 16)
+        self.cached = [*[old for old in self.cached if common(prompt, old) >= 16][-3:], list(prompt)]
+        new = len(prompt) - cached
+        compute = max(self.step(1, len(prompt)), 1e-3 + 2e-5 * new + 1e-9 * new * (new + 2 * cached))
+        return self.handling[0] + self.handling[1] * len(prompt) + compute
+
+    def decode_step_s(self, prompts, steps):
+        self.calls += 1
+        return self.step(len(prompts), len(prompts[0]))
+
+
+def common(a, b):
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def test_a_known_engine_is_found_again():
+    profile = calibrate(Engine(), PLAN, FACTS)
+    assert profile.handling_base_s == pytest.approx(0.01, rel=0.05)
+    assert profile.handling_token_s == pytest.approx(1e-6, rel=0.05)
+    for new, cached in ((512, 0), (2048, 4096), (4096, 1024)):
+        assert profile.prefill_s(new, cached) == pytest.approx(
+            1e-3 + 2e-5 * new + 1e-9 * new * (new + 2 * cached), rel=0.1
+        )
+    assert profile.prefill_s(1500, 2000) == pytest.approx(1e-3 + 3e-2 + 1e-9 * 1500 * 5500, rel=0.1)
+    assert profile.prefill_fit.quadratic_s == pytest.approx(1e-9, rel=0.2)
+    for batch, context in ((1, 16), (8, 4096), (3, 2000)):
+        assert profile.decode_step_s(batch, context) == pytest.approx(Engine().step(batch, context), rel=0.05)
+
+
+def test_points_that_do_not_fit_follow_the_form():
+    profile = calibrate(Engine(), PLAN, FACTS)
+    assert (4096, 16_384) not in PLAN.prefill
+    want = 1e-3 + 2e-5 * 4096 + 1e-9 * 4096 * (4096 + 2 * 16_384)
+    assert profile.prefill_s(4096, 16_384) == pytest.approx(want, rel=0.15)
+
+
+def test_what_is_made_can_be_kept(tmp_path):
+    profile = calibrate(Engine(), PLAN, FACTS)
+    (tmp_path / "p.json").write_text(to_json(profile))
+    assert load(tmp_path / "p.json") == profile
+    assert all(part.source and part.error for part in profile.provenance.values())
+
+
+def test_progress_names_every_point():
+    seen = []
+    calibrate(Engine(), PLAN, FACTS, progress=lambda *row: seen.append(row))
+    total = len(PLAN.prefill) + len(PLAN.decode)
+    assert [done for done, _, _ in seen] == list(range(total + 1))
+    assert "behind" in seen[0][2]
+
+
+@pytest.mark.parametrize("stop", [1, 20, 70])
+def test_half_a_calibration_goes_on_where_it_stopped(tmp_path, stop):
+    state = tmp_path / "state.jsonl"
+    with pytest.raises(EndpointError):
+        calibrate(Engine(fail_after=stop), PLAN, FACTS, state=state)
+    state.write_bytes(state.read_bytes() + b'{"point": ["pre')  # cut off within a line
+    again = Engine()
+    resumed = calibrate(again, PLAN, FACTS, state=state)
+    whole_engine = Engine()
+    whole = calibrate(whole_engine, PLAN, FACTS)
+    assert resumed.prefill == whole.prefill
+    assert resumed.decode == whole.decode
+    assert stop < 5 or again.calls < whole_engine.calls - stop // 2
+    third = Engine()
+    calibrate(third, PLAN, FACTS, state=state)
+    assert third.calls == 0
+
+
+def test_a_state_of_something_else_is_refused(tmp_path):
+    state = tmp_path / "state.jsonl"
+    calibrate(Engine(), PLAN, FACTS, state=state)
+    other = Engine()
+    other.model = "another"
+    with pytest.raises(CalibrationError, match="model differ"):
+        calibrate(other, PLAN, FACTS, state=state)
+    state.write_text("hello\n")
+    with pytest.raises(CalibrationError, match="not a calibration"):
+        calibrate(Engine(), PLAN, FACTS, state=state)
+
+
+def test_plans_stay_within_the_engines_limits():
+    plan = make_plan(max_model_len=4096, max_num_batched_tokens=2048, max_num_seqs=16, kv_tokens=10_000)
+    assert max(new for new, _ in plan.prefill) == 2048
+    assert all(new + cached < 4096 for new, cached in plan.prefill)
+    assert all(batch <= 16 and batch * context <= 10_000 for batch, context in plan.decode)
+    with pytest.raises(ValueError, match="two values"):
+        Plan(prefill=((1, 0), (2, 0)), decode=plan.decode)
+
+
+def test_a_step_is_measured_only_while_all_decode():
+    assert step_s([[0, 1, 2, 3, 4], [2, 3, 4, 5, 6]]) == pytest.approx(1)
+    assert step_s([np.arange(0, 10, 0.5).tolist(), np.arange(0.1, 9, 0.5).tolist()]) == pytest.approx(0.5, rel=0.05)
+    with pytest.raises(EndpointError, match="more decode steps"):
+        step_s([[0, 1, 2], [3, 4, 5]])
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Streams tokens 10 ms apart, the first after 20 ms and a ms for each hundred tokens of prompt."""
+
+    usage = True
+    protocol_version = "HTTP/1.0"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"data": [{"id": "served"}]}).encode())
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if len(body["prompt"]) > 1000:
+            self.send_error(400, "too long")
+            return
+        self.send_response(200)
+        self.end_headers()
+        time.sleep(0.02 + 1e-5 * len(body["prompt"]))
+        for number in range(body["max_tokens"]):
+            message = {"choices": [{"text": "x"}]}
+            if self.usage:
+                message["usage"] = {"completion_tokens": number + 1}
+            self.wfile.write(b"data: " + json.dumps(message).encode() + b"\n\n")
+            self.wfile.flush()
+            time.sleep(0.01)
+        self.wfile.write(b'data: {"choices": [], "usage": {"completion_tokens": %d}}\n\n' % body["max_tokens"])
+        self.wfile.write(b"data: [DONE]\n\n")
+
+
+@pytest.fixture(params=[True, False])
+def url(request):
+    handler = type("Handler", (Server,), {"usage": request.param})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_endpoint_is_timed_over_http(url):
+    endpoint = HttpEndpoint(url + "/v1/")
+    assert endpoint.model == "served"
+    assert 0.02 < endpoint.first_token_s([1] * 100) < 0.2
+    assert endpoint.decode_step_s([[1] * 10] * 3, 12) == pytest.approx(0.01, rel=0.5)
+    with pytest.raises(EndpointError, match="status 400"):
+        endpoint.first_token_s([1] * 2000)
+
+
+def test_an_endpoint_that_is_not_there_is_one_line():
+    with pytest.raises(EndpointError, match=r"http://127\.0\.0\.1:9.*refused") as caught:
+        HttpEndpoint("http://127.0.0.1:9")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="--url"):
+        HttpEndpoint("localhost:8000")
+
+
+FAKE_VLLM = """
+import time
+print("noise of an engine that starts")
+class EngineArgs:
+    def __init__(self, **arguments):
+        assert arguments.pop("model") == "tiny" and arguments.pop("enable_prefix_caching") and not arguments
+class SamplingParams:
+    def __init__(self, max_tokens, **_):
+        self.tokens = max_tokens
+class Output:
+    def __init__(self, name, count):
+        self.request_id = name
+        self.outputs = [type("One", (), {"token_ids": [0] * count})]
+class LLMEngine:
+    @classmethod
+    def from_engine_args(cls, arguments):
+        return cls()
+    def __init__(self):
+        self.live = {}
+    def add_request(self, name, prompt, sampling):
+        if len(prompt["prompt_token_ids"]) > 100:
+            raise SystemExit("out of memory")
+        self.live[name] = [0, sampling.tokens]
+    def has_unfinished_requests(self):
+        return bool(self.live)
+    def step(self):
+        time.sleep(0.005)
+        for state in self.live.values():
+            state[0] += 1
+        outputs = [Output(name, state[0]) for name, state in self.live.items()]
+        self.live = {name: state for name, state in self.live.items() if state[0] < state[1]}
+        return outputs
+"""
+
+
+def test_a_local_engine_is_stepped_in_a_child(tmp_path, monkeypatch):
+    (tmp_path / "vllm.py").write_text(FAKE_VLLM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with LocalEndpoint("tiny") as endpoint:
+        assert endpoint.first_token_s([1, 2, 3]) == pytest.approx(0.005, abs=0.02)
+        assert endpoint.decode_step_s([[1], [2]], 10) == pytest.approx(0.005, rel=0.8)
+        with pytest.raises(EndpointError, match="out of memory"):
+            endpoint.first_token_s([1] * 101)
+    assert "vllm" not in sys.modules
+
+
+def test_a_local_engine_that_does_not_start_says_why(tmp_path, monkeypatch):
+    (tmp_path / "vllm.py").write_text("raise ImportError('no GPU here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(EndpointError, match="no GPU here"):
+        LocalEndpoint("tiny")
+    with pytest.raises(EndpointError, match="nowhere"):
+        LocalEndpoint("tiny", python="/nowhere/python")

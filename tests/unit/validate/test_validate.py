@@ -1,0 +1,114 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from kvsim.engine.settings import RunSettings, SettingsError
+from kvsim.profiles import lookup
+from kvsim.run import run
+from kvsim.validate import mean_by_length, validate
+from kvtraces import Chat, Poisson, generate
+
+PROFILE = lookup("qwen3-8b", "h100")
+LOG = generate(Chat(requests=600, seed=21, block_tokens=16, arrivals=Poisson(sessions_per_s=0.8)))
+SETTINGS = RunSettings(profile=PROFILE, chunk_tokens=64, l0_gb=6.0, l1_gb=30.0, max_model_len=65_536)
+
+
+def recorded(result, noise=None, **changes):
+    """The log as a server would have recorded the run."""
+    columns = result.columns
+    ttft = 1e3 * (columns["ttft_s"] - columns["handling_s"])
+    extra = {
+        "ttft_ms": ttft if noise is None else ttft * noise,
+        **{f"{part}_ms": 1e3 * columns[f"{part}_s"] for part in ("queue", "load", "prefill")},
+        **{name: columns[name].astype(np.float64) for name in ("l0_tokens", "matched_l1", "loaded_tokens")},
+    }
+    return dataclasses.replace(LOG, extra={**LOG.extra, **extra, **changes})
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return run(LOG, SETTINGS, baseline=False)
+
+
+def test_a_simulation_validates_itself(truth):
+    found = validate(recorded(truth), SETTINGS)
+    assert set(found.hits) == {"l0", "l1", "loaded"}
+    for hits in found.hits.values():
+        assert (hits.error, hits.equal_requests, hits.requests) == (0, 1, 600)
+        assert hits.recorded > 0
+    for quantile in found.ttft.values():
+        assert quantile.error == pytest.approx(0, abs=1e-9)
+        assert quantile.low == pytest.approx(0, abs=1e-9)
+        assert quantile.high == pytest.approx(0, abs=1e-9)
+    assert found.mean_absolute_error_s == pytest.approx(0, abs=1e-9)
+    assert found.beats_baseline
+    assert found.baseline_mean_absolute_error_s > 1e-3
+    assert found.fitted + found.compared == 600
+    json.dumps(found.as_dict())
+
+
+def test_noise_is_found_with_its_size(truth):
+    noise = np.random.default_rng(5).lognormal(np.log(1.25), 0.02, 600)
+    found = validate(recorded(truth, noise), SETTINGS)
+    for quantile in (found.ttft["p50"], found.ttft["p95"]):
+        assert quantile.error == pytest.approx(1 / 1.25 - 1, abs=0.06)
+        assert quantile.low < quantile.error < quantile.high
+        assert quantile.high - quantile.low < 0.2
+    assert found.median_relative_error == pytest.approx(0.2, abs=0.04)
+    np.testing.assert_array_less(found.cdf["predicted_s"][1:-1], found.cdf["recorded_s"][1:-1])
+
+
+def test_the_part_that_is_wrong_is_named(truth):
+    slower = 1e3 * (truth.columns["prefill_s"] + 0.5)
+    ttft = 1e3 * (truth.columns["ttft_s"] - truth.columns["handling_s"]) + 500
+    found = validate(recorded(truth, prefill_ms=slower, ttft_ms=ttft), SETTINGS)
+    assert found.parts["prefill"].share == pytest.approx(1)
+    assert found.parts["prefill"].mean_absolute_error_s == pytest.approx(0.5)
+    assert {group.why for group in found.groups} == {"prefill"}
+    assert {worst.why for worst in found.worst} == {"prefill"}
+    assert abs(found.groups[0].error) >= abs(found.groups[-1].error)
+
+
+def test_another_setting_is_told_apart(truth):
+    other = dataclasses.replace(SETTINGS, l1_gb=0.5)
+    found = validate(recorded(truth), other)
+    assert found.hits["l1"].error < -0.1
+    assert found.hits["l1"].equal_requests < 1
+    assert found.mean_absolute_error_s > 0
+
+
+def test_a_server_that_is_measured_from_outside_has_its_handling_in(truth):
+    outside = recorded(truth, ttft_ms=1e3 * truth.columns["ttft_s"])
+    assert validate(outside, SETTINGS, handling=True).mean_absolute_error_s == pytest.approx(0, abs=1e-9)
+    assert validate(outside, SETTINGS).mean_absolute_error_s > 1e-3
+
+
+def test_the_baseline_is_fitted_on_other_requests_only(truth):
+    ttft = 1e3 * (truth.columns["ttft_s"] - truth.columns["handling_s"])
+    spoiled = ttft.copy()
+    spoiled[180:] *= 3  # after the fitted 30%
+    a, b = (validate(recorded(truth, ttft_ms=values), SETTINGS) for values in (ttft, spoiled))
+    np.testing.assert_allclose(a.cdf["baseline_s"], b.cdf["baseline_s"])
+
+
+def test_mean_by_length_is_the_mean_of_the_bin():
+    fit = np.repeat([100, 200], 50)
+    ttft = np.where(fit == 100, 1.0, 3.0) + np.tile([-0.5, 0.5], 50)
+    np.testing.assert_allclose(mean_by_length(fit, ttft, np.array([100, 150, 200, 5000])), [1, 1, 3, 3])
+
+
+def test_rows_without_ttft_are_simulated_but_not_compared(truth):
+    ttft = 1e3 * (truth.columns["ttft_s"] - truth.columns["handling_s"])
+    ttft[::3] = np.nan
+    found = validate(recorded(truth, ttft_ms=ttft), SETTINGS)
+    assert found.fitted + found.compared == 400
+    assert found.mean_absolute_error_s == pytest.approx(0, abs=1e-9)
+
+
+def test_a_log_with_nothing_recorded_is_refused(truth):
+    with pytest.raises(SettingsError, match="ttft_ms"):
+        validate(LOG, SETTINGS)
+    with pytest.raises(SettingsError, match="at least"):
+        validate(recorded(truth, ttft_ms=np.full(600, np.nan)), SETTINGS)
