@@ -141,8 +141,6 @@ class SchedulerSide:
         self._settle_late(written)
         self._end_abandoned()
         self._hand_out(self._options.grant_wait_s if completes else 0.0)
-        self._abandoned: list[Tracked] = []
-        """Requests that were aborted while their lookup was under way."""
         plan, self._plan = self._plan, StepPlan()
         plan.handed_out = written
         plan.failures_seen = dict(self._failures)
