@@ -6,6 +6,7 @@ from rich.text import Text
 
 from kvsim.cli.show import chart, facts, table
 from kvsim.report.charts import hit_ratio
+from kvsim.report.trial_words import trial_headings, trial_marked, trial_rows
 from kvsim.report.words import (
     FRONTIER_HEADINGS,
     frontier_rows,
@@ -34,6 +35,10 @@ def show(result: TuneResult) -> None:
         console.print(table([FRONTIER_HEADINGS[i] for i in columns], rows, marked))
         chart(console, hit_ratio(result))
         console.print()
+    if result.settled is not None:
+        console.print(Text("Simulated under load", style="bold"))
+        rows, marked = trial_rows(result.settled), trial_marked(result.settled)
+        console.print(table(trial_headings(result.settled), rows, marked))
     words = Text(headline(result), style="bold green" if result.pays else "bold yellow")
     for sentence in sentences(result):
         words.append(f"\n{sentence}", style="not bold default")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvsim.calibrate.endpoint import EndpointError
+from kvsim.calibration.endpoint import EndpointError
 
 Point = tuple[str, int, int]
 """`prefill`, new and cached tokens; or `decode`, batch and context."""
