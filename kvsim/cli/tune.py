@@ -9,6 +9,7 @@ from kvsim.cli.engine_options import (
     L0BlockTokens,
     L0Gb,
     L2Kind,
+    LoadOrRecompute,
     MaxBatchedTokens,
     MaxModelLen,
     MaxSeqs,
@@ -95,6 +96,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
         typer.Option(help="L2 sizes to try, in GiB: 0,500,2000.", show_default=False, rich_help_panel=_TRIAL),
     ] = None,
     l2_kind: L2Kind = "disk",
+    load_or_recompute: LoadOrRecompute = False,
     routing: RoutingName = "round-robin",
     max_model_len: MaxModelLen = None,
     max_num_batched_tokens: MaxBatchedTokens = 8192,
@@ -147,6 +149,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
             "disk_gb_hour": price_disk_gb_hour,
         },
         l2_kind=l2_kind,
+        load_or_recompute=load_or_recompute,
         routing=routing,
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -188,6 +191,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
 
 _ENGINE = {
     "l2_kind": "disk",
+    "load_or_recompute": False,
     "routing": "round-robin",
     "max_model_len": None,
     "max_num_batched_tokens": 8192,

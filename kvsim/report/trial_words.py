@@ -10,13 +10,22 @@ def trial_sentences(settled: Settled) -> list[str]:
     scale = settled.trial.base.rate_scale
     traffic = "the recorded traffic" if scale == 1 else f"{scale:g} times the recorded traffic"
     if chosen is None:
-        return [f"Under {traffic} {settled.reason}: the setting is the sweep's."]
+        return [f"Under {traffic} {settled.reason}. The setting is the sweep's."]
     words = [f"Simulated under {traffic}: {_times(chosen)}; {settled.reason}."]
     if chosen.point is not None:
         words.append(_against(chosen, settled.without(chosen.settings.engines), target))
     if chosen.cost is not None:
         words.append(f"A million prompt tokens cost {chosen.cost:.4g}{_dearer(settled, chosen)}.")
     return words
+
+
+def trial_headline(chosen: Tried, target: float | None) -> str:
+    """Return the recommendation of no cache in one line."""
+    engines = chosen.settings.engines
+    who = "one engine does" if engines == 1 else f"{engines} engines do"
+    if target is None:
+        return f"No L1: under this load reuse does not pay; {who} without."
+    return f"No L1: {who} without, within the target of {target:g} s."
 
 
 def _against(chosen: Tried, bare: Tried, target: float | None) -> str:
@@ -41,6 +50,10 @@ def _times(one: Tried) -> str:
     return f"TTFT p50 {seconds(p50 or 0.0)}, p95 {seconds(p95 or 0.0)}"
 
 
+LEAST = ("TTFT p50", "queue p95", "GPU")
+"""Columns to leave out where the others need the place."""
+
+
 def trial_headings(settled: Settled) -> list[str]:
     """Return the headings of `trial_rows`."""
     return [heading for heading, shown in _columns(settled) if shown]
@@ -50,15 +63,15 @@ def _columns(settled: Settled) -> list[tuple[str, bool]]:
     several = len(settled.no_cache) > 1
     tiers = any(one.settings.l2_gb for one in settled.tried)
     return [
-        ("engines", several),
+        ("eng.", several),
         ("L1 GiB", True),
         ("L2 GiB", tiers),
         ("chunk", True),
         ("policy", True),
         ("TTFT p50", True),
-        ("p95", True),
+        ("TTFT p95", True),
         ("queue p95", True),
-        ("mean saved", True),
+        ("saved", True),
         ("GPU", True),
         ("target", settled.trial.slo_ttft_p95_s is not None),
         ("cost", settled.trial.prices is not None),
@@ -92,7 +105,7 @@ def _cells(one: Tried, bare: Tried) -> list[str]:
         _gib(settings.l1_gb),
         _gib(settings.l2_gb),
         f"{settings.chunk_tokens:,}" if cached and settings.chunk_tokens else "-",
-        settings.policy if cached else "no cache",
+        settings.policy if cached else "none",
         _seconds(one.ttft_s["p50"]),
         _seconds(one.ttft_s["p95"]) if one.load.sustained else "overload",
         _seconds(queue),

@@ -1,7 +1,7 @@
 """A recommendation in plain words, for the terminal and the report."""
 
 from kvsim.plots import number
-from kvsim.report.trial_words import trial_sentences
+from kvsim.report.trial_words import trial_headline, trial_sentences
 from kvsim.report.units import gib, mib, percent, seconds
 from kvsim.tuner.points import Figures, Point
 from kvsim.tuner.result import TuneResult
@@ -9,12 +9,14 @@ from kvsim.tuner.result import TuneResult
 
 def headline(result: TuneResult) -> str:
     """Return the recommendation in one line."""
+    chosen = None if result.settled is None else result.settled.chosen
     if not result.pays:
+        if result.settled is not None and chosen is not None:
+            return trial_headline(chosen, result.settled.trial.slo_ttft_p95_s)
         return "No L1: reuse does not pay on this log."
     point = result.point
     size = mib(result.costs.kv.chunk_bytes(point.chunk_tokens))
     words = f"Chunks of {point.chunk_tokens:,} tokens ({size}), an L1 of {gib(point.l1_size_gb)}, policy {point.policy}"
-    chosen = None if result.settled is None else result.settled.chosen
     if chosen is None:
         return f"{words}."
     lower, engines = chosen.settings.l2_gb, chosen.settings.engines
@@ -26,7 +28,9 @@ def headline(result: TuneResult) -> str:
 def sentences(result: TuneResult) -> list[str]:
     """Return what the recommendation brings and rests on, one sentence each."""
     if not result.pays:
-        return [f"{result.notes[0][0].upper()}{result.notes[0][1:]}.", *_simulated(result), _without(result)]
+        settled = result.settled is not None and result.settled.chosen is not None
+        why = [] if settled else [f"{result.notes[0][0].upper()}{result.notes[0][1:]}."]
+        return [*why, *_simulated(result), _without(result)]
     point = result.point
     cold, warm = point.cold, point.warm
     words = [

@@ -218,21 +218,26 @@ def _notes(evaluator: Evaluator, choice: Choice, unbounded: Point, settled: Sett
     if costs.kv.note:
         notes.append(costs.kv.note)
     longest = int(log.input_tokens.max())
-    if longest > costs.profile.max_model_len:
-        count = int((log.input_tokens > costs.profile.max_model_len).sum())
-        notes.append(
-            f"{count:,} prompts are longer than the model's {costs.profile.max_model_len:,} tokens, "
-            "but counted all the same"
-        )
+    notes += _too_long(evaluator, settled)
     beyond = costs.profile.extrapolation(longest, 0)
     if beyond:
         notes.append(beyond)
     if settled is None:
         notes.append("TTFT is without a queue and without the engine's own prefix cache: kvsim run adds both")
     else:
-        notes += [*(() if settled.chosen else (settled.reason,)), *_warnings(settled)]
+        notes += _warnings(settled)
         notes.append("the sweep's TTFT is without a queue and without the engine's own prefix cache")
     return tuple(notes)
+
+
+def _too_long(evaluator: Evaluator, settled: Settled | None) -> list[str]:
+    """Return a note where prompts are longer than the model takes."""
+    most = evaluator.costs.profile.max_model_len if settled is None else settled.trial.base.model_len
+    count = int((evaluator.log.input_tokens > most).sum())
+    if not count:
+        return []
+    but = "but counted all the same" if settled is None else "which the sweep counts and the simulation refuses"
+    return [f"{count:,} prompts are longer than the model's {most:,} tokens, {but}"]
 
 
 def _warnings(settled: Settled) -> list[str]:
