@@ -2,6 +2,13 @@
 
 import gzip
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +16,7 @@ import pytest
 import kvsim
 from kvsim.profiles import lookup
 from kvsim.profiles.load import to_json
-from kvtraces import read
+from kvtraces import Chat, Poisson, generate, read, write
 
 COSTS = ("--model", "qwen3-8b", "--gpu", "h100")
 CACHE = ("--chunk-tokens", 64, "--l1-size-gb", 20, "--l0-gb", 4)
@@ -145,7 +152,9 @@ def test_a_grid_that_extrapolates_is_told_with_its_range(kvsim_command, tmp_path
     (warning,) = kvsim_command.json(*given, *budget)["warnings"]
     assert "60,000" in warning
     assert "measured are 1 to 32,768" in warning
-    assert "Extrapolated" in kvsim_command.shown(*given, *budget) or "extrapolated" in kvsim_command.shown(*given, *budget)
+    assert "Extrapolated" in kvsim_command.shown(*given, *budget) or "extrapolated" in kvsim_command.shown(
+        *given, *budget
+    )
     assert kvsim_command.json(*given)["warnings"] == []
 
 
@@ -196,3 +205,40 @@ def test_a_profile_of_ones_own(kvsim_command, command, chat_trace, tmp_path):
     path.write_text(to_json(lookup("qwen3-8b", "h100")))
     own = kvsim_command.json("run", "--trace", chat_trace, "--profile", path, *CACHE)
     assert own == kvsim_command.json(*command)
+
+
+def living(group):
+    """The processes of a group that have not ended, whether or not anybody has asked for their exit codes."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, leader = stat.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(leader) == group and state != "Z":
+            found.append(stat.parent.name)
+    return found
+
+
+def test_ctrl_c_ends_every_process_and_leaves_nothing(tmp_path):
+    log, out = tmp_path / "log.jsonl", tmp_path / "out"
+    out.mkdir()
+    write(generate(Chat(requests=20_000, seed=3, arrivals=Poisson(sessions_per_s=2.0))), log)
+    arguments = ("run", "--trace", log, *COSTS, *CACHE, "--engines", 4, "--progress", "--timeline", out / "t.jsonl")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "kvsim", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, start_new_session=True, text=True, **pipes) as process:
+        seen = ""
+        deadline = time.monotonic() + 60
+        while not re.search(r"running.* ([3-9]|\d\d)%", seen) and time.monotonic() < deadline:
+            seen += os.read(process.stderr.fileno(), 4096).decode(errors="replace")
+        os.killpg(process.pid, signal.SIGINT)
+        printed, err = process.communicate(timeout=30)
+    assert process.returncode == 130, seen + err
+    assert "Traceback" not in seen + err
+    assert (printed, list(out.iterdir())) == ("", [])
+    deadline = time.monotonic() + 20
+    while living(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert living(process.pid) == []

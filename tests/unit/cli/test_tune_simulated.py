@@ -5,7 +5,6 @@ import re
 
 import pytest
 
-import kvsim
 from kvtraces import read
 
 COSTS = ("--model", "qwen3-8b", "--gpu", "h100")
@@ -96,12 +95,3 @@ def test_bad_settings(kvsim_command, command):
         (("--routing", "recorded", "--simulate", 1), "no instance column"),
     ):
         assert word in kvsim_command.refused(*command, *arguments), arguments
-
-
-def test_the_names_are_functions_whatever_was_imported():
-    import kvsim.calibration.measure
-    import kvsim.runner
-    import kvsim.validation
-
-    for name in ("run", "validate", "calibrate", "tune", "simulate"):
-        assert callable(getattr(kvsim, name))

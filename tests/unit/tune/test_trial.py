@@ -9,6 +9,7 @@ import kvsim
 from kvsim.engine.settings import SettingsError
 from kvsim.errors import UsageError
 from kvsim.report import render
+from kvsim.report.words import headline, sentences
 from kvsim.tuner import Prices, Trial, costs, tune
 from kvsim.tuner.trial import candidates
 from kvtraces import Chat, Poisson, generate
@@ -139,8 +140,6 @@ def test_one_more_engine_helps_where_one_is_not_enough():
 
 
 def words(result):
-    from kvsim.report.words import headline, sentences
-
     return [headline(result), *sentences(result)]
 
 
