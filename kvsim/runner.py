@@ -134,7 +134,7 @@ def run(
 
     Raises:
         SettingsError: A setting that cannot be run, with this log or at all.
-        ValueError: A chunk is no whole number of the log's blocks.
+        UsageError: A chunk is no whole number of the log's blocks.
     """
     cached = settings.l1_gb != 0
     if workload is None:
@@ -193,7 +193,7 @@ def run_many(
 
     Raises:
         SettingsError: As `run`, for the first setting that fails.
-        ValueError: As `run`.
+        UsageError: As `run`.
     """
     done, total = 0, len(settings)
     report = progress or (lambda done, total: None)

@@ -40,6 +40,10 @@ class Arena(Protocol):
         """Whether every byte of these ranges can be copied by a GPU without a bounce."""
         ...
 
+    def defer(self, seconds: float) -> None:
+        """Put off pinning more of it for so long, where that goes on in the background: it stalls the device's calls."""
+        ...
+
 
 class HostArena:
     """An arena over any writable buffer: an mmap, a memoryview, a NumPy array or a torch CPU tensor of bytes.
@@ -74,6 +78,9 @@ class HostArena:
     def pinned(self, offsets: Ints, lengths: Ints) -> bool:
         """As told at construction."""
         return self._is_pinned
+
+    def defer(self, seconds: float) -> None:
+        """Nothing goes on in the background."""
 
 
 def _as_bytes(buffer: Any) -> Bytes:

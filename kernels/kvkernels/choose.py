@@ -25,6 +25,7 @@ __all__ = ["Choice", "best_backend", "measure"]
 _SCRATCH_BYTES = 256 << 20
 _SEED = 5
 _HOST_THREADS = 4
+_QUIET_S = 0.1
 
 Make = Callable[[Arena], Transfer]
 
@@ -52,8 +53,8 @@ def best_backend(
     """Measure every backend for this cache's device and return the fastest, built over `arena`.
 
     It stores random blocks to scratch memory of its own and loads the same bytes back to where they came from, so the
-    cache and the arena keep their contents; the engine must be idle. A few hundred milliseconds on a GPU, the first
-    compilation apart.
+    cache and the arena keep their contents; the engine must be idle. Under a second on a GPU, the first compilation
+    apart.
 
     Args:
         layout: what `describe` returned for these tensors.
@@ -73,7 +74,7 @@ def best_backend(
     for name, make in chosen.items():
         try:
             transfer = make(scratch)
-            curves[name] = measure(transfer, counts)
+            curves[name] = measure(transfer, counts, quiet=arena)
             transfer.close()
         except (LayoutError, DeviceError) as error:
             curves[name] = {"error": str(error)}
@@ -90,10 +91,13 @@ def best_backend(
     return Choice(_serving(chosen[best](arena), arena, runtime), profile)
 
 
-def measure(transfer: Transfer, chunk_counts: Sequence[int], *, repeats: int = 3) -> dict[str, list[list[float]]]:
+def measure(
+    transfer: Transfer, chunk_counts: Sequence[int], *, repeats: int = 5, quiet: Arena | None = None
+) -> dict[str, list[list[float]]]:
     """Time stores of random blocks, and loads of the same bytes back to them, at each number of chunks.
 
-    `transfer`'s arena must be scratch memory of at least the largest count of slots, from its start.
+    `transfer`'s arena must be scratch memory of at least the largest count of slots, from its start, all of it within
+    the device's reach. An arena that is still being pinned (`quiet`) is asked to hold off meanwhile.
 
     Returns:
         `store` and `load`, each a list of `[bytes, GB/s]`; medians after one warm-up.
@@ -107,6 +111,8 @@ def measure(transfer: Transfer, chunk_counts: Sequence[int], *, repeats: int = 3
         nbytes = count * layout.slot_bytes
         seconds: dict[str, list[float]] = {"store": [], "load": []}
         for _ in range(repeats + 1):
+            if quiet is not None:
+                quiet.defer(_QUIET_S)
             began = perf_counter_ns()
             transfer.store(ids, slots).wait()
             stored = perf_counter_ns()
@@ -148,7 +154,7 @@ def _candidates(layout: PagedLayout, tensors: Tensors) -> tuple[Runtime, dict[st
     if layout.device == "cpu":
         host = HostRuntime(threads=min(_HOST_THREADS, os.cpu_count() or 1))
         makers["memmove"] = lambda arena: BatchTransfer(
-            layout, tensors, arena, host, batch_rows=1024, lanes=1, name="memmove"
+            layout, tensors, arena, host, batch_rows=1024, call_copies=1 << 20, lanes=1, name="memmove"
         )
         return host, makers
     if layout.device != "cuda":

@@ -1,27 +1,56 @@
-"""Rows straight between blocks and slots: every copy of a request in prepared arrays, one driver call a layer group.
+"""Rows straight between blocks and slots: every copy of a request in prepared arrays, a driver call for hundreds.
 
-No kernel and no staging, so nothing is taken from the model at all; what it costs is the copy engine's overhead for
-every row, so it suits large rows (cross-layer blocks, long blocks) and consecutive block ids, whose rows are merged
-into one copy. The arrays of addresses are computed by NumPy and reused from call to call; see `cuda_driver.py`.
+No kernel and no staging, so nothing is taken from the model at all; what it costs is the copy engine's and the driver's
+overhead for every row, so it suits large rows (cross-layer blocks, long blocks), single blocks, and consecutive block
+ids, whose rows are merged into one copy. The arrays of addresses are computed by NumPy; see `cuda_driver.py`. The
+calling thread checks the request and makes the first driver calls, a thread for each direction the rest.
 """
 
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Self
 
 import numpy as np
 
 from kvkernels.arena import Arena, Ints
+from kvkernels.errors import DeviceError
+from kvkernels.handles import InFlight, StreamHandle
 from kvkernels.layouts import PagedLayout
 from kvkernels.slots import Slot, merge_copies
-from kvkernels.staged import EventHandle, InFlight, ready_request
+from kvkernels.staged import ready_request
 from kvkernels.streams import Event, Runtime
+from kvkernels.submit import Window, Work
 from kvkernels.transfer import BlockIds, Handle, Request, Tensors, listed
 
 __all__ = ["BatchTransfer"]
+
+
+class _Lanes:
+    """One direction's streams, and what enqueues on them."""
+
+    def __init__(self, runtime: Runtime, name: str, *, lanes: int, urgent: bool, ahead: int) -> None:
+        self._streams = [runtime.stream(urgent=urgent) for _ in range(lanes)]
+        self._turn = 0
+        self.submitter = runtime.submitter(name)
+        self.window = Window(ahead)
+
+    def wait(self, event: Event) -> None:
+        for stream in self._streams:
+            stream.wait(event)
+
+    def copy(self, target: Ints, source: Ints, length: Ints) -> None:
+        """Copies on the next lane."""
+        self._turn = (self._turn + 1) % len(self._streams)
+        stream = self._streams[self._turn]
+        stream.copy(target, source, length)
+        self.window.add(stream.record())
+
+    def record(self) -> list[Event]:
+        """Reached when everything so far is done."""
+        return [stream.record() for stream in self._streams]
 
 
 class BatchTransfer:
@@ -32,9 +61,11 @@ class BatchTransfer:
         tensors: the engine's KV cache.
         arena: the host memory that slots point into.
         runtime: the device.
-        batch_rows: the fewest rows that a driver call is made for, but for the last: small loads still get an event
+        batch_rows: the fewest rows that an event is recorded for, but for the last: small loads still get an event
             a layer, large ones do not wait for planning.
-        lanes: streams in each direction that batches are dealt out to.
+        call_copies: the most copies of one driver call; calls are dealt out to the lanes.
+        lanes: streams in each direction.
+        ahead: the most driver calls of a direction that are in the device's queues at a time.
         name: the backend's name.
     """
 
@@ -46,7 +77,9 @@ class BatchTransfer:
         runtime: Runtime,
         *,
         batch_rows: int = 256,
+        call_copies: int = 256,
         lanes: int = 2,
+        ahead: int = 16,
         name: str = "cuda_batch",
     ) -> None:
         self.name = name
@@ -55,27 +88,36 @@ class BatchTransfer:
         self._arena = arena
         self._runtime = runtime
         self._batch_rows = batch_rows
+        self._call_copies = call_copies
         self._bases = np.array([self._tensors[p.tensor].data_ptr() + p.offset for p in layout.planes], np.int64)
         self._starts = layout.plane_starts()
-        self._out = [runtime.stream(urgent=False) for _ in range(lanes)]
-        self._in = [runtime.stream(urgent=True) for _ in range(lanes)]
-        self._lock = threading.Lock()
+        self._out = _Lanes(runtime, f"{name}-store", lanes=lanes, urgent=False, ahead=ahead)
+        self._in = _Lanes(runtime, f"{name}-load", lanes=lanes, urgent=True, ahead=ahead)
         self._flying = InFlight()
 
-    def store(
-        self, block_ids: BlockIds, slots: Sequence[Slot], *, planes: range | None = None, after: Event | None = None
-    ) -> Handle:
-        """Copy blocks into slots after the current stream's work so far, or after a given event."""
-        return self._run(block_ids, slots, planes, after, loading=False)
+    def store(self, block_ids: BlockIds, slots: Sequence[Slot], *, planes: range | None = None) -> Handle:
+        """Copy blocks into slots after the current stream's work so far."""
+        request = ready_request(self.layout, self._arena, self._runtime, block_ids, slots, planes, loading=False)
+        return self.start(request, loading=False)
 
-    def load(
-        self, slots: Sequence[Slot], block_ids: BlockIds, *, planes: range | None = None, after: Event | None = None
-    ) -> Handle:
+    def load(self, slots: Sequence[Slot], block_ids: BlockIds, *, planes: range | None = None) -> Handle:
         """Copy slots into blocks, layer after layer, after the current stream's work so far."""
-        return self._run(block_ids, slots, planes, after, loading=True)
+        request = ready_request(self.layout, self._arena, self._runtime, block_ids, slots, planes, loading=True)
+        return self.start(request, loading=True)
+
+    def start(self, request: Request, *, loading: bool, after: Event | None = None) -> Handle:
+        """Carry out a checked request after the current stream's work so far, or after a given event."""
+        lanes = self._in if loading else self._out
+        handle = StreamHandle(self.layout, self._runtime, lanes.submitter)
+        handle.keep(lanes, self._arena, self._tensors)
+        after = after or self._runtime.current().record()
+        self._flying.add(handle)
+        steps = self._steps(request, lanes, after, handle, loading=loading)
+        lanes.submitter.submit(Work(steps, partial(_give_up, lanes, handle)))
+        return handle
 
     def over(self, arena: Arena) -> Self:
-        """The same streams, staging and cache over another arena."""
+        """The same streams and cache over another arena."""
         sibling = copy.copy(self)
         sibling._arena = arena
         return sibling
@@ -83,34 +125,24 @@ class BatchTransfer:
     def close(self) -> None:
         """Wait for what is under way."""
         self._flying.drain()
+        for lanes in (self._out, self._in):
+            lanes.submitter.close()
 
-    def _run(
-        self,
-        block_ids: BlockIds,
-        slots: Sequence[Slot],
-        planes: range | None,
-        after: Event | None,
-        *,
-        loading: bool,
-    ) -> Handle:
-        request = ready_request(self.layout, self._arena, self._runtime, block_ids, slots, planes, loading=loading)
-        with self._lock:
-            start = after or self._runtime.current().record()
-            lanes = self._in if loading else self._out
-            for lane in lanes:
-                lane.wait(start)
-            marks: list[tuple[int, list[Event]]] = []
-            for group in self._groups(request):
-                host, device, length = self._copies(request, group)
-                target, source = (device, host) if loading else (host, device)
-                for number, lane in enumerate(lanes):
-                    mine = slice(number, None, len(lanes))
-                    lane.copy(target[mine], source[mine], length[mine])
-                marks.append((group.stop, [lane.record() for lane in lanes]))
-            last = marks[-1][1] if marks else []
-            return self._flying.add(
-                EventHandle(self.layout, self._runtime, last, marks if loading else (), self._arena)
-            )
+    def _steps(
+        self, request: Request, lanes: _Lanes, after: Event, handle: StreamHandle, *, loading: bool
+    ) -> Iterator[Event | None]:
+        lanes.wait(after)
+        last: list[Event] = []
+        for group in self._groups(request):
+            host, device, length = self._copies(request, group)
+            target, source = (device, host) if loading else (host, device)
+            for at in range(0, len(length), self._call_copies):
+                yield lanes.window.full()
+                mine = slice(at, at + self._call_copies)
+                lanes.copy(target[mine], source[mine], length[mine])
+            last = lanes.record()
+            handle.arrived(group.stop, last)
+        handle.ended(last, last)
 
     def _groups(self, request: Request) -> Iterator[range]:
         """As few planes as make a batch worth its call."""
@@ -131,4 +163,14 @@ class BatchTransfer:
         pages = self._bases[group.start : group.stop, None, None] + strides * request.block_ids
         found = request.table.resolve(starts.ravel(), np.broadcast_to(rows, shape).ravel())
         device = pages.ravel()[found.index] + found.within
-        return merge_copies(self._arena.address + found.offset, device, found.length)
+        split_bytes = self._arena.split_bytes
+        _, host, device, length = merge_copies(found.offset, device, found.length, split_bytes=split_bytes)
+        return self._arena.address + host, device, length
+
+
+def _give_up(lanes: _Lanes, handle: StreamHandle, error: Exception) -> None:
+    try:
+        over = lanes.record()
+    except (DeviceError, RuntimeError):  # a device that takes no events any more has nothing to be waited for
+        over = []
+    handle.failed(error, over)

@@ -5,7 +5,7 @@ of 43 ms for 32 KiB pieces on an H100). So cuda-python only looks the function u
 with the addresses of NumPy arrays.
 
 Source: CUDA driver API reference, "Memory Management": cuMemcpyBatchAsync (12.8; without failIdx since 13.0),
-cuMemcpyAsync, cuMemHostRegister, cuGetProcAddress.
+cuMemcpyAsync, cuMemHostRegister, cuGetProcAddress; "Stream Management": cuThreadExchangeStreamCaptureMode.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from kvkernels.errors import DeviceError
 __all__ = ["CudaDriver", "cuda_driver"]
 
 _REGISTER_PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: pinned for every context of the process
+_CAPTURE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _ACCESS_IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
 _OVERLAP_WITH_COMPUTE = 1  # CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
 _WITHOUT_FAIL_INDEX, _WITH_FAIL_INDEX = 13000, 12080  # CUDA versions whose signatures differ
@@ -60,6 +61,7 @@ class CudaDriver:
         self._register.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
         self._unregister = self._lib.cuMemHostUnregister
         self._unregister.argtypes = [ctypes.c_void_p]
+        self._exchange_capture_mode = self._lib.cuThreadExchangeStreamCaptureMode
         self._attributes = _Attributes(src_access_order=_ACCESS_IN_STREAM_ORDER, flags=_OVERLAP_WITH_COMPUTE)
         self._attribute_starts = (ctypes.c_size_t * 1)(0)
         self._batch = self._find_batch()
@@ -92,6 +94,15 @@ class CudaDriver:
     def unregister(self, address: int) -> None:
         """Undo `register` of the range that began at this address."""
         self._check("cuMemHostUnregister", self._unregister(address))
+
+    def relax_capture(self) -> None:
+        """Allow this thread every call, for good, while another thread captures a graph of streams that are not ours.
+
+        While an engine captures in the default (global) mode, other threads are refused calls such as
+        cuMemHostRegister and cuEventQuery, and the capture is spoilt.
+        """
+        mode = ctypes.c_int(_CAPTURE_RELAXED)
+        self._check("cuThreadExchangeStreamCaptureMode", self._exchange_capture_mode(ctypes.byref(mode)))
 
     def _check(self, call: str, code: int) -> None:
         if not code:

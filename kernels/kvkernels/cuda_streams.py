@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kvkernels.arena import Ints
 from kvkernels.cuda_driver import CudaDriver, cuda_driver
 from kvkernels.streams import Event, Stream
+from kvkernels.submit import Submitter, ThreadSubmitter
 
 __all__ = ["CudaRuntime", "CudaStream"]
 
@@ -99,8 +100,16 @@ class CudaRuntime:
         return memory
 
     def enter_thread(self) -> None:
-        """Make the device's primary context current in this thread."""
+        """Make the device's primary context current in this thread, whatever another one captures into a graph.
+
+        An engine may capture CUDA graphs while this thread registers memory or copies; the default mode forbids that.
+        """
         torch.cuda.set_device(self.device)
+        self._driver.relax_capture()
+
+    def submitter(self, name: str) -> Submitter:
+        """A thread of its own for all but the first steps."""
+        return ThreadSubmitter(name, self.enter_thread)
 
     def _wrap(self, stream: Any) -> CudaStream:
         return CudaStream(stream, self._driver, batched=self._batched)

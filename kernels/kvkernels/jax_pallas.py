@@ -182,6 +182,9 @@ class _ArraysHandle:
     def wait_layer(self, layer: int) -> None:
         """JAX orders what reads an array after what wrote it."""
 
+    def wait_sources(self) -> None:
+        """The slots were read before the call returned."""
+
 
 def gather_rows(ids: Any, rows: Any, *, platform: str) -> Any:
     """`rows[ids]` for a two-dimensional array and int32 row numbers, as unsigned words of the same width.

@@ -7,14 +7,18 @@ the slot's arena pages are not adjacent).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
+import numpy as np
+
+from kvkernels.arena import Ints
 from kvkernels.errors import LayoutError
 from kvkernels.layouts import PagedLayout
+from kvkernels.slots import SlotTable, merge_copies, ordinals
 
-__all__ = ["StagedPiece", "load_pieces", "plane_groups", "store_pieces"]
+__all__ = ["PieceCopies", "StagedPiece", "in_batches", "load_pieces", "piece_copies", "plane_groups", "store_pieces"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +49,65 @@ def store_pieces(layout: PagedLayout, chunks: int, planes: range, capacity: int)
 
 
 def load_pieces(
-    layout: PagedLayout, chunks: int, planes: range, capacity: int, *, copy_bytes: int
+    layout: PagedLayout, chunks: int, planes: range, capacity: int, *, copy_bytes: int, group_bytes: int
 ) -> Iterator[StagedPiece]:
     """Layers in order, every chunk of one group of planes before the next group.
 
     `copy_bytes` is the length of one copy that makes groups grow no further: longer copies waste less of the bus,
-    smaller groups let attention start sooner. The first and the last groups are one layer each.
+    smaller groups let attention start sooner. The first and the last groups are the smallest: one layer each, or as
+    many as make `group_bytes` over all chunks, since a small load is better in few steps than in fine ones.
     """
     for run in _uniform_runs(layout, planes):
         plane_bytes = layout.planes[run.start].row_bytes * layout.chunk_blocks
-        most = max(1, min(-(-copy_bytes // plane_bytes), capacity // plane_bytes))
-        unit = len(layout.planes_of_layer(layout.planes[run.start].layer))
-        for group in plane_groups(run, unit=min(unit, most), most=most):
+        fitting = max(1, capacity // plane_bytes)
+        layer = len(layout.planes_of_layer(layout.planes[run.start].layer))
+        unit = min(fitting, max(layer, -(-group_bytes // (plane_bytes * max(1, chunks)))))
+        most = min(fitting, max(unit, -(-copy_bytes // plane_bytes)))
+        for group in plane_groups(run, unit=unit, most=most):
             yield from _pieces(layout, group, chunks, capacity)
+
+
+def in_batches(pieces: Iterator[StagedPiece], *, most: int) -> Iterator[tuple[list[StagedPiece], bool]]:
+    """Up to `most` pieces of the same planes together, and whether they are the last of these planes."""
+    for _, same in groupby(pieces, key=lambda piece: piece.planes):
+        batch: list[StagedPiece] = []
+        for piece in same:
+            if len(batch) == most:
+                yield batch, False
+                batch = []
+            batch.append(piece)
+        yield batch, True
+
+
+@dataclass(frozen=True, slots=True)
+class PieceCopies:
+    """The host copies of one piece: arena offsets, offsets in its staging buffer, lengths."""
+
+    host: Ints
+    staged: Ints
+    length: Ints
+
+
+def piece_copies(
+    layout: PagedLayout, table: SlotTable, pieces: Sequence[StagedPiece], *, split_bytes: int
+) -> list[PieceCopies]:
+    """The copies of several pieces of the same planes, resolved at once: a call a piece costs more than the pieces.
+
+    No copy crosses a multiple of `split_bytes` in the arena.
+    """
+    starts = layout.plane_starts()
+    counts = np.array([len(piece.chunks) for piece in pieces], np.int64)
+    owner = np.repeat(np.arange(len(pieces)), counts)
+    ordinal = ordinals(counts)
+    chunk = np.array([piece.chunks.start for piece in pieces], np.int64)[owner] + ordinal
+    first = [starts[piece.planes.start] + piece.blocks.start * piece.row_bytes for piece in pieces]
+    size = np.array([piece.chunk_bytes for piece in pieces], np.int64)[owner]
+    found = table.resolve(chunk * table.slot_bytes + np.array(first, np.int64)[owner], size)
+    staged = (ordinal * size)[found.index] + found.within
+    owner = owner[found.index]
+    heads, host, staged, length = merge_copies(found.offset, staged, found.length, split_bytes=split_bytes, owner=owner)
+    bounds = owner[heads].searchsorted(np.arange(len(pieces) + 1)).tolist()
+    return [PieceCopies(host[a:b], staged[a:b], length[a:b]) for a, b in pairwise(bounds)]
 
 
 def plane_groups(planes: range, *, unit: int, most: int) -> Iterator[range]:

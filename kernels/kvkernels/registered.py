@@ -1,16 +1,21 @@
 """A shared-memory arena pinned in the background, and transfers that work meanwhile.
 
-Registering a large mapping with CUDA takes seconds. It is done slice by slice on a thread of its own; until a slot's
-slices are all pinned, its bytes go through a small pinned bounce buffer, on another thread so that the engine's own
-thread never waits for host copies.
+Registering a large mapping with CUDA takes seconds, and while a range is being registered other threads' CUDA calls
+wait. So it is done in small slices on a thread of its own, which rests in between and holds off while transfers are
+under way. Until a slot's slices are all pinned, its bytes go through a small pinned bounce buffer, on another thread so
+that the engine's own thread never waits for host copies.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -18,10 +23,14 @@ import numpy as np
 from kvkernels.arena import Arena, Bytes, HostArena, Ints
 from kvkernels.errors import DeviceError
 from kvkernels.slots import Slot, SlotTable
-from kvkernels.streams import Event, Runtime, move_bytes
-from kvkernels.transfer import BlockIds, Handle, Transfer, check_request
+from kvkernels.streams import Event, HostCopier, Runtime
+from kvkernels.transfer import BlockIds, Handle, Request, Transfer, check_request
 
-__all__ = ["BounceTransfer", "Registered", "RegisteredArena", "Registrar", "StreamTransfer"]
+__all__ = ["BounceTransfer", "Registered", "RegisteredArena", "Registrar", "StreamTransfer", "populate"]
+
+_LONGEST_DEFERRAL_S = 0.1  # an arena of 64 GiB under constant traffic is then pinned in three and a half minutes
+_DEFERRAL_S = 0.05
+_MADV_POPULATE_WRITE = 23
 
 
 class Registrar(Protocol):
@@ -55,7 +64,9 @@ class RegisteredArena:
         buffer: the mapping, page-aligned (see `HostArena`).
         registrar: what pins and unpins.
         enter_thread: makes the device usable from a thread.
-        slice_bytes: size of a slice, a multiple of the page size.
+        slice_bytes: size of a slice, a multiple of the page size: how long other threads' CUDA calls may have to wait
+            (a few milliseconds for 32 MiB).
+        rest: the pause after each slice, as a multiple of the time that it took.
     """
 
     def __init__(
@@ -64,14 +75,17 @@ class RegisteredArena:
         registrar: Registrar,
         *,
         enter_thread: Callable[[], None] = lambda: None,
-        slice_bytes: int = 256 << 20,
+        slice_bytes: int = 32 << 20,
+        rest: float = 1.0,
     ) -> None:
         self._host = HostArena(buffer)
         self._registrar = registrar
         self._enter_thread = enter_thread
         self._slice_bytes = slice_bytes
+        self._rest = rest
         self._pinned_bytes = 0
         self._error: str | None = None
+        self._deferred_until = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._register, name="kv-arena-register", daemon=True)
         self._thread.start()
@@ -95,6 +109,10 @@ class RegisteredArena:
         """Whether these ranges lie in slices registered so far."""
         return not len(offsets) or int((offsets + lengths).max()) <= self._pinned_bytes
 
+    def defer(self, seconds: float) -> None:
+        """Register no slice for so long, or a tenth of a second, whichever is less: transfers are under way."""
+        self._deferred_until = max(self._deferred_until, time.monotonic() + seconds)
+
     def progress(self) -> Registered:
         """How far it is."""
         return Registered(self._pinned_bytes, len(self.array), self._error)
@@ -116,31 +134,32 @@ class RegisteredArena:
         self._enter_thread()
         total = len(self.array)
         for start in range(0, total, self._slice_bytes):
+            size = min(self._slice_bytes, total - start)
+            populate(self.address + start, size)
+            self._hold_off()
             if self._stop.is_set():
                 return
-            size = min(self._slice_bytes, total - start)
+            began = time.monotonic()
             try:
                 self._registrar.register(self.address + start, size)
             except DeviceError as error:
                 self._error = f"slice at {start} of {total} bytes: {error}"
                 return
             self._pinned_bytes = start + size
+            self._stop.wait(self._rest * (time.monotonic() - began))
+
+    def _hold_off(self) -> None:
+        latest = time.monotonic() + _LONGEST_DEFERRAL_S
+        while (left := min(self._deferred_until, latest) - time.monotonic()) > 0 and not self._stop.wait(left):
+            pass
 
 
 @runtime_checkable
 class StreamTransfer(Transfer, Protocol):
     """A backend on streams: it can start after a given event, and serve a second arena with the same staging."""
 
-    def store(
-        self, block_ids: BlockIds, slots: Sequence[Slot], *, planes: range | None = None, after: Event | None = None
-    ) -> Handle:
-        """As `Transfer.store`."""
-        ...
-
-    def load(
-        self, slots: Sequence[Slot], block_ids: BlockIds, *, planes: range | None = None, after: Event | None = None
-    ) -> Handle:
-        """As `Transfer.load`."""
+    def start(self, request: Request, *, loading: bool, after: Event | None = None) -> Handle:
+        """Carry out a checked request, whose slots are pinned, after an event (or the current stream's work so far)."""
         ...
 
     def over(self, arena: Arena) -> Self:
@@ -152,27 +171,37 @@ class BounceTransfer:
     """A backend over an arena of which part may not be pinned yet; see `kvkernels.transfer.Transfer`.
 
     Requests whose slots are all pinned go straight to the backend. Of others, the slots that are not pinned are copied
-    through `bounce_slots` pinned slots on a worker thread, in order; a load then has no layer order, and `wait_layer`
-    blocks the calling thread until all of it has arrived.
+    through pinned memory on a worker thread, in order; a load then has no layer order, and `wait_layer` and
+    `wait_sources` block the calling thread until all of it has arrived.
 
     Args:
         inner: the backend.
         arena: the arena it was built over.
         runtime: the device.
-        bounce_slots: pinned slots, at least two; half are filled while the other half is copied.
+        bounce_bytes: pinned memory, at least two slots of it; one half is filled while the other is copied.
+        threads: how many copy between that memory and the arena; half of the processors, at most eight, by default.
     """
 
-    def __init__(self, inner: StreamTransfer, arena: Arena, runtime: Runtime, *, bounce_slots: int = 2) -> None:
+    def __init__(
+        self,
+        inner: StreamTransfer,
+        arena: Arena,
+        runtime: Runtime,
+        *,
+        bounce_bytes: int = 96 << 20,
+        threads: int | None = None,
+    ) -> None:
         self.name = inner.name
         self.layout = inner.layout
         self._inner = inner
         self._arena = arena
         self._runtime = runtime
-        self._half = max(1, bounce_slots // 2)
+        self._half = max(1, bounce_bytes // 2 // inner.layout.slot_bytes)
         memory = runtime.pinned(2 * self._half * inner.layout.slot_bytes)
         self._bounce = HostArena(memory, is_pinned=True)
         self._bounced = inner.over(self._bounce)
         self._worker = ThreadPoolExecutor(1, "kv-bounce", runtime.enter_thread)
+        self._copier = HostCopier(threads or min(8, max(1, (os.cpu_count() or 1) // 2)))
 
     def store(self, block_ids: BlockIds, slots: Sequence[Slot], *, planes: range | None = None) -> Handle:
         """Copy blocks into slots."""
@@ -185,35 +214,36 @@ class BounceTransfer:
     def close(self) -> None:
         """Wait for what is under way."""
         self._worker.shutdown()
+        self._copier.close()
         self._inner.close()
 
     def _run(self, block_ids: BlockIds, slots: Sequence[Slot], planes: range | None, *, loading: bool) -> Handle:
         request = check_request(self.layout, self._arena, block_ids, slots, planes, loading=loading)
+        if self._arena.pinned(*request.table.pieces):
+            self._arena.defer(_DEFERRAL_S)
+            return self._inner.start(request, loading=loading)
         after = self._runtime.current().record()
+        ids = request.block_ids
         reachable = [self._arena.pinned(*_columns(slot)) for slot in slots]
         direct = [i for i, pinned in enumerate(reachable) if pinned]
         rest = [i for i, pinned in enumerate(reachable) if not pinned]
         handles: list[Handle] = []
-        ids = request.block_ids
-        if direct or not slots:
-            mine = [slots[i] for i in direct]
-            if loading:
-                handles.append(self._inner.load(mine, ids[direct].ravel(), planes=planes, after=after))
-            else:
-                handles.append(self._inner.store(ids[direct].ravel(), mine, planes=planes, after=after))
-        if not rest:
-            return handles[0]
+        if direct:
+            mine = self._part(self._arena, ids[direct], [slots[i] for i in direct], request.planes, loading=loading)
+            handles.append(self._inner.start(mine, loading=loading, after=after))
         job = self._load if loading else self._store
         parts = [(slots[i], ids[i]) for i in rest]
         return _BounceHandle(handles, self._worker.submit(job, parts, request.planes, after))
 
+    def _part(self, arena: Arena, ids: Ints, slots: Sequence[Slot], planes: range, *, loading: bool) -> Request:
+        return check_request(self.layout, arena, ids.ravel(), slots, planes, loading=loading)
+
     def _store(self, parts: list[tuple[Slot, Ints]], planes: range, after: Event) -> list[Handle]:
-        """Device to one half of the bounce slots, while the other half is copied on to the arena."""
+        """Device to one half of the bounce memory, while the other half is copied on to the arena."""
         pending: tuple[Handle, list[Slot], int] | None = None
         for turn, batch in enumerate(_batches(parts, self._half)):
             half = turn % 2
-            ids = np.concatenate([ids for _, ids in batch])
-            handle = self._bounced.store(ids, self._bounce_slots(half, len(batch)), planes=planes, after=after)
+            handle = self._start(batch, half, planes, after, loading=False)
             self._land(pending, planes)
             pending = (handle, [slot for slot, _ in batch], half)
         self._land(pending, planes)
@@ -224,27 +254,31 @@ class BounceTransfer:
             handle, slots, half = pending
             handle.wait()
             bounce, arena, length = self._ranges(slots, half, planes)
-            move_bytes(arena, bounce, length)
+            self._copier.copy(arena, bounce, length)
 
     def _load(self, parts: list[tuple[Slot, Ints]], planes: range, after: Event) -> list[Handle]:
-        """The arena to one half of the bounce slots, while the other half is copied on to the device."""
+        """The arena to one half of the bounce memory, while the other half is copied on to the device."""
         handles: list[Handle] = []
         for turn, batch in enumerate(_batches(parts, self._half)):
             half = turn % 2
             if turn > 1:
                 handles[turn - 2].wait()
             bounce, arena, length = self._ranges([slot for slot, _ in batch], half, planes)
-            move_bytes(bounce, arena, length)
-            ids = np.concatenate([ids for _, ids in batch])
-            slots = self._bounce_slots(half, len(batch))
-            handles.append(self._bounced.load(slots, ids, planes=planes, after=after))
+            self._copier.copy(bounce, arena, length)
+            handles.append(self._start(batch, half, planes, after, loading=True))
         for handle in handles[-2:]:
             handle.wait()  # the halves are free for the next job when this one ends
         return handles
 
-    def _bounce_slots(self, half: int, count: int) -> list[Slot]:
+    def _start(
+        self, batch: list[tuple[Slot, Ints]], half: int, planes: range, after: Event, *, loading: bool
+    ) -> Handle:
+        self._arena.defer(_DEFERRAL_S)
         size = self.layout.slot_bytes
-        return [[((half * self._half + i) * size, size)] for i in range(count)]
+        slots: list[Slot] = [[((half * self._half + i) * size, size)] for i in range(len(batch))]
+        ids = np.concatenate([ids for _, ids in batch])
+        part = self._part(self._bounce, ids, slots, planes, loading=loading)
+        return self._bounced.start(part, loading=loading, after=after)
 
     def _ranges(self, slots: list[Slot], half: int, planes: range) -> tuple[Ints, Ints, Ints]:
         """Bounce addresses, arena addresses and lengths of these planes of these slots."""
@@ -275,6 +309,10 @@ class _BounceHandle:
         for handle in [*self._job.result(), *self._direct]:
             handle.wait_layer(layer)
 
+    def wait_sources(self) -> None:
+        for handle in [*self._job.result(), *self._direct]:
+            handle.wait_sources()
+
 
 def _columns(slot: Slot) -> tuple[Ints, Ints]:
     pieces = np.array(slot, np.int64).reshape(-1, 2)
@@ -283,3 +321,23 @@ def _columns(slot: Slot) -> tuple[Ints, Ints]:
 
 def _batches(parts: list[tuple[Slot, Ints]], size: int) -> list[list[tuple[Slot, Ints]]]:
     return [parts[at : at + size] for at in range(0, len(parts), size)]
+
+
+def populate(address: int, nbytes: int) -> None:
+    """Fault pages in for writing ahead of their registration, which would do it while the device's calls wait.
+
+    Nothing happens where the kernel cannot (Linux before 5.14) or the range is no mapping of whole pages.
+    """
+    _madvise()(address, nbytes, _MADV_POPULATE_WRITE)
+
+
+@cache
+def _madvise() -> Callable[[int, int, int], int]:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    function.restype = ctypes.c_int
+
+    def advise(address: int, nbytes: int, advice: int) -> int:
+        return int(function(address, nbytes, advice))
+
+    return advise

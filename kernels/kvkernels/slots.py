@@ -16,7 +16,7 @@ import numpy as np
 from kvkernels.arena import Ints
 from kvkernels.errors import RequestError
 
-__all__ = ["Piece", "Segments", "Slot", "SlotTable", "merge_copies", "slot_range"]
+__all__ = ["Piece", "Segments", "Slot", "SlotTable", "merge_copies", "ordinals", "slot_range"]
 
 Piece = tuple[int, int]
 Slot = Sequence[Piece]
@@ -93,7 +93,7 @@ class SlotTable:
             offset = self._offset[first] + starts - self._virtual[first]
             return Segments(np.arange(len(starts)), np.zeros_like(starts), offset, lengths)
         index = np.repeat(np.arange(len(starts), dtype=np.int64), counts)
-        piece = np.repeat(first, counts) + _ordinals(counts)
+        piece = np.repeat(first, counts) + ordinals(counts)
         begin = np.maximum(starts[index], self._virtual[piece])
         end = np.minimum((starts + lengths)[index], self._virtual[piece + 1])
         return Segments(index, begin - starts[index], self._offset[piece] + begin - self._virtual[piece], end - begin)
@@ -117,16 +117,33 @@ def slot_range(slot: Slot, start: int, length: int) -> list[Piece]:
     return found
 
 
-def merge_copies(host: Ints, device: Ints, length: Ints) -> tuple[Ints, Ints, Ints]:
-    """Join neighbouring copies that are adjacent on both sides."""
+def merge_copies(
+    host: Ints, device: Ints, length: Ints, *, split_bytes: int = 0, owner: Ints | None = None
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """Join neighbouring copies that are adjacent on both sides.
+
+    Args:
+        host: arena offsets (not addresses: borders are counted from the arena's start).
+        device: where the copies lie on the other side.
+        length: bytes of each.
+        split_bytes: no joined copy reaches across a multiple of this arena offset (0: no such borders).
+        owner: copies of different owners are not joined: their `device` counts from different places.
+
+    Returns:
+        The index of each joined copy's first part, and host, device and length of the joined copies.
+    """
     if len(length) < 2:
-        return host, device, length
+        return np.arange(len(length)), host, device, length
     joined = (host[1:] == host[:-1] + length[:-1]) & (device[1:] == device[:-1] + length[:-1])
+    if split_bytes:
+        joined &= host[1:] % split_bytes != 0
+    if owner is not None:
+        joined &= owner[1:] == owner[:-1]
     heads = np.flatnonzero(np.concatenate(([True], ~joined)))
-    return host[heads], device[heads], np.add.reduceat(length, heads)
+    return heads, host[heads], device[heads], np.add.reduceat(length, heads)
 
 
-def _ordinals(counts: Ints) -> Ints:
+def ordinals(counts: Ints) -> Ints:
     """0, 1, ... counts[0] - 1, 0, 1, ... counts[1] - 1, and so on."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
@@ -149,7 +166,7 @@ def _split(offset: Ints, virtual: Ints, length: Ints, split_bytes: int) -> tuple
     first = offset // split_bytes
     counts = (offset + length - 1) // split_bytes - first + 1
     which = np.repeat(np.arange(len(length)), counts)
-    border = (first[which] + _ordinals(counts)) * split_bytes
+    border = (first[which] + ordinals(counts)) * split_bytes
     begin = np.maximum(offset[which], border)
     end = np.minimum((offset + length)[which], border + split_bytes)
     return begin, virtual[which] + begin - offset[which], end - begin

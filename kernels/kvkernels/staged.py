@@ -5,31 +5,33 @@ a ring of a few buffers for each direction; events alone keep a buffer from bein
 go over two lanes (streams): the copy engine needs a few microseconds between two copies of one stream, and the other
 lane's copy fills that gap.
 
-All of it is enqueued by the calling thread, which never blocks. What side streams read (block ids, staging) is held
-until their last event, whatever the caller does with the handle.
+The calling thread checks the request and enqueues the first pieces; a thread for each direction enqueues the rest (see
+`submit.py`). What side streams read (block ids, staging) is held until their last event, whatever the caller does with
+the handle.
 """
 
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, Self
 
-import numpy as np
-
 from kvkernels.arena import Arena, Ints
-from kvkernels.errors import LayoutError, RequestError
+from kvkernels.errors import DeviceError, LayoutError, RequestError
+from kvkernels.handles import InFlight, StreamHandle
 from kvkernels.layouts import PagedLayout
-from kvkernels.pieces import StagedPiece, load_pieces, store_pieces
-from kvkernels.slots import Slot, merge_copies
+from kvkernels.pieces import StagedPiece, in_batches, load_pieces, piece_copies, store_pieces
+from kvkernels.slots import Slot
 from kvkernels.streams import Event, Runtime
+from kvkernels.submit import Window, Work
 from kvkernels.transfer import BlockIds, Handle, Request, check_request
 
-__all__ = ["EventHandle", "InFlight", "Mover", "StagedTransfer", "ready_request"]
+__all__ = ["Mover", "StagedTransfer", "ready_request"]
 
 MIB = 1 << 20
+_PLANNED_PIECES = 32
+"""Pieces planned at once: the plan's fixed cost is shared, and the first piece need not wait for many others."""
 
 
 class Mover(Protocol):
@@ -44,79 +46,27 @@ class Mover(Protocol):
         ...
 
 
-class EventHandle:
-    """A transfer that is done when its last events are reached; `marks` are (planes loaded up to here, events).
-
-    `keep` is what the device still reads: it lives as long as the handle.
-    """
-
-    def __init__(
-        self,
-        layout: PagedLayout,
-        runtime: Runtime,
-        last: Sequence[Event],
-        marks: Sequence[tuple[int, Sequence[Event]]],
-        keep: Any,
-    ) -> None:
-        self._layout = layout
-        self._runtime = runtime
-        self._last = list(last)
-        self._marks = list(marks)
-        self._keep = keep
-
-    def done(self) -> bool:
-        """Whether the last events were reached."""
-        return all(event.query() for event in self._last)
-
-    def wait(self) -> None:
-        """Block until they are."""
-        for event in self._last:
-            event.synchronize()
-
-    def wait_layer(self, layer: int) -> None:
-        """Make the current stream wait for the layer's planes, or for everything where there are no marks."""
-        stream = self._runtime.current()
-        needed = self._layout.planes_of_layer(layer).stop
-        for event in next((events for stop, events in self._marks if stop >= needed), self._last):
-            stream.wait(event)
-
-
-class InFlight:
-    """Handles whose transfers may still run, kept so that what they read outlives them."""
-
-    def __init__(self) -> None:
-        self._handles: list[Handle] = []
-
-    def add(self, handle: Handle) -> Handle:
-        """Keep it, and let go of those that are done."""
-        self._handles = [one for one in self._handles if not one.done()]
-        self._handles.append(handle)
-        return handle
-
-    def drain(self) -> None:
-        """Wait for all."""
-        for handle in self._handles:
-            handle.wait()
-        self._handles = []
-
-
 class _Buffer:
     def __init__(self, memory: Any) -> None:
         self.memory = memory
         self.address = int(memory.data_ptr())
-        self.emptied: list[Event] = []
+        self.emptied: Sequence[Event] = ()
 
 
 class _Direction:
-    """One direction's staging ring, kernel stream and copy lanes."""
+    """One direction's staging ring, kernel stream, copy lanes, and what enqueues on them."""
 
-    def __init__(self, runtime: Runtime, *, nbytes: int, buffers: int, lanes: int, urgent: bool) -> None:
+    def __init__(
+        self, runtime: Runtime, name: str, *, nbytes: int, buffers: int, lanes: int, urgent: bool, ahead: int
+    ) -> None:
         self.capacity = nbytes // buffers
         self._buffers = [_Buffer(runtime.staging(self.capacity)) for _ in range(buffers)]
         self._turn = 0
         self._lane = 0
         self.kernels = runtime.stream(urgent=urgent)
         self._lanes = [runtime.stream(urgent=urgent) for _ in range(lanes)]
+        self.submitter = runtime.submitter(name)
+        self.window = Window(ahead)
 
     def next(self) -> _Buffer:
         self._turn = (self._turn + 1) % len(self._buffers)
@@ -125,17 +75,24 @@ class _Direction:
     def copy(self, after: Sequence[Event], target: Ints, source: Ints, length: Ints) -> dict[int, Event]:
         """Deal the copies out, from the lane after the last one used; done when every lane's event is reached."""
         done: dict[int, Event] = {}
-        lanes = len(self._lanes)
-        for first in range(min(lanes, len(length))):
-            number = (self._lane + first) % lanes
+        count = min(len(self._lanes), len(length))
+        for part in range(count):
+            number = (self._lane + part) % len(self._lanes)
             lane = self._lanes[number]
             for event in after:
                 lane.wait(event)
-            mine = slice(first, None, lanes)
+            mine = slice(part * len(length) // count, (part + 1) * len(length) // count)
             lane.copy(target[mine], source[mine], length[mine])
             done[number] = lane.record()
-        self._lane = (self._lane + len(length)) % lanes
+        self._lane = (self._lane + count) % len(self._lanes)
         return done
+
+    def give_up(self) -> list[Event]:
+        """After a failure half-way: what was enqueued is over, and every buffer is empty, at these events."""
+        over = [stream.record() for stream in (self.kernels, *self._lanes)]
+        for buffer in self._buffers:
+            buffer.emptied = over
+        return over
 
 
 class StagedTransfer:
@@ -151,6 +108,8 @@ class StagedTransfer:
         buffers: staging buffers in each direction's ring.
         lanes: copy streams in each direction.
         copy_bytes: layers are loaded in groups until one copy is this long (see `load_pieces`).
+        group_bytes: the fewest bytes of a group of layers.
+        ahead: the most pieces of a direction that are in the device's queues at a time.
 
     Raises:
         LayoutError: a single row does not fit a staging buffer.
@@ -168,6 +127,8 @@ class StagedTransfer:
         buffers: int = 3,
         lanes: int = 2,
         copy_bytes: int = 4 * MIB,
+        group_bytes: int = 8 * MIB,
+        ahead: int = 64,
     ) -> None:
         self.name = name
         self.layout = layout
@@ -176,63 +137,40 @@ class StagedTransfer:
         self._runtime = runtime
         self._mover = mover
         self._copy_bytes = copy_bytes
+        self._group_bytes = group_bytes
         half = staging_bytes // 2
         if max(plane.row_bytes for plane in layout.planes) > half // buffers:
             raise LayoutError(f"a row of this layout does not fit a staging buffer of {half // buffers} bytes")
-        self._out = _Direction(runtime, nbytes=half, buffers=buffers, lanes=lanes, urgent=False)
-        self._in = _Direction(runtime, nbytes=half, buffers=buffers, lanes=lanes, urgent=True)
-        self._starts = layout.plane_starts()
-        self._lock = threading.Lock()
+
+        def direction(way: str, *, urgent: bool) -> _Direction:
+            return _Direction(
+                runtime, f"kv-{way}", nbytes=half, buffers=buffers, lanes=lanes, urgent=urgent, ahead=ahead
+            )
+
+        self._out = direction("store", urgent=False)
+        self._in = direction("load", urgent=True)
         self._flying = InFlight()
 
-    def store(
-        self, block_ids: BlockIds, slots: Sequence[Slot], *, planes: range | None = None, after: Event | None = None
-    ) -> Handle:
-        """Copy blocks into slots after the current stream's work so far, or after a given event."""
+    def store(self, block_ids: BlockIds, slots: Sequence[Slot], *, planes: range | None = None) -> Handle:
+        """Copy blocks into slots after the current stream's work so far."""
         request = ready_request(self.layout, self._arena, self._runtime, block_ids, slots, planes, loading=False)
-        with self._lock:
-            side = self._out
-            side.kernels.wait(after or self._runtime.current().record())
-            ids = self._runtime.upload(request.block_ids.ravel(), side.kernels)
-            last: dict[int, Event] = {}
-            for piece in store_pieces(self.layout, request.chunks, request.planes, side.capacity):
-                buffer = side.next()
-                for event in buffer.emptied:
-                    side.kernels.wait(event)
-                side.kernels.launch(partial(self._mover.gather, ids, piece, buffer.memory))
-                host, device, length = self._copies(request, piece, buffer)
-                copied = side.copy([side.kernels.record()], host, device, length)
-                buffer.emptied = list(copied.values())
-                last.update(copied)  # a lane's later event covers its earlier ones
-            return self._flying.add(
-                EventHandle(self.layout, self._runtime, list(last.values()), (), (ids, side, self._arena))
-            )
+        return self.start(request, loading=False)
 
-    def load(
-        self, slots: Sequence[Slot], block_ids: BlockIds, *, planes: range | None = None, after: Event | None = None
-    ) -> Handle:
+    def load(self, slots: Sequence[Slot], block_ids: BlockIds, *, planes: range | None = None) -> Handle:
         """Copy slots into blocks, layer after layer; blocks are written after the current stream's work so far."""
         request = ready_request(self.layout, self._arena, self._runtime, block_ids, slots, planes, loading=True)
-        with self._lock:
-            side = self._in
-            side.kernels.wait(after or self._runtime.current().record())
-            ids = self._runtime.upload(request.block_ids.ravel(), side.kernels)
-            marks: list[tuple[int, list[Event]]] = []
-            pieces = load_pieces(
-                self.layout, request.chunks, request.planes, side.capacity, copy_bytes=self._copy_bytes
-            )
-            for piece in pieces:
-                buffer = side.next()
-                host, device, length = self._copies(request, piece, buffer)
-                for event in side.copy(buffer.emptied, device, host, length).values():
-                    side.kernels.wait(event)
-                side.kernels.launch(partial(self._mover.scatter, ids, piece, buffer.memory))
-                buffer.emptied = [side.kernels.record()]
-                if marks and marks[-1][0] == piece.planes.stop:
-                    marks.pop()
-                marks.append((piece.planes.stop, buffer.emptied))
-            last = marks[-1][1] if marks else []
-            return self._flying.add(EventHandle(self.layout, self._runtime, last, marks, (ids, side, self._arena)))
+        return self.start(request, loading=True)
+
+    def start(self, request: Request, *, loading: bool, after: Event | None = None) -> Handle:
+        """Carry out a checked request after the current stream's work so far, or after a given event."""
+        side = self._in if loading else self._out
+        handle = StreamHandle(self.layout, self._runtime, side.submitter)
+        handle.keep(side, self._arena, self._mover)
+        steps = self._load if loading else self._store
+        after = after or self._runtime.current().record()
+        self._flying.add(handle)
+        side.submitter.submit(Work(steps(request, side, after, handle), partial(_give_up, side, handle)))
+        return handle
 
     def over(self, arena: Arena) -> Self:
         """The same streams, staging and cache over another arena."""
@@ -243,15 +181,59 @@ class StagedTransfer:
     def close(self) -> None:
         """Wait for what is under way."""
         self._flying.drain()
+        for side in (self._out, self._in):
+            side.submitter.close()
 
-    def _copies(self, request: Request, piece: StagedPiece, buffer: _Buffer) -> tuple[Ints, Ints, Ints]:
-        """Host addresses, staging addresses and lengths of the copies that fill or empty a piece's staging."""
-        chunks = np.arange(piece.chunks.start, piece.chunks.stop)
-        first = self._starts[piece.planes.start] + piece.blocks.start * piece.row_bytes
-        size = piece.chunk_bytes
-        found = request.table.resolve(chunks * request.table.slot_bytes + first, np.full(len(chunks), size))
-        device = buffer.address + found.index * size + found.within
-        return merge_copies(self._arena.address + found.offset, device, found.length)
+    def _store(self, request: Request, side: _Direction, after: Event, handle: StreamHandle) -> Iterator[Event | None]:
+        side.kernels.wait(after)
+        ids = self._runtime.upload(request.block_ids.ravel(), side.kernels)
+        handle.keep(ids, side, self._arena, self._mover)
+        gathered: list[Event] = []
+        last: dict[int, Event] = {}
+        pieces = store_pieces(self.layout, request.chunks, request.planes, side.capacity)
+        for batch, _ in in_batches(pieces, most=_PLANNED_PIECES):
+            copies = piece_copies(self.layout, request.table, batch, split_bytes=self._arena.split_bytes)
+            for piece, ranges in zip(batch, copies, strict=True):
+                yield side.window.full()
+                buffer = side.next()
+                for event in buffer.emptied:
+                    side.kernels.wait(event)
+                side.kernels.launch(partial(self._mover.gather, ids, piece, buffer.memory))
+                gathered = [side.kernels.record()]
+                host, device = self._arena.address + ranges.host, buffer.address + ranges.staged
+                copied = side.copy(gathered, host, device, ranges.length)
+                buffer.emptied = list(copied.values())
+                side.window.add(buffer.emptied[-1])
+                last.update(copied)  # a lane's later event covers its earlier ones
+        handle.ended(list(last.values()), gathered)
+
+    def _load(self, request: Request, side: _Direction, after: Event, handle: StreamHandle) -> Iterator[Event | None]:
+        side.kernels.wait(after)
+        ids = self._runtime.upload(request.block_ids.ravel(), side.kernels)
+        handle.keep(ids, side, self._arena, self._mover)
+        last: Sequence[Event] = ()
+        pieces = load_pieces(
+            self.layout,
+            request.chunks,
+            request.planes,
+            side.capacity,
+            copy_bytes=self._copy_bytes,
+            group_bytes=self._group_bytes,
+        )
+        for batch, complete in in_batches(pieces, most=_PLANNED_PIECES):
+            copies = piece_copies(self.layout, request.table, batch, split_bytes=self._arena.split_bytes)
+            for piece, ranges in zip(batch, copies, strict=True):
+                yield side.window.full()
+                buffer = side.next()
+                host, device = self._arena.address + ranges.host, buffer.address + ranges.staged
+                for event in side.copy(buffer.emptied, device, host, ranges.length).values():
+                    side.kernels.wait(event)
+                side.kernels.launch(partial(self._mover.scatter, ids, piece, buffer.memory))
+                last = buffer.emptied = [side.kernels.record()]
+                side.window.add(last[0])
+            if complete:
+                handle.arrived(batch[-1].planes.stop, last)
+        handle.ended(last, last)
 
 
 def ready_request(
@@ -269,3 +251,11 @@ def ready_request(
     if runtime.needs_pinned and not arena.pinned(*request.table.pieces):
         raise RequestError("the slots lie in host memory that is not registered with the device")
     return request
+
+
+def _give_up(side: _Direction, handle: StreamHandle, error: Exception) -> None:
+    try:
+        over = side.give_up()
+    except (DeviceError, RuntimeError):  # a device that takes no events any more has nothing to be waited for
+        over = []
+    handle.failed(error, over)

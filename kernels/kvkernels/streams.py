@@ -16,10 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvkernels.arena import Ints
+from kvkernels.slots import ordinals
+from kvkernels.submit import InlineSubmitter, Submitter
 
-__all__ = ["Event", "HostRuntime", "Runtime", "Stream", "move_bytes"]
+__all__ = ["Event", "HostCopier", "HostRuntime", "Runtime", "Stream", "move_bytes"]
 
-_THREADED_BYTES = 4 << 20
+_THREADED_BYTES = 4 << 20  # less is not worth waking threads for
+_SHARED_BYTES = 1 << 20  # longer ranges are shared among threads
 
 
 class Event(Protocol):
@@ -86,6 +89,10 @@ class Runtime(Protocol):
         """Make the device usable from the calling thread."""
         ...
 
+    def submitter(self, name: str) -> Submitter:
+        """What hands transfers to the device; those of one submitter keep their order."""
+        ...
+
 
 class _Reached:
     def query(self) -> bool:
@@ -95,15 +102,40 @@ class _Reached:
         pass
 
 
-class HostStream:
-    """Does its work before each call returns.
+class HostCopier:
+    """Copies in host memory by several threads: one core alone does not fill the memory bus.
 
     Args:
-        pool: threads to share large copies among, and their number; none: the calling thread alone.
+        threads: how many share a large copy, the calling one included.
     """
 
-    def __init__(self, pool: tuple[ThreadPoolExecutor, int] | None = None) -> None:
-        self._pool = pool
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads - 1, "kv-memmove") if threads > 1 else None
+
+    def copy(self, target: Ints, source: Ints, length: Ints) -> None:
+        """Copy every range; done on return."""
+        if self._pool is None or int(length.sum()) < _THREADED_BYTES:
+            move_bytes(target, source, length)
+            return
+        target, source, length = _cut(target, source, length, _SHARED_BYTES)
+        parts = [slice(number, None, self._threads) for number in range(self._threads)]
+        jobs = [self._pool.submit(move_bytes, target[part], source[part], length[part]) for part in parts[1:]]
+        move_bytes(target[parts[0]], source[parts[0]], length[parts[0]])
+        for job in jobs:
+            job.result()
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+class HostStream:
+    """Does its work before each call returns."""
+
+    def __init__(self, copier: HostCopier) -> None:
+        self._copier = copier
 
     def wait(self, event: Event) -> None:
         """Everything already happened."""
@@ -113,16 +145,8 @@ class HostStream:
         return _Reached()
 
     def copy(self, target: Ints, source: Ints, length: Ints) -> None:
-        """One memmove a range, dealt out over the threads: one core alone does not fill the memory bus."""
-        if self._pool is None or int(length.sum()) < _THREADED_BYTES:
-            move_bytes(target, source, length)
-            return
-        pool, threads = self._pool
-        parts = [slice(number, None, threads) for number in range(threads)]
-        jobs = [pool.submit(move_bytes, target[part], source[part], length[part]) for part in parts[1:]]
-        move_bytes(target[parts[0]], source[parts[0]], length[parts[0]])
-        for job in jobs:
-            job.result()
+        """One memmove a range, dealt out over the threads."""
+        self._copier.copy(target, source, length)
 
     def launch(self, kernel: Callable[[], None]) -> None:
         """Call it."""
@@ -139,8 +163,7 @@ class HostRuntime:
     needs_pinned = False
 
     def __init__(self, *, threads: int = 1) -> None:
-        pool = (ThreadPoolExecutor(threads - 1, "kv-memmove"), threads) if threads > 1 else None
-        self._stream = HostStream(pool)
+        self._stream = HostStream(HostCopier(threads))
 
     def stream(self, *, urgent: bool) -> Stream:
         """All streams are alike."""
@@ -169,6 +192,10 @@ class HostRuntime:
     def enter_thread(self) -> None:
         """Nothing to do."""
 
+    def submitter(self, name: str) -> Submitter:
+        """Everything happens in the call."""
+        return InlineSubmitter()
+
 
 @cache
 def _memmove() -> Callable[[int, int, int], None]:
@@ -180,6 +207,16 @@ def _memmove() -> Callable[[int, int, int], None]:
         function(target, source, length)
 
     return move
+
+
+def _cut(target: Ints, source: Ints, length: Ints, most: int) -> tuple[Ints, Ints, Ints]:
+    """The same copies in ranges of at most so many bytes."""
+    counts = -(-length // most)
+    if int(counts.max(initial=1)) == 1:
+        return target, source, length
+    which = np.repeat(np.arange(len(length)), counts)
+    begin = ordinals(counts) * most
+    return target[which] + begin, source[which] + begin, np.minimum(length[which] - begin, most)
 
 
 def move_bytes(target: Ints, source: Ints, length: Ints) -> None:

@@ -20,7 +20,10 @@ Tensors = Mapping[str, Any] | Sequence[Any]
 
 
 class Handle(Protocol):
-    """One transfer under way. The blocks and the slots it names belong to it until it is done."""
+    """One transfer under way. The blocks and the slots it names belong to it until it is done.
+
+    What it reads may be overwritten earlier than that, by work that `wait_sources` orders behind the reading.
+    """
 
     def done(self) -> bool:
         """Whether every byte has arrived; never blocks. Raises what the transfer raised."""
@@ -31,7 +34,18 @@ class Handle(Protocol):
         ...
 
     def wait_layer(self, layer: int) -> None:
-        """Make the device's current stream (on the CPU: the calling thread) wait for one layer of a load."""
+        """Make the device's current stream (on the CPU: the calling thread) wait for one layer of a load.
+
+        The calling thread itself waits only until that layer's copies have been handed to the device.
+        """
+        ...
+
+    def wait_sources(self) -> None:
+        """Make the current stream wait until everything that this transfer reads has been read.
+
+        For a store these are the blocks: work put on the current stream from here on may overwrite them. The calling
+        thread itself waits until the last of the reading has been handed to the device.
+        """
         ...
 
 
@@ -39,8 +53,9 @@ class Transfer(Protocol):
     """Copies between an engine's blocks and an arena's chunk slots.
 
     Both methods take `len(slots) * layout.chunk_blocks` block ids, chunk after chunk, in any order, and `planes`, the
-    contiguous planes of the layout to copy (all by default; `layout.planes_of_layer`). On a GPU both return at once,
-    ordered after the work that is already in the current stream.
+    contiguous planes of the layout to copy (all by default; `layout.planes_of_layer`). On a GPU both return within a
+    few milliseconds, ordered after the work that is already in the current stream; a thread hands the rest to the
+    device.
     """
 
     @property
@@ -91,6 +106,9 @@ class DoneHandle:
         """Nothing to wait for."""
 
     def wait_layer(self, layer: int) -> None:
+        """Nothing to wait for."""
+
+    def wait_sources(self) -> None:
         """Nothing to wait for."""
 
 

@@ -79,15 +79,14 @@ class Connection:
         replies: list[tuple[int, Reply]] = []
         if not self._socket.poll(round(timeout_s * 1000) if timeout_s > 0 else 0):
             return replies
-        while True:
+        more = True
+        while more:
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return replies
-            try:
-                replies.append(decode_reply(frames))
+                replies.append(decode_reply(self._socket.recv_multipart(zmq.NOBLOCK)))
             except WireError as error:
                 replies.append((error.id, Error(error.kind, f"a reply that cannot be read: {error}")))
+            more = bool(int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN)
+        return replies
 
     def close(self) -> None:
         """Drop what is queued and close the socket."""

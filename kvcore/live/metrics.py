@@ -6,7 +6,7 @@ The request loop only adds to plain numbers; the web thread asks for them over t
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 
@@ -49,6 +49,7 @@ HELP: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
     "kvcore_l2_chunks": ("counter", "Chunks copied to and from L2.", ("operation", "result")),
     "kvcore_errors": ("counter", "Error replies, by kind.", ("kind",)),
     "kvcore_lookup_seconds": ("histogram", "Handling of a lookup in the request loop.", ()),
+    "kvcore_turn_seconds": ("histogram", "A turn of the request loop, journal included.", ()),
     "kvcore_load_seconds": ("histogram", "Copy of a request's chunks into the engine, as its worker measured it.", ()),
     "kvcore_store_seconds": ("histogram", "Copy of chunks into the arena, as the worker measured it.", ()),
     "kvcore_l2_seconds": ("histogram", "Copy of a chunk to or from L2.", ("operation",)),
@@ -224,7 +225,7 @@ def sampled(chunks: Sequence[Chunk]) -> list[Chunk]:
     """Return the chunks, digests of one length, that are followed one by one."""
     if not chunks:
         return []
-    last = np.frombuffer(b"".join([c for c in chunks if isinstance(c, bytes)]), np.uint8)
+    last = np.frombuffer(b"".join(cast("Sequence[bytes]", chunks)), np.uint8)
     width = last.size // len(chunks)
     return [chunks[at] for at in np.flatnonzero(last[width - 1 :: width] < SAMPLED_BELOW).tolist()]
 

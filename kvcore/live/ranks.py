@@ -8,9 +8,10 @@ from kvcore.policy import Chunk
 class _Waiting:
     """A request's chunks under copy: by chunk, the ranks (bits) that have still to speak."""
 
-    __slots__ = ("failed", "missing")
+    __slots__ = ("failed", "missing", "one_rank")
 
     def __init__(self) -> None:
+        self.one_rank = True
         self.missing: dict[Chunk, int] = {}
         self.failed: set[Chunk] = set()
 
@@ -27,8 +28,9 @@ class Acknowledgements:
 
     def expect(self, request: str, chunks: Iterable[Chunk], ranks: int) -> None:
         """Wait for `ranks` ranks, 0 to ranks - 1, to copy `chunks`."""
-        everyone = (1 << ranks) - 1
-        self._waiting.setdefault(request, _Waiting()).missing.update(dict.fromkeys(chunks, everyone))
+        waiting = self._waiting.setdefault(request, _Waiting())
+        waiting.missing.update(dict.fromkeys(chunks, (1 << ranks) - 1))
+        waiting.one_rank &= ranks == 1
 
     def waits(self, request: str) -> bool:
         """Return whether anything of the request's is outstanding."""
@@ -45,7 +47,11 @@ class Acknowledgements:
         if waiting is None:
             return [], []
         missing, failed = waiting.missing, waiting.failed
-        bit = 1 << rank if rank >= 0 else -1
+        if waiting.one_rank or rank < 0:  # nobody else is to be heard
+            named = tuple(missing) if chunks is None else chunks
+            settled = [chunk for chunk in named if missing.pop(chunk, None) is not None]
+            return self._settled(request, waiting, settled if copied else [], [] if copied else settled)
+        bit = 1 << rank
         done: list[Chunk] = []
         for chunk in tuple(missing) if chunks is None else chunks:
             left = missing.get(chunk)
@@ -59,14 +65,21 @@ class Acknowledgements:
             else:
                 del missing[chunk]
                 done.append(chunk)
-        if not missing:
+        return self._settled(request, waiting, done, [])
+
+    def _settled(
+        self, request: str, waiting: _Waiting, copied: list[Chunk], failed: list[Chunk]
+    ) -> tuple[list[Chunk], list[Chunk]]:
+        if waiting.failed:
+            lost = [chunk for chunk in copied if chunk in waiting.failed]
+            waiting.failed.difference_update(copied, failed)
+            if lost:
+                gone = set(lost)
+                failed = failed + lost
+                copied = [chunk for chunk in copied if chunk not in gone]
+        if not waiting.missing:
             del self._waiting[request]
-        if not failed:
-            return done, []
-        lost = [chunk for chunk in done if chunk in failed]
-        failed.difference_update(lost)
-        gone = set(lost)
-        return [chunk for chunk in done if chunk not in gone], lost
+        return copied, failed
 
     def of(self, prefix: str) -> list[str]:
         """Return the requests waited for whose names begin with `prefix`."""

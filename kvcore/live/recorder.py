@@ -80,9 +80,14 @@ class Recorder:
             return
         try:
             self._queue.put_nowait(_row(seen, record))
-        except (queue.Full, ValueError) as error:
-            self.dropped += 1
-            _LOG.error("a row of %s was dropped: %s", name, error or "the queue is full")
+        except queue.Full:
+            self._drop(name, "the queue is full")
+        except ValueError as error:
+            self._drop(name, str(error))
+
+    def _drop(self, name: str, why: str) -> None:
+        self.dropped += 1
+        _LOG.error("the row of %s was dropped: %s", name, why)
 
     def close(self) -> None:
         """Write what is queued and end the file."""

@@ -20,19 +20,22 @@ from kvcore.live import wire
 from kvcore.live.allocator import PageAllocator
 from kvcore.live.arena import Arena, ArenaPaths
 from kvcore.live.book import page_ids
-from kvcore.live.l2 import StorePool
 from kvcore.live.limits import ArenaError
 from kvcore.live.liveness import Liveness
 from kvcore.live.members import Member, RefusedError, UnknownMemberError
 from kvcore.live.recorder import Recorder
 from kvcore.live.service import MonotonicClock, Parts, Service
-from kvcore.live.settings import Settings, check, http_address
+from kvcore.live.settings import GB, Settings, check, http_address
+from kvcore.live.stores.base import Store, StoreError
+from kvcore.live.stores.pool import StorePool
+from kvcore.live.stores.registry import open_store
 from kvcore.live.takeover import State, apply, clear_of_changed, end_of_what_was_under_way, recover
 from kvtraces.journal import Head, JournalWriter, take_snapshot
 
 _LOG = logging.getLogger("kvcore.server")
 _TURN_MESSAGES = 256
 """Messages taken from one socket before the replies go out."""
+_SLOW_TURN_S = 0.2
 
 
 class StartError(Exception):
@@ -56,7 +59,9 @@ class Server:
         self._stop_fd = -1
         self._stopping = False
         self._thread: threading.Thread | None = None
+        self._store: Store | None = None
         self._logged: set[str] = set()
+        self._journal_s = 0.0
 
     # Start and stop
 
@@ -66,7 +71,7 @@ class Server:
             with ExitStack() as stack:
                 self._open(stack)
                 self._resources = stack.pop_all()
-        except (ArenaError, OSError, ValueError, zmq.ZMQError) as error:
+        except (ArenaError, StoreError, OSError, ValueError, zmq.ZMQError) as error:
             raise StartError(str(error)) from error
 
     def run(self) -> None:
@@ -84,6 +89,7 @@ class Server:
                 self.service.sweep()
                 self._flush()
                 next_sweep = now + sweep_s
+            self._time_turn(time.monotonic() - now)
 
     def start(self) -> None:
         """Open, and run in a thread. Raises StartError."""
@@ -160,10 +166,11 @@ class Server:
             pool=self._open_pool(stack),
         )
         self.service = Service(parts)
+        self._scan_l2(stack)
         self._watch_members(paths.socket, stack)
         self._flush()
         if settings.pretouch:
-            arena.pretouch(huge_pages=settings.huge_pages)
+            self.service.pretouch = arena.pretouch(huge_pages=settings.huge_pages)
         self._open_http(stack)
 
     def _listen(self, endpoint: str, stack: ExitStack) -> None:
@@ -233,13 +240,34 @@ class Server:
     def _open_pool(self, stack: ExitStack) -> StorePool | None:
         if not self.settings.l2:
             return None
-        from kvcore.live.stores import open_store  # noqa: PLC0415 - with the store's client library
-
-        queue_bytes = int(self.settings.l2_queue_gb * (1 << 30))
-        pool = StorePool(open_store(self.settings.l2), self.settings.l2_threads, queue_bytes)
-        stack.callback(pool.close)
-        self._poller.register(pool.wake_fd, zmq.POLLIN)
+        settings = self.settings
+        queue_bytes = int(settings.l2_queue_gb * GB)
+        # A delete may come after the put that it makes room for, so the store itself is allowed a little more.
+        size_bytes = int(settings.l2_size_gb * GB) + queue_bytes if settings.l2_size_gb else None
+        store = open_store(settings.l2, size_bytes)
+        pool = StorePool(store, queue_bytes=queue_bytes, writers=settings.l2_threads, readers=settings.l2_threads)
+        stack.callback(pool.close, finish=False)
+        self._poller.register(pool.fileno(), zmq.POLLIN)
+        self._store = store
         return pool
+
+    def _scan_l2(self, stack: ExitStack) -> None:
+        """Find what an earlier server left in a folder, which is ours alone; other stores may be shared."""
+        if self._store is None or not self.settings.l2.startswith("files:"):
+            return
+        thread = threading.Thread(target=self._look_for_strays, args=(self._store,), name="kvcore-l2-scan", daemon=True)
+        thread.start()
+        stack.callback(thread.join)
+
+    def _look_for_strays(self, store: Store) -> None:
+        """Hand the request loop every chunk that lies in L2."""
+        try:
+            for chunk, _ in store.scan():
+                if self._stopping:
+                    return
+                self.service.strays.append(chunk)
+        except StoreError as error:
+            _LOG.warning("L2 cannot be looked through: %s", error)
 
     def _watch_members(self, path: Path, stack: ExitStack) -> None:
         self._liveness = Liveness(
@@ -286,14 +314,21 @@ class Server:
             for task in later:
                 task()
 
+    def _time_turn(self, took_s: float) -> None:
+        self.service.metrics.histograms["kvcore_turn_seconds",].add(took_s)
+        if took_s > _SLOW_TURN_S:
+            _LOG.warning("a turn of the request loop took %.2f s, %.2f s of it the journal", took_s, self._journal_s)
+        self._journal_s = 0.0
+
     def _receive(self, socket: "zmq.Socket[bytes]", replies: "list[tuple[zmq.Socket[bytes], list[bytes]]]") -> None:
         for _ in range(_TURN_MESSAGES):
-            try:
-                identity, *frames = socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+            identity, *frames = socket.recv_multipart(zmq.NOBLOCK)
             correlation, reply = self._answer(frames)
             replies.append((socket, [identity, *wire.encode(reply, correlation)]))
+            if (
+                not int(socket.get(zmq.EVENTS)) & zmq.POLLIN
+            ):  # an exception, which recv would raise, costs ten times more
+                return
 
     def _answer(self, frames: list[bytes]) -> tuple[int, wire.Reply]:
         """Return the reply to a message, whatever it is."""
@@ -336,10 +371,12 @@ class Server:
         journal = self.service.parts.journal
         if journal is None:
             return
+        start = time.monotonic()
         journal.flush()
         if journal.due:
             state = self.service.parts.state
             journal.rotate(take_snapshot(state.core, state.book.dump()))
+        self._journal_s += time.monotonic() - start
 
 
 def _epoch_of(paths: ArenaPaths) -> int:

@@ -5,8 +5,10 @@ No socket, no thread, no wall clock here: a message in, a reply out.
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, TypeAlias
 
 import msgspec
@@ -15,12 +17,13 @@ from kvcore.live import wire
 from kvcore.live.allocator import PageAllocator
 from kvcore.live.arena import Arena
 from kvcore.live.book import Room
-from kvcore.live.l2 import StorePool
 from kvcore.live.members import Instance, Member, Members, RefusedError, UnknownMemberError, Work
 from kvcore.live.metrics import Metrics, model_of
+from kvcore.live.pretouch import Pretouch
 from kvcore.live.ranks import Acknowledgements
 from kvcore.live.recorder import Recorder, Seen
 from kvcore.live.settings import Settings
+from kvcore.live.stores.pool import StorePool
 from kvcore.live.takeover import State
 from kvcore.live.transport import QUARANTINE, LiveTransport, Shape
 from kvcore.policy import (
@@ -104,8 +107,12 @@ class Service:
         )
         self.driver = Driver(parts.state.core, self.transport, self._observe)
         self.transport.handle = self.driver.handle
+        self.pretouch: Pretouch | None = None
+        """How far the arena's pages are faulted in, where that was asked for."""
         self.later: list[Callable[[], None]] = []
         """What is to be done after the replies are out."""
+        self.strays: deque[bytes] = deque()
+        """Chunks that were found in L2 at the start; another thread appends."""
         self._works: dict[str, Work] = {}
         self._stores = Acknowledgements()
         self._loads = Acknowledgements()
@@ -232,6 +239,8 @@ class Service:
             self._expire(instance)
         if self._quarantined:
             self._release_quarantine()
+        if self.strays:
+            self._delete_strays()
         self.transport.answers.clear()
 
     def _expire(self, instance: Instance) -> None:
@@ -256,7 +265,7 @@ class Service:
         if not count:
             return
         now_ns = self.clock.now_ns()
-        chunks = tuple(b"quarantined %d" % index for index in range(count))
+        chunks = tuple(sha256(b"quarantined %d" % index).digest() for index in range(count))
         name = QUARANTINE
         self._feed(InstanceRegistered(now_ns=now_ns, instance=name, chunk_pages=1))
         self._feed(LookedUp(now_ns=now_ns, request=name, instance=name, chunks=chunks, salt=name))
@@ -509,11 +518,17 @@ class Service:
 
     def collect(self) -> None:
         """Take in what L2's threads have done."""
-        for outcome in self.transport.collect():
-            result = "copied" if outcome.copied else "failed"
-            self.metrics.counts["kvcore_l2_chunks", outcome.job.kind, result] += 1
-            self.metrics.time("kvcore_l2_seconds", outcome.seconds, outcome.job.kind)
+        for done in self.transport.collect():
+            self.metrics.counts["kvcore_l2_chunks", done.operation, done.outcome.value] += 1
+            self.metrics.time("kvcore_l2_seconds", done.duration_ns / 1e9, done.operation)
         self.transport.answers.clear()
+
+    def _delete_strays(self) -> None:
+        """Delete from L2 what the core does not know of: an earlier server's."""
+        names = [self.strays.popleft() for _ in range(len(self.strays))]
+        below = self.parts.state.core.tiers[1]
+        if self.parts.pool is not None:
+            self.parts.pool.submit_delete([name for name in names if not below.holds(name)])
 
     def _feed(self, event: Event) -> None:
         self.driver.handle(event)
@@ -556,6 +571,8 @@ class Service:
                 "free_pages": allocator.free,
                 "quarantined_pages": allocator.quarantined,
                 "taken_over": arena.taken_over,
+                "touched_bytes": None if self.pretouch is None else self.pretouch.done_bytes,
+                "huge_bytes": None if self.pretouch is None else self.pretouch.huge_bytes,
             },
             "chunk_tokens": self.settings.chunk_size,
             "tiers": tiers,

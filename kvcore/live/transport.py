@@ -3,7 +3,7 @@
 It decides nothing. Engines' copies end when their workers say so; L2's when the pool's threads have posted them.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from kvcore.live.allocator import PageAllocator
 from kvcore.live.arena import Arena, views
 from kvcore.live.book import Book, Room, page_ids
-from kvcore.live.l2 import Job, Kind, Outcome, StorePool
+from kvcore.live.stores.pool import Completion, Outcome, StorePool
 from kvcore.live.writers import NO_WRITER
 from kvcore.policy import (
     Chunk,
@@ -33,6 +33,9 @@ from kvcore.policy import (
 QUARANTINE: Final = "(quarantine)"
 """The request that holds, in the core, the pages which a worker of an earlier server may still be writing."""
 
+_COPIED_OUT_BYTES: Final = 64 << 20
+"""How much one demotion copies out of the arena at most: the request loop waits for it."""
+
 
 class PageJournal(Protocol):
     """Who is told of the pages that a placing decision was given, in the order of the decisions."""
@@ -49,6 +52,14 @@ class Shape:
     chunk_bytes: int
     writer: int
     """The mark of the instance's workers in the arena."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Whose copy to or from L2 it is."""
+
+    request: str
+    chunk: Chunk
 
 
 @dataclass(slots=True, eq=False)
@@ -98,6 +109,8 @@ class LiveTransport:
         self._staging_pages = staging_pages
         self._staged: dict[Chunk, Room] = {}
         """Chunks that have left L1 and are still read, to be written to L2."""
+        self._late_gets: deque[tuple[str, Chunk, Room]] = deque()
+        """Fetches that the pool's queue had no room for."""
         self._journal = journal
 
     def learn(self, event: Event, decisions: tuple[Decision, ...]) -> None:
@@ -121,7 +134,8 @@ class LiveTransport:
         rooms = self._place(decision, NO_WRITER, fetched=True)
         for chunk, room in zip(decision.chunks, rooms, strict=True):
             self.fetching[chunk] = None
-            self._submit("get", decision.request, chunk, room)
+            self._late_gets.append((decision.request, chunk, room))
+        self._submit_gets()
 
     def store(self, decision: Place) -> None:
         """Give placed chunks pages, or have the pool write them to L2."""
@@ -132,21 +146,31 @@ class LiveTransport:
             answer.rooms = self._place(decision, self._shape_of(decision.request).writer, fetched=False)
             answer.placed = decision.chunks
             return
-        late = [chunk for chunk in decision.chunks if not self._put(decision.request, chunk, self.book.resident[chunk])]
+        late = [
+            chunk
+            for chunk in decision.chunks
+            if not self._put(decision.request, chunk, self._parts(self.book.resident[chunk]))
+        ]
         self._not_written(decision.request, decision.tier, late)
 
     def demote(self, decision: Demote) -> None:
-        """Keep the pages of chunks that leave L1 until the pool has written them, as far as there is room to wait."""
+        """Take over chunks that leave L1: keep their pages until the pool has written them, or copy a few out.
+
+        What finds neither pages set aside for that nor time to copy does not reach L2.
+        """
         late: list[Chunk] = []
         freed: list[Room] = []
+        copies_bytes = _COPIED_OUT_BYTES
         for chunk in decision.chunks:
             room = self.book.resident.pop(chunk)
-            if room.pages <= self._staging_pages and self._put("", chunk, room):
+            if room.pages <= self._staging_pages and self._put("", chunk, self._parts(room)):
                 self._staging_pages -= room.pages
                 self._staged[chunk] = room
-            else:
+                continue
+            freed.append(room)
+            copies_bytes -= room.nbytes
+            if copies_bytes < 0 or not self._put("", chunk, [memoryview(b"".join(self._parts(room)))]):
                 late.append(chunk)
-                freed.append(room)
         self._free(freed)
         self._not_written("", decision.tier + 1, late)
 
@@ -155,8 +179,7 @@ class LiveTransport:
         if decision.tier == 0:
             self._free(self.book.drop(decision))
         elif self._pool is not None:
-            for chunk in decision.chunks:
-                self._pool.submit(Job("delete", "", _digest(chunk), []))
+            self._pool.submit_delete([_digest(chunk) for chunk in decision.chunks])
 
     def refuse(self, decision: Refuse) -> None:
         """Free what had been placed; count the others for the request that is asking."""
@@ -168,39 +191,48 @@ class LiveTransport:
 
     # L2
 
-    def collect(self) -> list[Outcome]:
+    def collect(self) -> list[Completion]:
         """Hand what the pool has done to the core; return it."""
         if self._pool is None:
             return []
-        outcomes = self._pool.collect()
-        groups: dict[tuple[Kind, str, bool], list[Chunk]] = {}
-        for outcome in outcomes:
-            job = outcome.job
-            groups.setdefault((job.kind, job.request, outcome.copied), []).append(job.chunk)
-            if job.kind == "get":
-                self.fetching.pop(job.chunk, None)
-            elif (room := self._staged.pop(job.chunk, None)) is not None:
+        completions = self._pool.drain()
+        groups: dict[tuple[str, str, bool], list[Chunk]] = {}
+        for completion in completions:
+            if not isinstance(completion.token, Ticket):
+                continue  # a delete that failed: what it leaves is nobody's
+            request, chunk = completion.token.request, completion.token.chunk
+            copied = completion.outcome is Outcome.DONE
+            groups.setdefault((completion.operation, request, copied), []).append(chunk)
+            if completion.operation == "get":
+                self.fetching.pop(chunk, None)
+            elif (room := self._staged.pop(chunk, None)) is not None:
                 self._staging_pages += room.pages
                 self._free([room])
-        for (kind, request, copied), chunks in groups.items():
-            if kind == "get":
+        for (operation, request, copied), chunks in groups.items():
+            if operation == "get":
                 ended: type[LoadDone | LoadFailed | StoreCommitted | StoreAborted] = LoadDone if copied else LoadFailed
             else:
                 ended = StoreCommitted if copied else StoreAborted
             self.handle(ended(now_ns=self._clock.now_ns(), request=request, tier=1, chunks=tuple(chunks)))
-        return outcomes
+        self._submit_gets()
+        return completions
 
-    def _put(self, request: str, chunk: Chunk, room: Room) -> bool:
-        if self._pool is None or not self._pool.has_room(room.nbytes):
-            return False
-        self._submit("put", request, chunk, room)
-        return True
+    def _submit_gets(self) -> None:
+        """Submit the fetches that wait, as many as the pool's queue has room for."""
+        while self._late_gets and self._pool is not None:
+            request, chunk, room = self._late_gets[0]
+            if not self._pool.submit_get(Ticket(request, chunk), _digest(chunk), self._parts(room)):
+                return
+            self._late_gets.popleft()
 
-    def _submit(self, kind: Kind, request: str, chunk: Chunk, room: Room) -> None:
+    def _put(self, request: str, chunk: Chunk, parts: list[memoryview]) -> bool:
+        """Return whether the chunk's way to L2 is queued."""
         if self._pool is None:
-            raise AssertionError(f"a {kind} without L2")
-        parts = views(self._arena, page_ids([room]), 0, room.nbytes)
-        self._pool.submit(Job(kind, request, _digest(chunk), parts))
+            raise AssertionError("a copy to L2 without L2")
+        return self._pool.submit_put(Ticket(request, chunk), _digest(chunk), parts)
+
+    def _parts(self, room: Room) -> list[memoryview]:
+        return views(self._arena, page_ids([room]), 0, room.nbytes)
 
     def _not_written(self, request: str, tier: int, chunks: Sequence[Chunk]) -> None:
         if chunks:

@@ -27,7 +27,7 @@ Role: TypeAlias = Literal["scheduler", "worker"]
 Digest: TypeAlias = Annotated[bytes, Meta(min_length=1, max_length=64)]
 Digests: TypeAlias = tuple[Digest, ...]
 Name: TypeAlias = Annotated[str, Meta(max_length=1024)]
-Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
 Id: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=1e9)]
 
@@ -362,6 +362,8 @@ class Places(Message, frozen=True, tag="places"):
 
 Reply: TypeAlias = Error | Done | Pong | Registered | Found | Granted | Report | Places
 
+_UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises over bytes that are no message: not all of it is its own."""
 _ENCODER = msgspec.msgpack.Encoder()
 _REQUESTS: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _REPLIES: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
@@ -379,7 +381,7 @@ def decode_request(frames: list[bytes]) -> tuple[int, Request]:
     correlation = _header(frames)
     try:
         return correlation, _REQUESTS.decode(frames[1])
-    except msgspec.MsgspecError as error:
+    except _UNDECODABLE as error:
         raise _not_a_request(frames[1], error, correlation) from None
 
 
@@ -388,7 +390,7 @@ def decode_reply(frames: list[bytes]) -> tuple[int, Reply]:
     correlation = _header(frames)
     try:
         return correlation, _REPLIES.decode(frames[1])
-    except msgspec.MsgspecError as error:
+    except _UNDECODABLE as error:
         raise WireError("bad_message", str(error), correlation) from None
 
 
@@ -403,11 +405,11 @@ def _header(frames: list[bytes]) -> int:
     return int(correlation)
 
 
-def _not_a_request(payload: bytes, error: msgspec.MsgspecError, correlation: int) -> WireError:
+def _not_a_request(payload: bytes, error: Exception, correlation: int) -> WireError:
     """Tell an operation that nobody knows from one whose fields are wrong."""
     try:
         tag = next(iter(_TAG.decode(payload)), None)
-    except msgspec.MsgspecError:
+    except _UNDECODABLE:
         return WireError("bad_message", f"the payload is no msgpack array: {error}", correlation)
     if isinstance(tag, str) and tag not in _TAGS:
         return WireError("unknown_operation", f"no operation {tag[:64]!r}", correlation)

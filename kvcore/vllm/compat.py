@@ -38,6 +38,7 @@ __all__ = [
     "host_cache_hits",
     "isa",
     "kv_layout",
+    "log_with_vllm",
     "steps_when_idle",
     "transfer_factory",
 ]
@@ -56,6 +57,16 @@ def check_version(version: str = vllm.__version__) -> bool:
     if not tested:
         _LOG.warning("vLLM %s was not tested with kvcore: tested are %s to %s", version, TESTED[0], TESTED[-1])
     return tested
+
+
+def log_with_vllm() -> None:
+    """Let what kvcore logs appear where vLLM's own lines do, unless the user has arranged otherwise."""
+    ours, theirs = logging.getLogger("kvcore"), logging.getLogger("vllm")
+    if ours.handlers or ours.level or not theirs.handlers:
+        return
+    ours.setLevel(theirs.getEffectiveLevel())
+    for handler in theirs.handlers:
+        ours.addHandler(handler)
 
 
 def attention_spec(kv_cache_config: Any) -> Any:

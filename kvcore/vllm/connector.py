@@ -20,6 +20,7 @@ from kvcore.vllm.worker import WorkerSide
 _LOG = logging.getLogger("kvcore.vllm")
 _START_S = 2.0
 """How long the start of vLLM waits for a server that does not answer."""
+_EMBEDDED_DEADLINE_S = 10.0
 
 
 @dataclass
@@ -64,6 +65,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        compat.log_with_vllm()
         compat.check_version()
         parallel = vllm_config.parallel_config
         for kind in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -88,6 +90,10 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
 
     def _endpoint(self) -> str:
         return self._settings.endpoint
+
+    @property
+    def _deadline_s(self) -> float:
+        return self._settings.deadline_ms / 1000
 
     def _register(self, role: Any, *, block_bytes: int, namespace: Mapping[str, str], rank: int = 0) -> Register:
         return Register(
@@ -135,7 +141,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             self._endpoint(),
             register,
             drain=self._worker.drain,
-            deadline_s=self._settings.deadline_ms / 1000,
+            deadline_s=self._deadline_s,
             curve=self._settings.curve,
         )
         self._worker.connect(client)
@@ -212,7 +218,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         client = SchedulerClient(
             self._endpoint(),
             self._register("scheduler", block_bytes=first.block_bytes, namespace=described),
-            deadline_s=self._settings.deadline_ms / 1000,
+            deadline_s=self._deadline_s,
             curve=self._settings.curve,
         )
         registered = client.register(_START_S)
@@ -318,3 +324,8 @@ class KVCoreConnector(KVCoreMPConnector):
 
     def _endpoint(self) -> str:
         return embedded_settings(self._instance, self._settings.server).endpoints[0]
+
+    @property
+    def _deadline_s(self) -> float:
+        """A server in a thread cannot die alone, but the engine may keep the interpreter to itself for a while."""
+        return max(super()._deadline_s, _EMBEDDED_DEADLINE_S)

@@ -2,6 +2,7 @@
 
 import atexit
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any
 
 from kvcore.live.server import Server
@@ -14,8 +15,9 @@ def embedded_settings(instance: str, given: Mapping[str, Any]) -> Settings:
     It listens for its engine alone, its arena bears the engine's name, and it has no HTTP unless that is asked for.
     Raises kvcore.live.settings.SettingsError.
     """
-    mine = {"http": "off", "name": f"in-{instance}", **given}
-    endpoint = f"ipc://{load(mine).arena_dir.rstrip('/')}/kvcore-in-{instance}.ipc"
+    short = sha256(instance.encode()).hexdigest()[:12]  # a unix socket's path has no room for an engine's id
+    mine = {"http": "off", "name": f"in-{short}", **given}
+    endpoint = f"ipc://{load(mine).arena_dir.rstrip('/')}/kvcore-in-{short}.ipc"
     return load({**mine, "bind": (endpoint,)})
 
 

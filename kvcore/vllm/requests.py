@@ -155,6 +155,11 @@ class Tracked:
         self.load_started_s: float | None = None
         self.load_s = 0.0
 
+    def end_life(self) -> None:
+        """Leave the life at hand; the next one bears another name."""
+        self.life = None
+        self.lives += 1
+
     def wire_name(self) -> str:
         """Return the name of the life at hand."""
         return self.id if self.lives == 0 else f"{self.id}~{self.lives}"

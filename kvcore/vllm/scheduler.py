@@ -74,6 +74,8 @@ class SchedulerSide:
         self._unrecorded: list[Tracked] = []
         self._finished: dict[str, Life] = {}
         """Finished requests whose blocks the engine holds until they are named in `StepPlan.released`."""
+        self._inbox: list[tuple[str, Granted]] = []
+        """Grants that came when no step was being planned."""
         self._waiting_first: dict[str, Tracked] = {}
         self._plan = StepPlan()
         self._failures: dict[int, int] = {}
@@ -178,7 +180,7 @@ class SchedulerSide:
             return False  # nothing is stored of it; the blocks of a load under way are held without us
         unanswered = bool(life.asks) and current
         if unanswered and not self._options.steps_when_idle:
-            life.tainted = True  # what is granted later is given back
+            self._give_back(life)
             unanswered = False
         if unanswered or (life.stored and not self._options.copies_in_step):
             self._finished[tracked.id] = life
@@ -215,11 +217,11 @@ class SchedulerSide:
             if tracked.request.num_preemptions == tracked.preemptions and life.session is session:
                 tracked.unlucky = True  # it comes back since its load failed: to load again would fail again
                 self._end(life)
-                tracked.life = None
+                tracked.end_life()
                 return None
             self._preempt(tracked)
         elif life is not None and life.session is not session:
-            tracked.life = None
+            tracked.end_life()
         if tracked.life is None and session is not None:
             names = chunk_names(tracked.hashes, session.chunk_tokens // self._options.block_tokens)
             tracked.life = Life(tracked.wire_name(), session, names)
@@ -239,7 +241,7 @@ class SchedulerSide:
         )
         self.counters.lookup_seconds += time.perf_counter() - started
         if self._link.registered is not life.session:
-            tracked.life = None
+            tracked.end_life()
         elif not isinstance(found, NotYet):
             life.found = found
             life.asked = min(sum(found.hits), len(life.chunks))
@@ -285,7 +287,7 @@ class SchedulerSide:
         if life is None or life.ended:
             return False
         if life.session is not self._link.registered:
-            tracked.life = None
+            tracked.end_life()
             return False
         blocks.apply(life)
         chunks = min(upto, tracked.prompt_tokens) // life.session.chunk_tokens
@@ -303,7 +305,8 @@ class SchedulerSide:
         """Turn the grants that have come into copies; wait a little where the blocks may be free after this step."""
         until = time.monotonic() + wait_s
         while self._asking:
-            for name, granted in self._link.granted():
+            inbox, self._inbox = [*self._inbox, *self._link.granted()], []
+            for name, granted in inbox:
                 self._granted(name, granted)
             if not self._asking or time.monotonic() >= until:
                 break
@@ -313,6 +316,20 @@ class SchedulerSide:
             if life.session is not session or now - asked_s > self._options.ask_patience_s:
                 life.asks.clear()
                 del self._asking[name]
+
+    def _give_back(self, life: Life) -> None:
+        """Store nothing more of a life; wait a little for its grants, since there may be no step to come."""
+        life.tainted = True
+        until = time.monotonic() + self._options.grant_wait_s
+        while life.asks and time.monotonic() < until:
+            others = []
+            for name, granted in self._link.granted():
+                if name == life.name:
+                    self._granted(name, granted)
+                else:
+                    others.append((name, granted))
+            self._inbox += others
+            time.sleep(50e-6 if life.asks else 0)
 
     def _granted(self, name: str, granted: Granted) -> None:
         request_id, life, _ = self._asking.get(name, (None, None, 0.0))
@@ -349,8 +366,7 @@ class SchedulerSide:
                 self._drop_found(life)
             self._end(life)
             self._plan.preempted.append(life.name)
-        tracked.life = None
-        tracked.lives += 1
+        tracked.end_life()
         tracked.preemptions = tracked.request.num_preemptions
 
     def _taint(self, bad: frozenset[int]) -> None:

@@ -10,8 +10,10 @@ from contextlib import closing
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from kvsim.errors import UsageError
 
-class EndpointError(RuntimeError):
+
+class EndpointError(UsageError):
     """The endpoint cannot be reached or refuses; one line that names it."""
 
 
@@ -44,7 +46,7 @@ class HttpEndpoint:
 
     Raises:
         EndpointError: It cannot be reached.
-        ValueError: The URL is none.
+        UsageError: The URL is none.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class HttpEndpoint:
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or parts.hostname is None:
-            raise ValueError(f"--url {url}: not an http:// or https:// address")
+            raise UsageError(f"--url {url}: not an http:// or https:// address")
         self.where = url
         self._secure = parts.scheme == "https"
         self._host = parts.hostname

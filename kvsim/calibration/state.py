@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from kvsim.calibration.endpoint import EndpointError
+from kvsim.errors import UsageError
 
 Point = tuple[str, int, int]
 """`prefill`, new and cached tokens; or `decode`, batch and context."""
 
 
-class CalibrationError(ValueError):
+class CalibrationError(UsageError):
     """A calibration that cannot go on; one line."""
 
 

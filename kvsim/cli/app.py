@@ -53,15 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _known_errors() -> tuple[type[Exception], ...]:
     """Return the errors that are the user's, looked up only once one is there."""
-    from kvsim.calibration.endpoint import EndpointError  # noqa: PLC0415
-    from kvsim.calibration.state import CalibrationError  # noqa: PLC0415
-    from kvsim.engine.settings import SettingsError  # noqa: PLC0415
-    from kvsim.engine.timeline import TimelineError  # noqa: PLC0415
     from kvsim.errors import UsageError  # noqa: PLC0415
-    from kvsim.profiles import ProfileError  # noqa: PLC0415
     from kvtraces import LogError  # noqa: PLC0415
 
-    return (UsageError, ProfileError, LogError, SettingsError, TimelineError, EndpointError, CalibrationError)
+    return (UsageError, LogError)
 
 
 def _sentence(error: Exception) -> str:

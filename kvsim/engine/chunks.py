@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+from kvsim.errors import UsageError
 from kvtraces import Log
 
 
@@ -9,9 +10,12 @@ def chunk_chains(log: Log, chunk_tokens: int) -> list[tuple[int, ...]]:
     """Return each request's full chunks, head first; a chunk of k blocks is named by its last block.
 
     Raises:
-        ValueError: The log has lengths alone, or a chunk is no whole number of its blocks.
+        UsageError: The log has lengths alone, or a chunk is no whole number of its blocks.
     """
-    starts, names = log.chunks(chunk_tokens)
+    try:
+        starts, names = log.chunks(chunk_tokens)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     flat = names.tolist()
     return [tuple(flat[a:b]) for a, b in pairwise(starts.tolist())]
 
@@ -20,7 +24,7 @@ def output_chains(log: Log, chunk_tokens: int) -> list[tuple[int, ...]]:
     """Return the full chunks that follow each prompt's once its output is appended; none where they are not recorded.
 
     Raises:
-        ValueError: As `chunk_chains`.
+        UsageError: As `chunk_chains`.
     """
     coarse = log.coarsen(chunk_tokens)
     if coarse.output_starts is None or coarse.output_blocks is None:

@@ -44,6 +44,8 @@ class Engine:
         self._layers = settings.profile.layers
         self._shell: Shell | None = None
         self._waiting: deque[Job] = deque()
+        self._loaded_jobs: deque[Job] = deque()
+        """Requests whose asynchronous load has arrived: they hold their blocks, so they come before all others."""
         self._running: dict[Job, None] = {}
         self._prefilling: list[Job] = []
         self._decodes = Decodes(self._block)
@@ -76,7 +78,7 @@ class Engine:
         """What a request waited for has arrived: it is next."""
         if job.first_scheduled < 0:
             job.exposed_load += self._env.now - job.load_began
-        self._waiting.appendleft(job)
+        (self._loaded_jobs.append if job.holding.blocks else self._waiting.appendleft)(job)
         self._blocked = False
         self._poke()
 
@@ -85,7 +87,7 @@ class Engine:
         job.stores -= 1
         if not job.stores and job.finished >= 0:
             self._release(job)
-            if self._waiting:
+            if self._waiting or self._loaded_jobs:
                 self._blocked = False
                 self._poke()
 
@@ -106,7 +108,7 @@ class Engine:
         self._loads = []
         lookups = 0
         preempted = False
-        if self._decodes.batch and (self._prefilling or self._waiting):
+        if self._decodes.batch and (self._prefilling or self._waiting or self._loaded_jobs):
             preempted = self._room_for_decodes()
         budget = self._settings.max_num_batched_tokens - self._decodes.batch
         for job in tuple(self._prefilling):
@@ -118,7 +120,7 @@ class Engine:
                 continue
             parts.append((job, new))
             budget -= new
-        if self._waiting and not preempted:
+        if (self._waiting or self._loaded_jobs) and not preempted:
             lookups = self._admit(budget)
         parts[:] = [(job, new) for job, new in parts if job in self._running]
         self._start(lookups)
@@ -136,23 +138,22 @@ class Engine:
 
     def _admit(self, budget: int) -> int:
         """Admit waiting requests in order; return how many lookups that took."""
-        waiting, block, cache = self._waiting, self._block, self.cache
+        block, cache = self._block, self.cache
         lookups = 0
-        while waiting and budget > 0:
+        while budget > 0 and (waiting := self._loaded_jobs or self._waiting):
             job = waiting[0]
             if len(self._running) >= self._settings.max_num_seqs:
                 self._blocked = True
                 break
-            if not job.holding.blocks:  # one whose load has arrived holds its blocks already
+            if waiting is self._waiting:
                 hit = min(cache.peek(job.path), (job.target - 1) // block)
                 if not cache.fits(job.path, -(-job.target // block), hit):
                     self._blocked = True
                     break
                 if not job.looked_up:
                     lookups += self._look_up(job, hit)
-                    if job.fetching:
+                    if job.waits:
                         waiting.popleft()
-                        job.held = True
                         job.load_began = self._env.now
                         continue
                 if self._take_hits(job, hit):
@@ -171,7 +172,6 @@ class Engine:
             self._prefilling.append(job)
             if job.first_scheduled < 0:
                 job.first_scheduled = self._env.now
-                job.cached = job.computed
             self._parts.append((job, new))
             budget -= new
         return lookups
@@ -237,7 +237,10 @@ class Engine:
         return preempted
 
     def _preempt(self, job: Job) -> None:
-        """Give up the blocks of a request and compute it anew later, what it has put out included."""
+        """Give up the blocks of a request and compute it anew later, what it has put out included.
+
+        Stores that still read its blocks are taken to have had them, as vLLM's connectors see to.
+        """
         del self._running[job]
         extra = 0
         if job in self._prefilling:
@@ -352,6 +355,9 @@ class Engine:
         decodes = self._decodes
         while not (steps := decodes.fitting(self.cache.free + self._taken)):
             self._preempt(next(reversed(self._running)))
+            if not decodes.batch:  # loads and stores under way hold the rest; their end wakes the engine
+                self._idle = True
+                return
         batch, context = decodes.batch, decodes.context
         first = self._costs.decode(batch, context + 1)
         slope = (self._costs.decode(batch, context + steps) - first) / (steps - 1) if steps > 1 else 0.0

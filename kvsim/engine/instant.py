@@ -127,7 +127,7 @@ def simulate_core(
         observe: Sees every event with its decisions.
 
     Raises:
-        ValueError: The log has lengths alone, or a chunk is no whole number of its blocks.
+        UsageError: The log has lengths alone, or a chunk is no whole number of its blocks.
     """
     chains = chunk_chains(log, chunk_tokens)
     transport = InstantTransport()

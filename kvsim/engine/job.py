@@ -10,7 +10,6 @@ class Job:
     __slots__ = (
         "arrived",
         "asked",
-        "cached",
         "chain",
         "computed",
         "decoded",
@@ -18,13 +17,12 @@ class Job:
         "engine",
         "enqueued",
         "exposed_load",
-        "fetching",
         "findable",
         "finish_step",
         "finished",
         "first_scheduled",
         "first_token",
-        "held",
+        "found",
         "holding",
         "index",
         "joined_step",
@@ -47,6 +45,7 @@ class Job:
         "step_load",
         "stores",
         "target",
+        "waits",
         "whole_findable",
         "whole_path",
     )
@@ -86,8 +85,6 @@ class Job:
         self.target = prompt
         """Tokens to compute before the next one comes out: the prompt, and after a preemption what was put out too."""
         self.computed = 0
-        self.cached = 0
-        """Tokens that it had when it was first scheduled, from L0 or loaded."""
         self.produced = 0
         """Tokens put out."""
         self.decoded = 0
@@ -101,14 +98,15 @@ class Job:
         # L1
         self.looked_up = False
         self.matched: tuple[int, ...] = ()
+        """Leading chunks found in each tier when it was first looked up."""
+        self.found = 0
+        """Leading chunks found in any tier when it was looked up last."""
         self.run: tuple[Chunk, ...] = ()
         """Chunks that the core wants loaded, once it has said so."""
         self.run_start = 0
         """The first of them would be this one of the chain."""
-        self.fetching = 0
-        """Copies from a lower tier that are under way."""
-        self.held = False
-        """Whether it waits for them outside the queue."""
+        self.waits = False
+        """Whether it waits, outside the queue, for copies from a lower tier, its own or another request's."""
         self.load_began = 0.0
         self.exposed_load = 0.0
         """What loads cost until the first token beyond compute, in seconds."""

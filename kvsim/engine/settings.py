@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 from kvcore.policy import CoreConfig, TierConfig
 from kvcore.policy.config import Admission, Placement
+from kvsim.errors import UsageError
 from kvsim.profiles import Profile
 
 Routing: TypeAlias = Literal["round-robin", "least-loaded", "prefix-aware", "recorded"]
@@ -17,7 +18,7 @@ GIB = 2**30
 ROUTINGS: tuple[Routing, ...] = ("round-robin", "least-loaded", "prefix-aware", "recorded")
 
 
-class SettingsError(ValueError):
+class SettingsError(UsageError):
     """Settings that cannot be simulated; the message is one line and names the setting."""
 
 

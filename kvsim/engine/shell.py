@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvcore.policy import (
+    Chunk,
     Core,
     CoreConfig,
     Demote,
@@ -76,6 +77,10 @@ class Shell:
         self._chunk_tokens = chunk_tokens
         self._chunk_bytes = chunk_bytes
         self._jobs: dict[str, Job] = {}
+        self._fetches: dict[Chunk, None] = {}
+        """Chunks on their way from a lower tier, for whichever request."""
+        self._held: dict[Job, tuple[Chunk, ...]] = {}
+        """Requests that wait for some of them, and what they hope to load."""
         self._names = [f"engine-{engine.number}" for engine in engines]
         self.driver = Driver(Core(config), self, observe)
         self.refused: dict[str, int] = {}
@@ -108,6 +113,11 @@ class Shell:
                 resumed=job.preemptions > 0,
             )
         )
+        if self._fetches and not job.run:
+            wanted = job.chain[job.run_start : job.found]
+            if not self._fetches.keys().isdisjoint(wanted):
+                job.waits = True
+                self._held[job] = wanted
 
     def loadable(self, job: Job, l0_tokens: int) -> int:
         """Return the tokens up to which a request can load what follows `l0_tokens`; 0 where it has nothing to load."""
@@ -163,17 +173,20 @@ class Shell:
         if decision.tier == 0:
             job.run = decision.chunks
             return
-        job.fetching += 1
-        self._link.send(0, len(decision.chunks) * self._chunk_bytes, lambda: self._fetched(job, decision))
+        self._fetches.update(dict.fromkeys(decision.chunks))
+        self._link.send(0, len(decision.chunks) * self._chunk_bytes, lambda: self._fetched(decision))
 
-    def _fetched(self, job: Job, decision: Load) -> None:
-        job.fetching -= 1
+    def _fetched(self, decision: Load) -> None:
+        for chunk in decision.chunks:
+            del self._fetches[chunk]
         self.driver.handle(
             LoadDone(now_ns=self._clock.now_ns(), request=decision.request, tier=decision.tier, chunks=decision.chunks)
         )
-        if job.held and not job.fetching:
-            job.held = False
-            self._engines[job.engine].ready(job)
+        for job, wanted in tuple(self._held.items()):
+            if job.run or self._fetches.keys().isdisjoint(wanted):
+                del self._held[job]
+                job.waits = False
+                self._engines[job.engine].ready(job)
 
     def store(self, decision: Place) -> None:
         """Copy from the engine to tier 0, or down."""
@@ -190,7 +203,7 @@ class Shell:
         self._committed(decision.request, 0, decision.chunks)
         self._engines[job.engine].stored(job)
 
-    def _committed(self, request: str, tier: int, chunks: tuple[bytes | int, ...]) -> None:
+    def _committed(self, request: str, tier: int, chunks: tuple[Chunk, ...]) -> None:
         self.driver.handle(StoreCommitted(now_ns=self._clock.now_ns(), request=request, tier=tier, chunks=chunks))
 
     def demote(self, decision: Demote) -> None:
@@ -220,4 +233,5 @@ class Shell:
             return
         if not job.matched or not decision.resumed:
             job.matched = decision.hits
+        job.found = sum(decision.hits)
         job.asked = decision.hits[0] if not any(decision.hits[1:]) else 0

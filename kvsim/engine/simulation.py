@@ -51,7 +51,7 @@ def prepare(log: Log, chunk_tokens: int | None, *, reuse: bool = True) -> Worklo
         reuse: False leaves the chains out: nothing is cached beyond L0.
 
     Raises:
-        ValueError: A chunk is no whole number of the log's blocks.
+        UsageError: A chunk is no whole number of the log's blocks.
     """
     size = log.block_tokens if chunk_tokens is None else chunk_tokens
     chains: list[tuple[int, ...]] = [()] * len(log)
@@ -129,6 +129,9 @@ def simulate(
         _Source(env, order, choose, None if progress is None else _Finishing(engines, progress, len(order))).start()
     with _no_garbage_collection():
         env.run()
+    stuck = sum(job is not None and job.finished < 0 for job in jobs)
+    if stuck:
+        raise AssertionError(f"{stuck} requests never ended")
     if progress is not None:
         progress(len(order), len(order))
     return Finished(jobs, engines, shell, lower, costs.warnings(), env.now)

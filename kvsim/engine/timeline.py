@@ -9,21 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from kvsim.errors import MissingExtraError, UsageError
+
 if TYPE_CHECKING:
     from kvsim.runner import RunResult
 
 PHASES = ("handling_s", "queue_s", "load_s", "prefill_s")
 
 
-class TimelineError(ValueError):
+class TimelineError(UsageError):
     """A timeline that cannot be written; the message is one line."""
 
 
 def check_kind(path: Path) -> None:
-    """Raise TimelineError unless `write_requests` can write this kind of file: before the work, not after it."""
+    """Raise what `write_requests` raises for this kind of file: before the work, not after it."""
     if path.suffix == ".parquet":
         if importlib.util.find_spec("pyarrow") is None:
-            raise TimelineError(f"{path}: parquet needs pyarrow (the extra `report`); .jsonl needs nothing")
+            raise MissingExtraError(f"{path}: parquet (.jsonl needs nothing)", "report")
     elif not path.name.removesuffix(".gz").endswith(".jsonl"):
         raise TimelineError(f"{path}: a timeline is a .parquet, .jsonl or .jsonl.gz file")
 
@@ -32,7 +34,8 @@ def write_requests(result: "RunResult", path: str | Path) -> None:
     """Write a row a request, with the columns of `RunResult.columns`, to a .parquet, .jsonl or .jsonl.gz file.
 
     Raises:
-        TimelineError: Another kind of file, or parquet without pyarrow.
+        TimelineError: Another kind of file.
+        MissingExtraError: Parquet without pyarrow.
         OSError: The file cannot be written.
     """
     path = Path(path)

@@ -6,13 +6,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from kvsim.errors import UsageError
 from kvsim.profiles.costs import Grid, PrefillFit, TransferCurve
 from kvsim.profiles.profile import Part, Profile
 
 FORMAT = 1
 
 
-class ProfileError(ValueError):
+class ProfileError(UsageError):
     """A profile that does not exist or cannot be read; the message says which there are, or what is wrong."""
 
 

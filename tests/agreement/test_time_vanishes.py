@@ -1,4 +1,4 @@
-"""When nothing takes time, the engine model finds what the core finds of requests one after the other."""
+"""When nothing takes time, the engine model finds what the core and the sweep find of requests one after the other."""
 
 import dataclasses
 
@@ -10,6 +10,7 @@ from kvsim.engine.instant import simulate_core
 from kvsim.engine.settings import GIB, RunSettings
 from kvsim.profiles import Grid, PrefillFit, TransferCurve, lookup
 from kvsim.runner import run
+from kvsim.sweep import chains, hit_chunks
 from kvtraces import Chat, Rag, generate, read
 
 INSTANT = TransferCurve(sizes=(2**60,), bytes_per_s=(1e40,))
@@ -50,6 +51,9 @@ def assert_same(log, chosen, chunk_tokens):
     config = chosen.core_config(chunk_tokens)
     core = simulate_core(log, config, chunk_tokens)
     np.testing.assert_array_equal(result.columns["matched_l1"], chunk_tokens * core.hits[:, 0])
+    if len(config.tiers) == 1:
+        swept = hit_chunks(chains(log, chunk_tokens), chosen.policy, config.tiers[0].pages)
+        np.testing.assert_array_equal(result.columns["matched_l1"], chunk_tokens * swept)
     np.testing.assert_array_equal(result.columns["matched_l2"], chunk_tokens * core.hits[:, 1:].sum(axis=1))
     return result
 

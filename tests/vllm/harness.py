@@ -4,6 +4,7 @@
 import gc
 import json
 import os
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ def connector_config(connector, **extra):
 @contextmanager
 def engine(model: Path, kv_transfer_config=None, **options):
     """An engine with float32 weights and KV; gone, with everything that vLLM keeps in globals, on exit."""
+    import vllm
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -56,6 +58,8 @@ def engine(model: Path, kv_transfer_config=None, **options):
         "enable_prefix_caching": True,
     }
     llm = LLM(**{**settings, **options}, kv_transfer_config=kv_transfer_config)
+    if vllm.__version__.startswith("0.26."):
+        _count_every_step(llm.llm_engine)
     try:
         yield llm
     finally:
@@ -63,6 +67,19 @@ def engine(model: Path, kv_transfer_config=None, **options):
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def _count_every_step(engine):
+    """vLLM 0.26 loses the counts of steps without output, but only in an engine inside the caller's thread."""
+    step = engine.engine_core.get_output
+
+    def get_output():
+        outputs = step()
+        if outputs.scheduler_stats is not None and not outputs.outputs:
+            engine.logger_manager.record(scheduler_stats=outputs.scheduler_stats, iteration_stats=None)
+        return outputs
+
+    engine.engine_core.get_output = get_output
 
 
 def generate(llm, prompts, max_tokens=8, salts=None):
@@ -101,10 +118,14 @@ def scheduler(llm):
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
-def step_idle(llm, steps=3):
-    """Step an engine that has no request: what an engine in a process of its own does by itself."""
-    for _ in range(steps):
-        llm.llm_engine.engine_core.engine_core.step()
+def step_idle(llm):
+    """Step an engine until no request is left: what an engine in a process of its own does by itself."""
+    core = llm.llm_engine.engine_core.engine_core
+    until = time.monotonic() + 10
+    while core.scheduler.has_requests():
+        assert time.monotonic() < until, scheduler(llm).requests
+        core.step()
+        time.sleep(0.002)
 
 
 def to_json(answers):

@@ -1,17 +1,23 @@
 """Real vLLM on the CPU reuses KV through a server, and answers as it does without one."""
 
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import harness
 import numpy as np
 import pytest
+
+pytest.importorskip("vllm")
+
 from harness import BLOCK, CHUNK, assert_same, generate, metrics
-from servers import ServerInThread, counters, status
+from servers import ServerInThread, counters, status, wait_for
+from vllm import SamplingParams
 
 from kvcore.live.arena import Arena
 from kvcore.live.client import Client
 from kvcore.live.wire import Clear
+from kvcore.vllm.mover import Mover
 
 pytestmark = pytest.mark.vllm
 
@@ -60,7 +66,7 @@ def setup(request, tiny_model, reference, tmp_path_factory):
     options = {"l1_size_gb": L1_CHUNKS * CHUNK_BYTES / 2**30, "page_size": "512KiB", "chunk_size": CHUNK}
     server = ServerInThread(tmp_path_factory.mktemp("server"), **options) if kind == "mp" else None
     if server is not None:
-        config = harness.connector_config("KVCoreMPConnector", endpoint=server.endpoint, load_mode=mode)
+        config = harness.connector_config("KVCoreMPConnector", endpoint=server.endpoint, load_mode=mode, deadline_ms=10_000)
     else:
         config = harness.connector_config("KVCoreConnector", load_mode=mode, pretouch=False, **options)
     with harness.engine(tiny_model, config, max_num_batched_tokens=256, num_gpu_blocks_override=GPU_BLOCKS) as llm:
@@ -76,7 +82,8 @@ class Setup:
         self.reference = reference
 
     def forget_locally(self):
-        assert self.llm.reset_prefix_cache()
+        held = {name: str(request.status) for name, request in harness.scheduler(self.llm).requests.items()}
+        assert self.llm.reset_prefix_cache(), held
 
     def clear(self):
         with Client(self.endpoint) as client:
@@ -93,7 +100,7 @@ class Setup:
         ]
         assert_same(answers, [self.reference[name] for name in names])
         after, now = metrics(self.llm), counters(self.endpoint)
-        gained = {name: after[name] - before.get(name, 0) for name in after}
+        gained = defaultdict(int, {name: after[name] - before.get(name, 0) for name in after})
         gained |= {name: now[name] - served.get(name, 0) for name in now}
         return gained
 
@@ -103,7 +110,8 @@ def hits(gained):
 
 
 def logged(caplog, verb):
-    return sum(int(n) for n in re.findall(rf"{verb} (\d+) tokens", caplog.text))
+    once = {id(record): record.getMessage() for record in caplog.records}  # one can come through two loggers
+    return sum(int(n) for n in re.findall(rf"{verb} (\d+) tokens", "\n".join(once.values())))
 
 
 def test_second_request_loads_the_shared_prefix(setup, caplog):
@@ -184,6 +192,73 @@ def test_preemption_with_loads_and_evictions(setup):
     assert gained["evicted_chunks"] > 0
     harness.step_idle(setup.llm)
     setup.forget_locally()
+
+
+def test_load_that_fails_is_computed_and_poisons_nothing(setup, monkeypatch):
+    """The pages change hands during the copy; what the same step computed on top of the bad blocks is not stored."""
+    setup.clear()
+    setup.ask("second")
+    setup.forget_locally()
+    load = Mover.load
+
+    def robbed(mover, pages, blocks):
+        handle = load(mover, pages, blocks)
+        mover.arena.data[:] = 0
+        mover.arena.generations[pages.ravel()] += 1
+        return handle
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mover, "load", robbed)
+        gained = setup.ask("first")
+    assert gained["vllm:kvcore_failed_tokens"] == 4 * CHUNK
+    assert gained["loaded_tokens"] == 0
+    setup.clear()
+    assert hits(setup.ask("first")) == 0
+    setup.forget_locally()
+    assert hits(setup.ask("first")) == 5 * CHUNK
+
+
+def test_salts_keep_tenants_apart(setup):
+    setup.clear()
+    generate(setup.llm, [PROMPTS["first"]], 1, salts=["one"])
+    setup.forget_locally()
+    before = metrics(setup.llm)["vllm:external_prefix_cache_hits"]
+    generate(setup.llm, [PROMPTS["first"]], 1, salts=["two"])
+    assert metrics(setup.llm)["vllm:external_prefix_cache_hits"] == before
+    generate(setup.llm, [PROMPTS["first"]], 1)
+    assert metrics(setup.llm)["vllm:external_prefix_cache_hits"] == before
+    setup.forget_locally()
+    generate(setup.llm, [PROMPTS["first"]], 1, salts=["one"])
+    assert metrics(setup.llm)["vllm:external_prefix_cache_hits"] == before + 5 * CHUNK
+
+
+def test_requests_aborted_half_way_leave_nothing_behind(setup):
+    setup.clear()
+    setup.ask("first")
+    setup.forget_locally()
+    engine = setup.llm.llm_engine
+    params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
+    for steps in (0, 1, 2, 4, 12):
+        name = f"aborted-{steps}"
+        engine.add_request(name, {"prompt_token_ids": PROMPTS["first"] + PROMPTS["exact"]}, params)
+        for _ in range(steps):
+            engine.step()
+        engine.abort_request([name])
+        harness.step_idle(setup.llm)
+    setup.forget_locally()
+    wait_for(lambda: status(setup.endpoint)["requests"] == 0)
+    seen = status(setup.endpoint)
+    assert seen["arena"]["free_pages"] + seen["tiers"][0]["pages"] == seen["arena"]["pages"]
+    setup.ask("first")
+
+
+def test_nothing_is_left_under_way(setup):
+    """After everything that this engine has been through, the server holds resident chunks only, and no pin."""
+    harness.step_idle(setup.llm)
+    wait_for(lambda: status(setup.endpoint)["requests"] == 0)
+    seen = status(setup.endpoint)
+    assert seen["arena"]["free_pages"] + seen["tiers"][0]["pages"] == seen["arena"]["pages"]
+    assert seen["tiers"][0]["idle_pages"] == seen["tiers"][0]["pages"]
 
 
 def test_zeros_in_l1_change_the_answer(setup):

@@ -80,3 +80,26 @@ def build_model(
 def build_big_model(folder: Path) -> Path:
     """Write the model of 105 M parameters."""
     return build_model(folder, layers=8, hidden=1024, heads=16, kv_heads=8)
+
+
+def build_sliding_model(folder: Path) -> Path:
+    """Write a Mistral of two layers that attend to 256 tokens only."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=64,
+        sliding_window=256,
+        max_position_embeddings=8192,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    build_tokenizer(folder)
+    MistralForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder

@@ -4,14 +4,17 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as settings_of
+from hypothesis import strategies as st
 
 from kvcore.policy import Core, LoadDone, Place, RequestEnded, StoreCommitted
 from kvsim.engine.settings import GIB, RunSettings
 from kvsim.engine.shell import OUTPUT
 from kvsim.engine.simulation import prepare, simulate
-from kvsim.profiles import lookup
+from kvsim.profiles import TransferCurve, lookup
 from kvsim.runner import run
-from kvtraces import Chat, Poisson, generate
+from kvtraces import Chat, Log, Poisson, generate
 
 PROFILE = lookup("qwen3-8b", "h100")
 LOG = generate(Chat(requests=400, seed=3, block_tokens=16, arrivals=Poisson(sessions_per_s=2.0)), output_hashes=True)
@@ -41,6 +44,8 @@ VARIANTS = [
     {"l1_gb": 0.01},
     {"l0_prefix_caching": False, "chunked_prefill": False},
     {"store_output": True, "load": "async"},
+    {"load": "async", "l0_gb": 2.35, "rate_scale": 8.0, "max_num_seqs": 3, "l0_prefix_caching": False},
+    {"load": "async", "l0_gb": 2.35, "rate_scale": 8.0, "l2_gb": 30.0, "l1_gb": 0.5, "max_num_batched_tokens": 300},
     {"store_output": True, "l0_gb": 2.35, "rate_scale": 8.0, "l2_gb": 30.0},
 ]
 
@@ -148,3 +153,46 @@ def grid_of(grid, columns):
 
 def test_bytes_are_gib():
     assert settings(l0_gb=1.0).l0_blocks == GIB // (PROFILE.kv_bytes_per_token * 16)
+
+
+@settings_of(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 0.2), st.integers(1, 160), st.integers(0, 60), st.integers(0, 3)),
+        min_size=1,
+        max_size=30,
+    ),
+    st.sampled_from(["layerwise", "sync", "async"]),
+    st.integers(1, 4),
+    st.sampled_from([40, 200]),
+    st.booleans(),
+)
+def test_every_request_ends_however_little_room_there_is(rows, load, seqs, budget, reuse):
+    # Prompts of one of four families, 14 engine blocks for all; slow links, so that copies are always under way.
+    times = np.cumsum([gap for gap, *_ in rows])
+    chains = [[100 * family + i for i in range(prompt // 16)] for _, prompt, _, family in rows]
+    log = Log(
+        block_tokens=16,
+        timestamp_ms=1e3 * times,
+        input_tokens=np.array([row[1] for row in rows]),
+        output_tokens=np.array([row[2] for row in rows]),
+        starts=np.cumsum([0, *map(len, chains)]),
+        blocks=np.array([name for chain in chains for name in chain], dtype=np.int64),
+    )
+    slow = TransferCurve(sizes=(1,), bytes_per_s=(2e7,))
+    profile = dataclasses.replace(PROFILE, transfers=dict.fromkeys(PROFILE.transfers, slow))
+    chosen = RunSettings(
+        profile=profile,
+        l0_gb=14 * 16 * profile.kv_bytes_per_token / GIB + 1e-9,
+        l1_gb=0.03,
+        l2_gb=0.2,
+        load=load,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        l0_prefix_caching=reuse,
+    )
+    finished = simulate(prepare(log, 16), chosen)
+    assert all(job.finished >= job.first_token >= job.arrived for job in finished.jobs if job is not None)
+    engine = finished.engines[0]
+    assert (engine.cache.held, engine.pending_tokens, engine.unfinished) == (0, 0, 0)
+    assert not list(finished.shell.driver.core.requests())

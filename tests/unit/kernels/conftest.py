@@ -1,5 +1,6 @@
 """Streams that run late and in any order that events allow, to find a missing wait without a GPU."""
 
+import threading
 import weakref
 from collections import deque
 from functools import partial
@@ -7,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from kvkernels.errors import DeviceError
 from kvkernels.streams import move_bytes
 
 
@@ -42,6 +44,8 @@ class LazyStream:
         return event
 
     def copy(self, target, source, length):
+        for ranges in (target, source):
+            self._runtime.refuse_crossing(ranges, length)
         # The driver reads the arrays of addresses during the call, so a copy of them is what the stream sees.
         for one in self._runtime.rng.permutation(len(length)):
             ranges = [np.array([values[one]]) for values in (target, source, length)]
@@ -60,8 +64,44 @@ class LazyStream:
         self.queue.append((None, run))
 
 
+class LazySubmitter:
+    """Runs a drawn number of steps in the call, and each of the rest when the runtime's turn falls on it."""
+
+    def __init__(self, runtime):
+        self._runtime = runtime
+        self._works = deque()
+
+    def submit(self, work):
+        with self._runtime.lock:
+            self._works.append((work, None))
+            for _ in range(self._runtime.rng.integers(0, 4)):
+                if len(self._works) == 1 and self.ready():
+                    self.step()
+
+    def until(self, reached):
+        while not reached():
+            assert self._runtime.step(), "a point that no step will reach: deadlock"
+
+    def close(self):
+        self.until(lambda: not self._works)
+
+    def ready(self):
+        return bool(self._works) and (self._works[0][1] is None or self._works[0][1].reached)
+
+    def step(self):
+        work, _ = self._works[0]
+        more, before = work.step()
+        self._works[0] = (work, before)
+        if not more:
+            self._works.popleft()
+
+
 class LazyRuntime:
-    """Executes nothing until asked; `step` runs the head of one stream, drawn among those whose wait is over."""
+    """Executes nothing until asked.
+
+    `step` draws one among the streams whose wait is over and the transfers that are still being handed over, and runs
+    its head: what a thread that submits does next to the device, in any order that events allow.
+    """
 
     needs_pinned = False
 
@@ -70,6 +110,9 @@ class LazyRuntime:
         self.honours_waits = honours_waits
         self.main = LazyStream(self)
         self.streams = [self.main]
+        self.submitters = []
+        self.registered = []
+        self.lock = threading.RLock()
 
     def stream(self, *, urgent):
         self.streams.append(LazyStream(self))
@@ -96,24 +139,46 @@ class LazyRuntime:
         stream.queue.append((None, fill))
         return uploaded
 
+    def register(self, address, nbytes):
+        """Know a host range as an allocation of its own, as cuMemHostRegister does."""
+        self.registered.append((address, nbytes))
+
+    def refuse_crossing(self, ranges, length):
+        """What the driver answers to a copy that begins in one registered range and ends in another."""
+        for address, nbytes in self.registered:
+            inside = (ranges >= address) & (ranges < address + nbytes)
+            if (ranges + length > address + nbytes)[inside].any():
+                raise DeviceError("cuMemcpyAsync: CUDA_ERROR_INVALID_VALUE (1)")
+
     def pinned(self, nbytes):
         return np.zeros(nbytes, np.uint8)
 
     def enter_thread(self):
         pass
 
+    def submitter(self, name):
+        self.submitters.append(LazySubmitter(self))
+        return self.submitters[-1]
+
     def step(self):
-        ready = [s for s in self.streams if s.queue and (s.queue[0][0] is None or s.queue[0][0].reached)]
-        if not ready:
-            return False
-        _, work = ready[self.rng.integers(len(ready))].queue.popleft()
-        work()
-        return True
+        with self.lock:
+            streams = [s for s in self.streams if s.queue and (s.queue[0][0] is None or s.queue[0][0].reached)]
+            ready = [*streams, *(one for one in self.submitters if one.ready())]
+            if not ready:
+                return False
+            chosen = ready[self.rng.integers(len(ready))]
+            if isinstance(chosen, LazySubmitter):
+                chosen.step()
+            else:
+                _, work = chosen.queue.popleft()
+                work()
+            return True
 
     def run_all(self):
         while self.step():
             pass
         assert not any(stream.queue for stream in self.streams), "streams wait for each other: deadlock"
+        assert not any(one._works for one in self.submitters), "a transfer that nothing lets go on: deadlock"
 
 
 @pytest.fixture(scope="session")

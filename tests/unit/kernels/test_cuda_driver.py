@@ -19,13 +19,22 @@ typedef int CUresult; typedef unsigned long long CUdeviceptr; typedef struct CUs
 typedef struct { int type; int id; } CUmemLocation;
 typedef struct { int srcAccessOrder; CUmemLocation srcLocHint, dstLocHint; unsigned int flags; } CUmemcpyAttributes;
 static int calls;
+static struct { uintptr_t start; size_t n; } slices[8];
+/* The real driver refuses a copy that begins in one registered range and ends beyond it. */
+static int crosses(CUdeviceptr p, size_t n) {
+    for (int i = 0; i < 8; i++)
+        if (p >= slices[i].start && p < slices[i].start + slices[i].n && p + n > slices[i].start + slices[i].n) return 1;
+    return 0;
+}
 CUresult cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, size_t n, CUstream s) {
     if (s != (CUstream)77) return 400;
+    if (crosses(dst, n) || crosses(src, n)) return 1;
     memcpy((void *)dst, (void *)src, n); calls++; return 0;
 }
 static CUresult copies(CUdeviceptr *d, CUdeviceptr *s, size_t *n, size_t count, CUmemcpyAttributes *a, size_t *ai,
                        size_t na, CUstream stream) {
     if (stream != (CUstream)77 || na != 1 || ai[0] != 0 || a->srcAccessOrder != 1 || a->flags != 1) return 1;
+    for (size_t i = 0; i < count; i++) if (crosses(d[i], n[i]) || crosses(s[i], n[i])) return 1;
     for (size_t i = 0; i < count; i++) memcpy((void *)d[i], (void *)s[i], n[i]);
     calls += 1000; return 0;
 }
@@ -41,7 +50,16 @@ CUresult cuGetProcAddress_v2(const char *symbol, void **pfn, int version, uint64
     if (strcmp(symbol, "cuMemcpyBatchAsync") || newest < 12080) return 0;
     *pfn = version >= 13000 ? (void *)copies : (void *)copies_v1; *status = 0; return 0;
 }
-CUresult cuMemHostRegister_v2(void *p, size_t n, unsigned flags) { return flags == 1 && n ? 0 : 1; }
+CUresult cuMemHostRegister_v2(void *p, size_t n, unsigned flags) {
+    for (int i = 0; i < 8 && flags == 1 && n; i++)
+        if (!slices[i].n) { slices[i].start = (uintptr_t)p; slices[i].n = n; return 0; }
+    return 1;
+}
+static int capture_mode;
+CUresult cuThreadExchangeStreamCaptureMode(int *mode) {
+    int before = capture_mode; capture_mode = *mode; *mode = before; return 0;
+}
+int stand_in_capture_mode(void) { return capture_mode; }
 CUresult cuMemHostUnregister(void *p) { return 713; }
 CUresult cuGetErrorName(CUresult e, const char **name) {
     *name = e == 713 ? "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED" : "CUDA_ERROR_INVALID_VALUE"; return 0;
@@ -77,7 +95,17 @@ if driver.has_batch:
         raise SystemExit("an error code was not raised")
     except DeviceError as error:
         assert "cuMemcpyBatchAsync: CUDA_ERROR_INVALID_VALUE (1)" in str(error)
-driver.register(source.ctypes.data, 256)
+driver.register(source.ctypes.data, 100)
+driver.register(source.ctypes.data + 100, 156)
+across = (np.array([target.ctypes.data]), np.array([source.ctypes.data + 90]), np.array([20]))
+for copy in [driver.copy_each] + [driver.copy_batch] * driver.has_batch:
+    try:
+        copy(*across, 77)
+        raise SystemExit("a copy across two registered ranges was not refused")
+    except DeviceError as error:
+        assert "CUDA_ERROR_INVALID_VALUE (1)" in str(error)
+driver.relax_capture()
+assert ctypes.CDLL("libcuda.so.1").stand_in_capture_mode() == 2
 try:
     driver.unregister(source.ctypes.data)
     raise SystemExit("an error code was not raised")

@@ -92,20 +92,13 @@ def pinned_runtime(lazy_runtime):
     class PinnedOnly(lazy_runtime):
         needs_pinned = True
 
-        def __init__(self, seed):
-            super().__init__(seed)
-            self.lock = threading.RLock()
-
-        def step(self):
-            with self.lock:
-                return super().step()
-
     return PinnedOnly
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("held", [1, 2])
 @pytest.mark.parametrize("seed", range(6))
-def test_unpinned_slots_go_through_the_bounce_buffer(pinned_runtime, seed, share):
+def test_unpinned_slots_go_through_the_bounce_buffer(pinned_runtime, seed, share, held):
     rng = np.random.default_rng(seed)
     case = random_case(rng, block_tokens=16)
     chunks = min(5, case.layout.num_blocks // case.layout.chunk_blocks)
@@ -113,7 +106,8 @@ def test_unpinned_slots_go_through_the_bounce_buffer(pinned_runtime, seed, share
     slots, nbytes = random_slots(rng, case.layout, chunks)
     arena = Splitting(np.zeros(nbytes, np.uint8), int(share * nbytes))
     runtime = pinned_runtime(seed)
-    bounce = BounceTransfer(BatchTransfer(case.layout, case.tensors, arena, runtime), arena, runtime, bounce_slots=2)
+    options = {"bounce_bytes": 2 * held * case.layout.slot_bytes, "threads": 2}
+    bounce = BounceTransfer(BatchTransfer(case.layout, case.tensors, arena, runtime), arena, runtime, **options)
     before = [memory.clone() for memory in case.memory]
     for memory in case.memory:
         memory.zero_()
@@ -126,7 +120,7 @@ def test_unpinned_slots_go_through_the_bounce_buffer(pinned_runtime, seed, share
         assert np.array_equal(got, case.slot(mine))
     empty = case.emptied()
     bounce.close()
-    bounce = BounceTransfer(BatchTransfer(case.layout, empty.tensors, arena, runtime), arena, runtime)
+    bounce = BounceTransfer(BatchTransfer(case.layout, empty.tensors, arena, runtime), arena, runtime, **options)
     handle = bounce.load(slots, ids)
     handle.wait_layer(0)
     handle.wait()

@@ -47,7 +47,7 @@ def test_resolve_finds_the_byte_behind_every_byte(made, data):
 def test_merged_copies_move_the_same_bytes(copies):
     columns = [np.array([copy[i] for copy in copies], np.int64) for i in range(3)]
     moved = [(h + i, d + i) for h, d, n in copies for i in range(n)]
-    merged = merge_copies(*columns)
+    _, *merged = merge_copies(*columns)
     assert [(h + i, d + i) for h, d, n in zip(*merged, strict=True) for i in range(n)] == moved
     assert all(
         h0 + n0 != h1 or d0 + n0 != d1

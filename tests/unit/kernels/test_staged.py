@@ -121,6 +121,42 @@ def restore(case, before):
         memory.copy_(content)
 
 
+class SlicedArena(HostArena):
+    """Pinned in slices, each an allocation of its own to the device."""
+
+    def __init__(self, buffer, runtime, slice_bytes):
+        super().__init__(buffer, is_pinned=True)
+        self._slice_bytes = slice_bytes
+        for start in range(0, len(self.array), slice_bytes):
+            runtime.register(self.address + start, min(slice_bytes, len(self.array) - start))
+
+    @property
+    def split_bytes(self):
+        return self._slice_bytes
+
+
+@pytest.mark.parametrize("make", [staged, batched])
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), share=st.floats(0.02, 2.0), adjacent=st.booleans())
+def test_no_copy_crosses_from_one_registered_slice_into_the_next(lazy_runtime, make, seed, share, adjacent):
+    rng = np.random.default_rng(seed)
+    case = random_case(rng, block_tokens=16)
+    layout, runtime = case.layout, lazy_runtime(seed)
+    chunks = layout.num_blocks // layout.chunk_blocks
+    slots, nbytes = random_slots(rng, layout, chunks)
+    ids = random_ids(rng, layout, chunks)
+    if adjacent:
+        slots, ids = [[(i * layout.slot_bytes, layout.slot_bytes)] for i in range(chunks)], np.sort(ids)
+    slice_bytes = max(1, int(share * layout.slot_bytes))
+    arena = SlicedArena(np.zeros(max(nbytes, chunks * layout.slot_bytes), np.uint8), runtime, slice_bytes)
+    empty = case.emptied()
+    options = {"rows": 64} if make is staged else {}
+    make(runtime, layout, case.tensors, arena, **options).store(ids, slots).wait()
+    assert stored_right(case, ids, slots, arena)
+    make(runtime, layout, empty.tensors, arena, **options).load(slots, ids).wait()
+    assert loaded_right(case, empty, ids)
+
+
 @pytest.mark.parametrize("make", [staged, batched])
 @pytest.mark.parametrize("seed", range(8))
 def test_a_store_sees_the_engines_earlier_work(lazy_runtime, make, seed):
@@ -205,7 +241,7 @@ def qwen3_8b():
 
 def test_loads_start_and_end_with_single_layers():
     layout = qwen3_8b()
-    pieces = list(load_pieces(layout, 125, range(36), 40 << 20, copy_bytes=4 << 20))
+    pieces = list(load_pieces(layout, 125, range(36), 40 << 20, copy_bytes=4 << 20, group_bytes=8 << 20))
     groups = []
     for piece in pieces:
         if not groups or groups[-1] != piece.planes:
@@ -232,9 +268,10 @@ def test_pieces_cover_everything_once_and_fit(seed, data):
     planes = range(start, data.draw(st.integers(start, len(layout.planes))))
     chunks = data.draw(st.integers(0, 4))
     copy_bytes = data.draw(st.integers(1, 8 * row))
+    group_bytes = data.draw(st.integers(1, 40 * row))
     for pieces in (
         store_pieces(layout, chunks, planes, capacity),
-        load_pieces(layout, chunks, planes, capacity, copy_bytes=copy_bytes),
+        load_pieces(layout, chunks, planes, capacity, copy_bytes=copy_bytes, group_bytes=group_bytes),
     ):
         covered = []
         for piece in pieces:

@@ -1,0 +1,124 @@
+"""Handles of transfers that are enqueued bit by bit, perhaps by another thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from kvkernels.layouts import PagedLayout
+from kvkernels.streams import Event, Runtime
+from kvkernels.submit import Submitter
+
+__all__ = ["InFlight", "StreamHandle"]
+
+
+class StreamHandle:
+    """A transfer that is done when its last events are reached; see `kvkernels.transfer.Handle`.
+
+    Whoever enqueues tells it what was enqueued (`keep`, `arrived`, then `ended` or `failed`); everybody else waits for
+    that on the submitter, then for the events.
+
+    Args:
+        layout: the transfer's layout.
+        runtime: the device.
+        submitter: what runs the transfer's steps.
+    """
+
+    def __init__(self, layout: PagedLayout, runtime: Runtime, submitter: Submitter) -> None:
+        self._layout = layout
+        self._runtime = runtime
+        self._submitter = submitter
+        self._kept: tuple[Any, ...] = ()
+        self._marks: list[tuple[int, Sequence[Event]]] = []
+        self._last: Sequence[Event] = ()
+        self._sources: Sequence[Event] = ()
+        self._error: Exception | None = None
+        self._ended = False
+
+    # Whoever enqueues
+
+    def keep(self, *values: Any) -> None:
+        """Hold what the device reads for as long as this handle lives."""
+        self._kept = values
+
+    def arrived(self, stop: int, events: Sequence[Event]) -> None:
+        """All planes before `stop` are in place at these events."""
+        self._marks.append((stop, events))
+
+    def ended(self, last: Sequence[Event], sources: Sequence[Event]) -> None:
+        """Everything is enqueued: complete at `last`, all sources read at `sources`."""
+        self._last, self._sources = last, sources
+        self._ended = True
+
+    def failed(self, error: Exception, last: Sequence[Event]) -> None:
+        """No more is enqueued; what was, is over at `last`."""
+        self._error = error
+        self.ended(last, last)
+
+    # Everybody else
+
+    def done(self) -> bool:
+        """Whether the last events were reached."""
+        if not self.over():
+            return False
+        self._check()
+        return True
+
+    def wait(self) -> None:
+        """Block until they are."""
+        self.settle()
+        self._check()
+
+    def wait_layer(self, layer: int) -> None:
+        """Make the current stream wait for the layer's planes, or for everything where it has no event of its own."""
+        needed = self._layout.planes_of_layer(layer).stop
+        self._submitter.until(lambda: self._ended or bool(self._marks and self._marks[-1][0] >= needed))
+        self._check()
+        self._order(next((events for stop, events in self._marks if stop >= needed), self._last))
+
+    def wait_sources(self) -> None:
+        """Make the current stream wait until all sources were read."""
+        self._submitter.until(lambda: self._ended)
+        self._check()
+        self._order(self._sources)
+
+    def over(self) -> bool:
+        """Whether nothing of it is under way, failed or not."""
+        return self._ended and all(event.query() for event in self._last)
+
+    def settle(self) -> None:
+        """Block until nothing of it is under way, failed or not."""
+        self._submitter.until(lambda: self._ended)
+        for event in self._last:
+            event.synchronize()
+
+    def _order(self, events: Sequence[Event]) -> None:
+        stream = self._runtime.current()
+        for event in events:
+            stream.wait(event)
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+class InFlight:
+    """Handles whose transfers may still run, kept so that what they read outlives them."""
+
+    def __init__(self) -> None:
+        self._handles: list[StreamHandle] = []
+        self._lock = threading.Lock()
+
+    def add(self, handle: StreamHandle) -> None:
+        """Keep it, and let go of those that are over."""
+        with self._lock:
+            self._handles = [one for one in self._handles if not one.over()]
+            self._handles.append(handle)
+
+    def drain(self) -> None:
+        """Wait for all; a failure is told by the transfer's own handle."""
+        with self._lock:
+            handles, self._handles = self._handles, []
+        for handle in handles:
+            handle.settle()

@@ -1,0 +1,211 @@
+"""Handing work to a device without holding up the engine's thread.
+
+Planning a large transfer and passing it to the driver takes tens of milliseconds of host time. A transfer is therefore
+written as steps, each of which enqueues a little; the caller runs the first of them itself, so that a load's first
+layers are on their way when the call returns, and a thread runs the rest. Streams and events keep the order on the
+device, whoever enqueues.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from kvkernels.streams import Event
+
+__all__ = ["InlineSubmitter", "Submitter", "ThreadSubmitter", "Window", "Work"]
+
+_POLL_S = 0.0002
+
+
+@dataclass(slots=True)
+class Work:
+    """One transfer's steps.
+
+    `steps` enqueues a little at each `next`; an event that it yields must be reached before the next step. `fail` is
+    told what a step raised, after which there are no more steps.
+    """
+
+    steps: Iterator[Event | None]
+    fail: Callable[[Exception], None]
+
+    def step(self) -> tuple[bool, Event | None]:
+        """Run one step: whether there are more, and what must be reached first."""
+        try:
+            return True, next(self.steps)
+        except StopIteration:
+            return False, None
+        except Exception as error:  # noqa: BLE001  (raised again by the transfer's handle)
+            self.fail(error)
+            return False, None
+
+
+class Submitter(Protocol):
+    """Runs works one after another, in the order in which they were submitted."""
+
+    def submit(self, work: Work) -> None:
+        """Run the work's steps, the rest of them later."""
+        ...
+
+    def until(self, reached: Callable[[], bool]) -> None:
+        """Block the calling thread until this is true, which steps of submitted works make it."""
+        ...
+
+    def close(self) -> None:
+        """Return when every submitted work has ended."""
+        ...
+
+
+class InlineSubmitter:
+    """Runs every work to its end in the thread that submits it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def submit(self, work: Work) -> None:
+        """Run all steps."""
+        with self._lock:
+            more = True
+            while more:
+                more, before = work.step()
+                if before is not None:
+                    before.synchronize()
+
+    def until(self, reached: Callable[[], bool]) -> None:
+        """It is so once the work has been submitted: another thread may still be at it."""
+        if not reached():
+            with self._lock:
+                pass
+
+    def close(self) -> None:
+        """Nothing is under way."""
+
+
+class ThreadSubmitter:
+    """Runs the first steps in the submitting thread, where nothing else waits, and the rest in a thread of its own.
+
+    Args:
+        name: the thread's name.
+        enter_thread: called in it before anything else.
+        inline_s: how long a submitting thread goes on before it leaves the rest to the other.
+    """
+
+    def __init__(self, name: str, enter_thread: Callable[[], None], *, inline_s: float = 0.001) -> None:
+        self._name = name
+        self._enter_thread = enter_thread
+        self._inline_s = inline_s
+        self._turn = threading.Lock()
+        """Held by whoever runs steps."""
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[Work, Event | None]] = deque()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    def submit(self, work: Work) -> None:
+        """Run some steps if nothing is before it, and leave what remains to the thread."""
+        if not self._turn.acquire(blocking=False):
+            self._enqueue(work, None, first=False)
+            return
+        try:
+            if self._waiting:
+                self._enqueue(work, None, first=False)
+                return
+            more, before = self._run_inline(work)
+            if more:
+                self._enqueue(work, before, first=True)  # what others submitted meanwhile comes after it
+        finally:
+            self._turn.release()
+
+    def until(self, reached: Callable[[], bool]) -> None:
+        """Wait for steps to make it true."""
+        with self._changed:
+            self._changed.wait_for(reached)
+
+    def close(self) -> None:
+        """Return when every work has ended and so has the thread; a later `submit` starts another."""
+        with self._turn:  # a thread that is at its first steps may leave the rest to ours
+            pass
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _run_inline(self, work: Work) -> tuple[bool, Event | None]:
+        until = time.perf_counter() + self._inline_s
+        while True:
+            more, before = work.step()
+            self._tell()
+            if not more or (before is not None and not before.query()):
+                return more, before
+            if time.perf_counter() >= until:
+                return True, None
+
+    def _enqueue(self, work: Work, before: Event | None, *, first: bool) -> None:
+        with self._changed:
+            if first:
+                self._waiting.appendleft((work, before))
+            else:
+                self._waiting.append((work, before))
+            if self._thread is None:
+                self._closing = False
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        broken: Exception | None = None
+        try:
+            self._enter_thread()
+        except Exception as error:  # noqa: BLE001  (told to every work, and raised by its handle)
+            broken = error
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._waiting) or self._closing)
+                if not self._waiting:
+                    self._thread = None
+                    return
+            with self._turn:
+                work, before = self._waiting.popleft()
+                if broken is None:
+                    self._run_to_end(work, before)
+                else:
+                    work.fail(broken)
+                    self._tell()
+
+    def _run_to_end(self, work: Work, before: Event | None) -> None:
+        more = True
+        while more:
+            while before is not None and not before.query():
+                time.sleep(_POLL_S)  # synchronize() would keep a core busy
+            more, before = work.step()
+            self._tell()
+
+    def _tell(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+
+class Window:
+    """The last so many points that were enqueued, so that no more is in the device's queues at a time.
+
+    A full queue blocks whoever enqueues next, the engine's own thread included.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._points: deque[Event] = deque()
+
+    def add(self, point: Event) -> None:
+        """One more was enqueued."""
+        self._points.append(point)
+
+    def full(self) -> Event | None:
+        """What must be reached before another may be enqueued."""
+        return self._points.popleft() if len(self._points) >= self._size else None

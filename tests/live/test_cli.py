@@ -1,0 +1,151 @@
+"""The commands as users start them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from live_fakes import SyncEngine, chain, environment
+
+
+def kvcore(*words, timeout=60, **extra):
+    return subprocess.run(
+        [sys.executable, "-m", "kvcore.live.cli", *words],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**environment(), **extra},
+        check=False,
+    )
+
+
+def serve(folder, *flags):
+    defaults = ["--bind", f"ipc://{folder}/other.ipc", "--arena-dir", str(folder), "--name", "other", "--http", "off"]
+    return kvcore("serve", "--l1-size-gb", "0.01", *defaults, *flags)
+
+
+def test_a_server_that_cannot_start_says_why_in_one_line_and_leaves_nothing(start, folder):
+    server = start()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        cases = [
+            (["--bind", server.endpoint], "another server does"),
+            (["--bind", f"tcp://127.0.0.1:{port}"], "Address already in use"),
+            (["--http", f"127.0.0.1:{port}"], "Address already in use"),
+            (["--name", "t"], "is held by the server with process id"),
+            (["--arena-dir", str(folder / "none")], "No such file"),
+            (["--l1-size-gb", "100000"], "does not fit"),
+            (["--eviction-policy", "random"], "no eviction policy 'random'"),
+            (["--l1-size-gb", "-1"], "--l1-size-gb"),
+            (["--chunk-size", "many"], "--chunk-size"),
+            (["--page-size", "2 parsecs"], "--page-size"),
+            (["--bind", "tcp://0.0.0.0:5999"], "--curve-key"),
+            (["--l2", "tape:/dev/st0"], "no such store"),
+            (["--record", str(folder / "log.csv")], "log.csv"),
+            (["--config", str(folder / "none.toml")], "none.toml"),
+            (["--quota", "bob"], "SALT=GB"),
+        ]
+        before = sorted(os.listdir(folder))
+        for flags, message in cases:
+            done = serve(folder, *flags)
+            assert done.returncode == 2, (flags, done.stderr)
+            assert message in done.stderr, (flags, done.stderr)
+            assert done.stderr.count("\n") == 1, done.stderr
+            assert sorted(os.listdir(folder)) == before, flags
+    assert kvcore("serve", "--no-such-flag").returncode == 2
+    server.status()
+
+
+def test_settings_come_from_flags_then_environment_then_file(start, folder):
+    (folder / "kvcore.toml").write_text('eviction-policy = "fifo"\nchunk_size = 512\nttl-s = 60\n')
+    endpoint = f"ipc://{folder}/c.ipc"
+    command = [sys.executable, "-m", "kvcore.live.cli", "serve", "--config", str(folder / "kvcore.toml")]
+    more = {"KVCORE_CHUNK_SIZE": "128", "KVCORE_EVICTION_POLICY": "sieve", "KVCORE_PRETOUCH": "false"}
+    flags = ["--chunk-size", "64", "--bind", endpoint, "--arena-dir", str(folder), "--http", "off"]
+    process = subprocess.Popen(
+        [*command, *flags, "--l1-size-gb", "0.01"], env={**environment(), **more}, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(100):
+            done = kvcore("status", "--server", endpoint, "--timeout", "0.3", "--json")
+            if done.returncode == 0:
+                break
+        assert json.loads(done.stdout)["chunk_tokens"] == 64
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+
+
+def test_the_small_commands(start):
+    server = start()
+    with SyncEngine(server.endpoint) as engine:
+        engine.serve("1", chain("a", 3))
+        ping = json.loads(kvcore("ping", "--server", server.endpoint, "--json").stdout)
+        assert ping["pid"] == server.process.pid
+        assert 0 < ping["min_ms"] <= ping["median_ms"] <= ping["max_ms"]
+        shown = kvcore("status", "--server", server.endpoint).stdout
+        assert "engine" in shown
+        assert "scheduler 0" in shown
+        one = chain("a", 3)[0].hex()
+        assert kvcore("clear", one, "--server", server.endpoint).returncode == 0
+        assert server.status()["tiers"][0]["chunks"] == 2
+        assert kvcore("clear", KVCORE_SERVER=server.endpoint).returncode == 0
+        assert server.status()["tiers"][0]["chunks"] == 0
+        top = json.loads(kvcore("top", "--once", "--every", "0.2", "--json", "--server", server.endpoint).stdout)
+        assert top["rates"]["requests_per_s"] == 0
+    away = kvcore("ping", "--server", f"ipc://{server.folder}/none.ipc", "--timeout", "0.2")
+    assert away.returncode == 2
+    assert away.stderr.startswith("kvcore: no reply")
+    assert kvcore("clear", "no digest").returncode == 2
+
+
+def test_doctor_passes_on_a_sound_server_and_fails_without_one(start):
+    server = start()
+    with SyncEngine(server.endpoint):
+        done = kvcore("doctor", "--server", server.endpoint, "--json")
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    assert done.returncode == 0, checks
+    assert checks["hash agreement"]["result"] == "ok"
+    assert checks["hit test"]["result"] == "ok"
+    assert "16 blocks of 16" in checks["chunk and block"]["seen"]
+    assert server.status()["tiers"][0]["chunks"] == 0, "the hit test leaves nothing"
+    done = kvcore("doctor", "--server", f"ipc://{server.folder}/none.ipc", "--json")
+    assert done.returncode == 1
+    assert [check["name"] for check in json.loads(done.stdout) if check["result"] == "fail"] == ["server"]
+
+
+def test_bench_measures_a_running_server(start):
+    server = start(l1_pages=200)
+    flags = ["--tokens", "5000", "--clients", "2", "--seconds", "0.3", "--copy-mb", "2", "--json"]
+    done = kvcore("bench", "--server", server.endpoint, *flags)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["chunks"] == 20
+    assert figures["lookups"] > 10
+    assert 0 < figures["round_trip_p50_ms"] <= figures["round_trip_p99_ms"]
+    assert min(figures[name] for name in ("hash_ms", "memcpy_gb_per_s", "store_gb_per_s", "retrieve_gb_per_s")) > 0
+    assert server.status()["tiers"][0]["chunks"] == 0
+
+
+@pytest.mark.parametrize("command", ["serve", "ping", "status", "clear", "bench", "doctor", "top"])
+def test_every_command_has_help_with_an_example(command):
+    done = kvcore(command, "--help", COLUMNS="200")
+    assert done.returncode == 0
+    assert f"kvcore {command}" in done.stdout
+    assert "Example" in done.stdout
+
+
+def test_the_command_line_imports_little():
+    program = (
+        "import sys, kvcore.live.cli; heavy = {'zmq', 'starlette', 'uvicorn', 'numba', 'numpy', 'rich', "
+        "'prometheus_client', 'asyncio', 'torch'}; print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,384 @@
+"""Servers killed and stopped, engines killed and stopped: nothing wrong is served, nothing is lost for good."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from live_fakes import SyncEngine, chain, environment, wait_for
+
+from kvcore.live import wire
+from kvcore.live.client import MISS, NOT_YET, Client, Register, RemoteError, SchedulerClient, WorkerClient
+from kvtraces.journal import Equal, verify
+
+PROMPTS = [chain(f"p{at}", 5) for at in range(6)]
+
+
+def fill(engine):
+    for at, prompt in enumerate(PROMPTS):
+        engine.serve(f"fill-{at}", prompt)
+
+
+# The server's end
+
+
+def test_committed_chunks_survive_a_kill_with_a_journal(start, folder):
+    server = start("--journal", str(folder / "journal"))
+    with SyncEngine(server.endpoint) as engine:
+        fill(engine)
+        engine.lookup("reader", PROMPTS[0])  # pinned in the middle of a load
+        engine.lookup("writer", chain("half", 3))
+        engine.ask("writer", chain("half", 3))  # granted, never written
+        before = engine.registered
+        server.kill()
+    server.start()
+    with SyncEngine(server.endpoint) as engine:
+        assert engine.registered.epoch > before.epoch
+        for at, prompt in enumerate(PROMPTS):
+            found, _ = engine.serve(f"again-{at}", prompt)  # reads the bytes and compares
+            assert found.hits == (5,)
+        assert engine.serve("half", chain("half", 3))[0].hits == (0,)
+        with pytest.raises(RemoteError, match="register again"):
+            engine.client.call(wire.End(before.member, "reader"))
+    assert server.status()["arena"]["taken_over"]
+    assert server.stop() == 0
+    result = verify(folder / "journal")
+    assert isinstance(result, Equal), str(result)
+
+
+def test_a_second_kill_is_survived_too(start, folder):
+    server = start("--journal", str(folder / "journal"), "--journal-segment-mb", "1")
+    with SyncEngine(server.endpoint) as engine:
+        fill(engine)
+    for life in range(3):
+        server.kill()
+        server.start()
+        with SyncEngine(server.endpoint) as engine:
+            assert engine.serve(f"{life}", PROMPTS[life] + chain("more", 1))[0].hits[0] >= 5
+    server.stop()
+    assert isinstance(verify(folder / "journal"), Equal)
+
+
+def test_without_a_journal_the_same_pages_start_empty(start):
+    server = start()
+    with SyncEngine(server.endpoint) as engine:
+        fill(engine)
+        inode = os.stat(engine.registered.arena_path).st_ino
+        server.kill()
+        server.start()
+        with SyncEngine(server.endpoint) as again:
+            assert os.stat(again.registered.arena_path).st_ino == inode
+            assert again.serve("r", PROMPTS[0])[0].hits == (0,)
+    assert server.status()["arena"]["taken_over"]
+
+
+def test_a_clean_stop_leaves_nothing(start, folder):
+    server = start("--journal", str(folder / "journal"))
+    with SyncEngine(server.endpoint) as engine:
+        fill(engine)
+        assert server.stop() == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["journal", "server.log"]
+    server.start()
+    with SyncEngine(server.endpoint) as engine:
+        assert engine.serve("r", PROMPTS[0])[0].hits == (0,), "the arena is another, whatever the journal says"
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_pages_of_a_worker_that_still_writes_are_not_handed_out_by_the_next_server(start, folder, journal):
+    server = start(*(["--journal", str(folder / "journal")] if journal else []), l1_pages=16)
+    with SyncEngine(server.endpoint, "writer") as writer:
+        half = chain("half", 6)
+        writer.lookup("r", half)
+        granted = writer.ask("r", half)
+        held = set(np.frombuffer(granted.pages, "<u4").tolist())
+        assert len(held) == 6
+        server.kill()
+        server.start()
+        assert server.status()["arena"]["quarantined_pages"] == 6
+        with SyncEngine(server.endpoint, "other") as other:
+            for at in range(20):
+                found, given = other.serve(f"{at}", chain(f"{at}", 4))
+                assert found.hits == (0,)
+                assert given.chunks == (0, 1, 2, 3)
+                assert held.isdisjoint(np.frombuffer(given.pages, "<u4").tolist())
+            other.lookup("all", chain("all", 16))
+            given = other.ask("all", chain("all", 16))
+            assert (len(given.chunks), given.refused) == (10, {"room": 6})
+            other.aborted("all", chain("all", 16)[:10])
+            other.end("all")
+            with SyncEngine(server.endpoint, "writer", drained=writer.registered.epoch):
+                wait_for(lambda: server.status()["arena"]["quarantined_pages"] == 0)
+            _, given = other.serve("whole", chain("whole", 16))
+            assert len(given.chunks) == 16
+    if journal:
+        server.stop()
+        assert isinstance(verify(folder / "journal"), Equal)
+
+
+def test_a_full_journal_goes_on_in_bounded_segments(start, folder):
+    server = start("--journal", str(folder / "journal"), "--journal-segment-mb", "1", "--journal-segments", "2")
+    with SyncEngine(server.endpoint) as engine:
+        for at in range(1500):
+            engine.serve(f"{at}", chain(f"{at % 30}", 20), real=False)
+        names = sorted(path.name for path in (folder / "journal").iterdir())
+        assert len(names) == 2
+        assert names[-1] > "00000003.kvj"
+        server.kill()
+    result = verify(folder / "journal")
+    assert isinstance(result, Equal), str(result)
+    assert result.steps > 1000
+    server.start()
+    with SyncEngine(server.endpoint) as engine:
+        assert engine.serve("r", chain("29", 20), real=False)[0].hits == (20,)
+
+
+# Clients, when the server is away
+
+
+@contextmanager
+def clients(server, **options):
+    scheduler = SchedulerClient(server.endpoint, Register("e", "scheduler", 16, 256), **options)
+    worker = WorkerClient(server.endpoint, Register("e", "worker", 16, 256), **options)
+    scheduler.register()
+    worker.register()
+    try:
+        yield scheduler, worker
+    finally:
+        worker.leave()
+        scheduler.leave()
+
+
+def lookup(scheduler, request, prompt):
+    """As vLLM does: ask again every step. Returns what was found, and the longest and all of the time waited."""
+    longest = total = 0.0
+    while True:
+        start_s = time.perf_counter()
+        found = scheduler.lookup(request, prompt)
+        took = time.perf_counter() - start_s
+        longest, total = max(longest, took), total + took
+        if found is not NOT_YET:
+            return found, longest, total
+        time.sleep(0.001)
+
+
+def store(scheduler, worker, request, prompt):
+    lookup(scheduler, request, prompt)
+    scheduler.ask(request, prompt)
+    ((_, granted),) = wait_for(scheduler.granted)
+    worker.committed(request, [prompt[at] for at in granted.chunks], epoch=granted.epoch)
+    assert worker.flush()
+    scheduler.end(request)
+
+
+def test_a_kill_with_100_requests_queued_costs_misses_and_a_return_brings_hits_back(start, folder):
+    server = start("--journal", str(folder / "journal"))
+    prompt = PROMPTS[0]
+    with clients(server) as (scheduler, worker):
+        store(scheduler, worker, "1", prompt)
+        assert lookup(scheduler, "2", prompt)[0].hits == (5,)
+        server.process.send_signal(signal.SIGSTOP)
+        for at in range(100):
+            assert scheduler.lookup(f"queued-{at}", prompt) is NOT_YET
+        server.kill()
+        start_s = time.monotonic()
+        waited = 0.0
+        for at in range(100):
+            found, longest, total = lookup(scheduler, f"queued-{at}", prompt)
+            assert found is MISS
+            assert longest < 0.1, "the scheduler never blocks"
+            waited += total
+            scheduler.ask(f"queued-{at}", prompt)
+            worker.committed(f"queued-{at}", prompt)
+            scheduler.end(f"queued-{at}")
+        assert time.monotonic() - start_s < 2
+        assert waited < 1
+        assert scheduler.away
+        server.start()
+        wait_for(lambda: not scheduler.away and not worker.away)
+        wait_for(lambda: lookup(scheduler, f"back-{time.monotonic()}", prompt)[0].hits == (5,))
+
+
+def test_a_stopped_server_is_away_and_comes_back(start):
+    server = start()
+    prompt = PROMPTS[0]
+    with clients(server) as (scheduler, worker):
+        store(scheduler, worker, "1", prompt)
+        server.process.send_signal(signal.SIGSTOP)
+        found, longest, total = lookup(scheduler, "2", prompt)
+        assert found is MISS
+        assert longest < 0.1
+        assert total < 1
+        time.sleep(3)
+        assert lookup(scheduler, "3", prompt)[0] is MISS
+        server.process.send_signal(signal.SIGCONT)
+        wait_for(lambda: lookup(scheduler, f"back-{time.monotonic()}", prompt)[0].hits == (5,))
+    wait_for(lambda: server.status()["requests"] == 0)
+
+
+def test_a_server_away_at_the_start_is_a_warning(folder, start, caplog):
+    scheduler = SchedulerClient(f"ipc://{folder}/s.ipc", Register("e", "scheduler", 16, 256))
+    worker = WorkerClient(f"ipc://{folder}/s.ipc", Register("e", "worker", 16, 256))
+    try:
+        assert scheduler.register(timeout_s=0.3) is None
+        assert worker.register(timeout_s=0.3) is None
+        assert "away" in caplog.text
+        assert scheduler.lookup("1", PROMPTS[0]) is MISS
+        start()
+        wait_for(lambda: scheduler.registered is not None and worker.registered is not None)
+        assert lookup(scheduler, "2", PROMPTS[0])[0].hits == (0,)
+    finally:
+        worker.leave()
+        scheduler.leave()
+
+
+def test_a_worker_drains_before_it_registers_again(start):
+    server = start()
+    draining, drained = threading.Event(), threading.Event()
+
+    def drain():
+        draining.set()
+        drained.wait(10)
+
+    worker = WorkerClient(server.endpoint, Register("e", "worker", 16, 256), drain=drain)
+    worker.register()
+    try:
+        server.kill()
+        assert draining.wait(10)
+        server.start()
+        time.sleep(0.5)
+        assert worker.away
+        drained.set()
+        wait_for(lambda: not worker.away)
+    finally:
+        worker.leave()
+
+
+# Engines that stop or die in the middle of a copy
+
+
+@contextmanager
+def child(server, what, name="child"):
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "fault_child.py"), server.endpoint, what, name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        env=environment(),
+    )
+    try:
+        told = process.stdout.readline().split()
+        assert told, "the child failed"
+        yield process, {int(page) for page in told[1:]}
+    finally:
+        process.kill()
+        process.wait(10)
+        process.stdin.close()
+        process.stdout.close()
+
+
+def tell(process, word):
+    process.stdin.write(word + "\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+@contextmanager
+def heartbeat(engine):
+    """Renew an engine's lease in the background, as clients do; over a connection of its own."""
+    over = threading.Event()
+
+    def beat():
+        with Client(engine.client._connection.endpoint) as client:
+            while not over.wait(0.1):
+                for member in (engine.scheduler, *engine.workers):
+                    client.call(wire.Renew(member.member), 5)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def churn(engine, pages, rounds=10):
+    """Fill L1 with other chunks, several times over; return every page that was handed out."""
+    given = set()
+    for at in range(rounds):
+        prompt = chain(f"churn-{time.monotonic()}-{at}", pages)
+        _, granted = engine.serve(f"churn-{time.monotonic()}", prompt)
+        given.update(np.frombuffer(granted.pages, "<u4").tolist())
+    return given
+
+
+def test_a_writer_stopped_past_its_lease_keeps_its_pages_and_is_not_believed(start, folder):
+    server = start("--lease-s", "0.5", "--journal", str(folder / "journal"), l1_pages=16)
+    with (
+        SyncEngine(server.endpoint, "parent") as parent,
+        heartbeat(parent),
+        child(server, "store") as (process, held),
+    ):
+        process.send_signal(signal.SIGSTOP)
+        wait_for(lambda: server.counters()["kvcore_requests_at_work"] == 0)
+        given = churn(parent, 12)
+        assert held.isdisjoint(given)
+        assert server.status()["tiers"][0]["pages"] == 16
+        process.send_signal(signal.SIGCONT)
+        assert tell(process, "write") == "wrote"
+        assert tell(process, "commit") == "committed"
+        prompt = chain("child-prompt", 4)
+        assert parent.client.call(wire.Where(prompt)).tiers == (-1,) * 4, "what was written too late is not matched"
+        assert server.counters()["kvcore_refused_chunks", "lease"] == 4
+        assert churn(parent, 16, rounds=2) >= held, "the pages are back"
+    server.stop()
+    assert isinstance(verify(folder / "journal"), Equal)
+
+
+def test_a_reader_stopped_past_its_lease_learns_that_its_pages_are_others_now(start):
+    server = start("--lease-s", "0.5", l1_pages=16)
+    with (
+        SyncEngine(server.endpoint, "parent") as parent,
+        heartbeat(parent),
+        child(server, "load") as (process, held),
+    ):
+        assert tell(process, "read") == "read"
+        process.send_signal(signal.SIGSTOP)
+        wait_for(lambda: server.counters()["kvcore_requests_at_work"] == 0)
+        assert churn(parent, 16) >= held, "its pins are gone"
+        process.send_signal(signal.SIGCONT)
+        assert tell(process, "read") == "stale"
+
+
+def test_a_writer_that_is_killed_gives_its_pages_back_at_once(start):
+    server = start("--lease-s", "30", l1_pages=16)
+    with SyncEngine(server.endpoint, "parent") as parent, child(server, "store") as (process, held):
+        assert server.status()["tiers"][0]["pages"] == 4
+        process.kill()
+        wait_for(lambda: server.status()["tiers"][0]["pages"] == 0)
+        wait_for(lambda: [one["name"] for one in server.status()["instances"]] == ["parent"])
+        assert churn(parent, 16, rounds=1) >= held
+        assert parent.client.call(wire.Where(chain("child-prompt", 4))).tiers == (-1,) * 4
+
+
+def test_a_dead_rank_does_not_free_what_another_rank_writes(start):
+    server = start(l1_pages=16)
+    prompt = chain("a", 4)
+    with SyncEngine(server.endpoint, "pair", world=2) as pair:
+        pair.lookup("r", prompt)
+        pair.ask("r", prompt)
+        pair.committed("r", prompt[:1], 0)
+        pair.sockets[1].close()  # rank 0 dies
+        wait_for(lambda: server.counters()["kvcore_requests_at_work"] == 0)
+        assert server.status()["tiers"][0]["pages"] == 4, "rank 1 may still be writing"
+        assert pair.lookup("r2", prompt).hits == (0,), "the instance is not whole"
+        pair.committed("r", prompt, 1)
+        assert server.status()["tiers"][0]["pages"] == 0
+        assert pair.client.call(wire.Where(prompt)).tiers == (-1,) * 4

@@ -1,0 +1,86 @@
+"""The recorder: every request once, in the order of lookup, over rotated files."""
+
+import os
+import time
+
+import numpy as np
+from live_fakes import SyncEngine, chain, wait_for
+
+from kvcore.live import wire
+from kvcore.policy.hashing import trace_ids
+from kvtraces import read, read_rows
+
+
+def record(engine, request, prompt, blocks, **fields):
+    message = wire.Record(
+        engine.scheduler.member,
+        request,
+        len(prompt) * 256 + 3,
+        7,
+        16,
+        blocks.astype("<i8").tobytes(),
+        **fields,
+    )
+    engine.client.call(message, 5)
+
+
+def test_every_request_is_recorded_once_with_what_the_server_saw(start, folder):
+    server = start("--record", str(folder / "log.jsonl"))
+    prompt = chain("a", 3)
+    blocks = trace_ids(chain("blocks", 48))
+    with SyncEngine(server.endpoint) as engine:
+        assert engine.registered.record
+        for at in range(3):
+            engine.serve(f"{at}", prompt, salt="bob")
+        for at in (2, 0, 1):  # they finish in another order than they came
+            record(engine, f"{at}", prompt, blocks, status="finished", l0_tokens=16, ttft_ms=1.5, session_id="s")
+        record(engine, "never looked up", prompt, blocks)
+    assert wait_for(lambda: server.status()["recorder"]["rows"] == 3)
+    assert server.status()["recorder"]["dropped"] == 1
+    server.stop()
+    rows = sorted(read_rows(folder / "log.jsonl"), key=lambda row: row.seq)
+    assert [(row.seq, row.request_id, row.matched_l1, row.loaded_tokens) for row in rows] == [
+        (0, "0", 0, 0),
+        (1, "1", 768, 768),
+        (2, "2", 768, 768),
+    ]
+    assert rows[0].hash_ids == blocks.tolist()
+    assert {(r.salt, r.model, r.instance, r.status, r.l0_tokens, r.ttft_ms, r.block_size) for r in rows} == {
+        ("bob", "fake", "engine", "finished", 16, 1.5, 16)
+    }
+    assert rows[0].input_length == 771
+
+
+def test_a_recording_rotates_without_loss_and_goes_on_after_a_restart(start, folder):
+    path = folder / "log.jsonl.zst"
+    server = start("--record", str(path), "--record-max-mb", "1", l1_pages=512, page_bytes=4096)
+    requests = 1200
+    blocks = np.random.default_rng(0).integers(0, 2**62, (requests, 128))
+    for life in range(2):
+        with SyncEngine(server.endpoint) as engine:
+            for at in range(requests // 2):
+                number = life * requests // 2 + at
+                engine.serve(f"{number}", chain(number % 50, 8), real=False)
+                record(engine, f"{number}", chain(number % 50, 8), blocks[number])
+        wait_for(lambda: server.status()["recorder"]["rows"] == requests // 2)
+        assert server.status()["recorder"]["dropped"] == 0
+        server.stop()
+        server.start()
+    files = sorted(name for name in os.listdir(folder) if "log" in name and "server" not in name)
+    assert len(files) >= 4
+    log = read(path)
+    assert len(log) == requests
+    assert log.extra["seq"].tolist() == list(range(requests))
+    assert log.extra["request_id"].tolist() == [f"{number}" for number in range(requests)]
+    assert log.blocks.tolist() == blocks.ravel().tolist()
+    assert int(log.extra["matched_l1"].sum()) == (requests - 100) * 2048  # each life sees each of 50 prompts anew once
+
+
+def test_a_row_that_cannot_be_written_is_counted(start, folder):
+    server = start("--record", str(folder / "log.jsonl"))
+    with SyncEngine(server.endpoint) as engine:
+        engine.serve("1", chain("a", 1))
+        record(engine, "1", chain("a", 1), np.array([-1]))
+    time.sleep(0.1)
+    recorder = server.status()["recorder"]
+    assert (recorder["rows"], recorder["dropped"]) == (0, 1)

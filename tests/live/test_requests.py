@@ -1,0 +1,198 @@
+"""Requests against a real server: hits, ranks, a full L1, quotas, pins, the operator."""
+
+import numpy as np
+from live_fakes import SyncEngine, chain, wait_for
+
+from kvcore.live import wire
+from kvcore.live.client import NOT_YET, Register, SchedulerClient, WorkerClient
+
+
+def test_what_was_stored_is_found_and_read_back(start):
+    server = start()
+    prompt = chain("a", 5)
+    with SyncEngine(server.endpoint) as engine:
+        found, granted = engine.serve("1", prompt, input_tokens=5 * 256 + 9)
+        assert found.hits == (0,)
+        assert granted.chunks == (0, 1, 2, 3, 4)
+        found, granted = engine.serve("2", prompt + chain("b", 2), input_tokens=7 * 256)
+        assert found.hits == (5,)
+        assert (found.load_start, found.load_chunks) == (0, 5)
+        assert granted.chunks == (0, 1)
+        found = engine.lookup("3", prompt, computed_chunks=2)
+        assert (found.load_start, found.load_chunks) == (2, 3)
+        engine.read(found, prompt)
+    counters = server.counters()
+    assert counters["kvcore_matched_tokens", "l1"] == (5 + 5) * 256
+    assert counters["kvcore_loaded_tokens", "l1"] == 5 * 256
+    assert counters["kvcore_missed_tokens", "tail"] == 9
+    assert counters["kvcore_missed_tokens", "cold"] == 7 * 256
+
+
+def test_a_lookup_is_idempotent_and_follows_what_the_engine_lost(start):
+    server = start()
+    prompt = chain("a", 6)
+    with SyncEngine(server.endpoint) as engine:
+        engine.serve("1", prompt)
+        first = engine.lookup("2", prompt, computed_chunks=4)
+        assert engine.lookup("2", prompt, computed_chunks=4) == first
+        wider = engine.lookup("2", prompt, computed_chunks=1)  # the engine's own cache has evicted three
+        assert (wider.load_start, wider.load_chunks) == (1, 5)
+        assert engine.read(wider, prompt) == prompt[1:]
+    assert server.counters()["kvcore_requests"] == 2
+
+
+def test_l1_full_refuses_nothing_while_unpinned_chunks_exist(start):
+    server = start(l1_pages=256, page_bytes=4096)
+    with SyncEngine(server.endpoint) as engine:
+        for at in range(64):
+            engine.serve(f"fill-{at}", chain(f"fill-{at}", 4), real=False)
+        assert server.status()["tiers"][0]["pages"] == 256
+        for at in range(2500):  # 10,000 further chunks
+            _, granted = engine.serve(f"r{at}", chain(f"p{at}", 4), real=False)
+            assert granted.chunks == (0, 1, 2, 3)
+            assert not granted.refused
+        found, _ = engine.serve("last", chain("p2499", 4), real=False)
+        assert found.hits == (4,)
+    counters = server.counters()
+    assert counters["kvcore_evicted_chunks", "l1"] == 10_000
+    assert counters.get("kvcore_refused_chunks", 0) == 0
+    assert counters["kvcore_pages", "free"] == 0
+
+
+def test_pinned_chunks_refuse_what_does_not_fit_and_the_rest_is_served(start):
+    server = start(l1_pages=8)
+    held, other = chain("held", 6), chain("other", 4)
+    with SyncEngine(server.endpoint) as engine:
+        engine.serve("1", held)
+        engine.lookup("reader", held)  # pins them
+        engine.lookup("2", other)
+        granted = engine.ask("2", other)
+        assert granted.chunks == (0, 1)
+        assert granted.refused == {"room": 2}
+
+
+def test_a_chunk_is_seen_when_every_rank_has_written_it(start):
+    server = start()
+    prompt = chain("a", 3)
+    with SyncEngine(server.endpoint, world=2) as engine:
+        engine.lookup("1", prompt)
+        engine.ask("1", prompt)
+        engine.committed("1", prompt, 0)
+        assert engine.client.call(wire.Where(prompt)).tiers == (-1, -1, -1)
+        engine.committed("1", prompt[:1], 1)
+        engine.aborted("1", prompt[1:2], 1)
+        assert engine.client.call(wire.Where(prompt)).tiers == (0, -1, -1)
+        assert server.status()["tiers"][0]["pages"] == 2, "the failed chunk's page is free, the third is being written"
+        engine.committed("1", prompt[2:], 1)
+        engine.end("1")
+        assert engine.client.call(wire.Where(prompt)).tiers == (0, -1, 0)
+
+
+def test_pins_hold_until_every_rank_has_loaded(start):
+    server = start(l1_pages=4)
+    prompt = chain("a", 4)
+    with SyncEngine(server.endpoint, world=2) as engine:
+        engine.serve("1", prompt, real=False)
+        engine.lookup("2", prompt)
+        engine.end("2")
+        engine.loaded("2", prompt, 0)
+        engine.lookup("3", chain("b", 1))
+        assert engine.ask("3", chain("b", 1)).refused == {"room": 1}
+        engine.load_failed("2", prompt, 1)
+        assert engine.ask("3", chain("b", 1)).chunks == (0,)
+
+
+def test_mla_is_stored_once_and_loaded_by_every_rank(start):
+    server = start()
+    prompt = chain("a", 2)
+    with SyncEngine(server.endpoint, world=4, shards=1) as engine:
+        engine.serve("1", prompt)
+        found, _ = engine.serve("2", prompt)
+        assert found.hits == (2,)
+        assert engine.registered.shard_bytes == 4096
+    assert server.counters()["kvcore_stored_tokens"] == 512
+
+
+def test_two_instances_of_other_sizes_share_the_arena(start):
+    server = start()
+    with (
+        SyncEngine(server.endpoint, "small", chunk_bytes=4096) as small,
+        SyncEngine(server.endpoint, "large", chunk_bytes=3 * 65536) as large,
+    ):
+        for at in range(30):
+            small.serve(f"{at}", chain(f"s{at % 7}", 3))
+            large.serve(f"{at}", chain(f"l{at % 5}", 3))
+        assert small.serve("x", chain("s1", 3))[0].hits == (3,)
+        assert large.serve("x", chain("l4", 3))[0].hits == (3,)
+
+
+def test_the_operator_clears_pins_and_sets_quotas(start):
+    server = start("--quota", f"bob={3 * 65536 / 2**30!r}", l1_pages=8)
+    a, b = chain("a", 4), chain("b", 6)
+    with SyncEngine(server.endpoint) as engine:
+        engine.serve("1", a)
+        call = engine.client.call
+        call(wire.Pin(a[:2]))
+        engine.serve("2", b)
+        assert call(wire.Where(a)).tiers == (0, 0, -1, -1)
+        call(wire.Unpin(a[:2]))
+        call(wire.Clear(b))
+        assert call(wire.Where(b)).tiers == (-1,) * 6
+        call(wire.Clear())
+        assert call(wire.Where(a)).tiers == (-1,) * 4
+        _, granted = engine.serve("3", b, salt="bob")
+        assert (granted.chunks, granted.refused) == ((0, 1, 2), {"quota": 3})
+        call(wire.SetQuota("bob", None))
+        assert engine.serve("4", b, salt="bob")[1].chunks == (0, 1, 2)
+
+
+def test_a_miss_for_want_of_the_same_namespace_is_told_apart(start):
+    server = start()
+    with SyncEngine(server.endpoint, "one") as one, SyncEngine(server.endpoint, "two") as two:
+        one.serve("1", chain("root one", 2), probe=b"the first tokens")
+        two.serve("1", chain("root two", 2), probe=b"the first tokens")
+        two.serve("2", chain("root three", 2), probe=b"other tokens")
+    counters = server.counters()
+    assert counters["kvcore_missed_tokens", "namespace"] == 512
+    assert counters["kvcore_missed_tokens", "cold"] == 1024
+
+
+def test_an_evicted_chunk_that_is_missed_is_told_apart(start):
+    server = start(l1_pages=4)
+    with SyncEngine(server.endpoint) as engine:
+        engine.serve("1", chain("a", 4))
+        engine.serve("2", chain("b", 4))
+        engine.serve("3", chain("a", 4))
+    assert server.counters()["kvcore_missed_tokens", "evicted"] == 1024
+
+
+def test_the_asynchronous_clients_do_the_same(start):
+    server = start()
+    prompt = chain("a", 40)
+    scheduler = SchedulerClient(server.endpoint, Register("e", "scheduler", 16, 256))
+    worker = WorkerClient(server.endpoint, Register("e", "worker", 16, 256))
+    registered = scheduler.register()
+    assert worker.register().epoch == registered.epoch
+    try:
+
+        def found(request):
+            return wait_for(lambda: (reply := scheduler.lookup(request, prompt)) is not NOT_YET and reply)
+
+        assert found("1").hits == (0,)
+        scheduler.ask("1", prompt)
+        ((request, granted),) = wait_for(scheduler.granted)
+        assert (request, len(granted.chunks)) == ("1", 40)
+        assert len(np.unique(np.frombuffer(granted.pages, "<u4"))) == 40
+        worker.committed("1", prompt, tokens=40 * 256, nbytes=40 * 4096, seconds=0.1, epoch=granted.epoch)
+        assert worker.flush()
+        scheduler.end("1")
+        assert found("2").hits == (40,)
+        scheduler.drop_load("2", prompt)
+        scheduler.end("2")
+        worker.committed("1", prompt, epoch=granted.epoch - 1)  # of another server: not said
+        assert worker.flush()
+        wait_for(lambda: server.status()["requests"] == 0)
+    finally:
+        worker.leave()
+        scheduler.leave()
+    assert server.status()["instances"] == []

@@ -1,0 +1,120 @@
+"""Engines that start, end and start again; servers that are away or say no; the log of what was asked."""
+
+import json
+
+import harness
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+
+from harness import BLOCK, CHUNK, assert_same, generate, metrics
+from servers import ServerInThread, counters, wait_for
+
+from kvcore.live.client import RegistrationRefused
+from kvcore.policy.hashing import trace_ids
+from kvcore.vllm.compat import UnsupportedModelError
+
+pytestmark = pytest.mark.vllm
+SMALL = {"l1_size_gb": 1 / 32, "page_size": "512KiB", "chunk_size": CHUNK}
+
+
+def tokens(count, seed):
+    return np.random.default_rng(seed).integers(4, 300, count).tolist()
+
+
+SHARED = tokens(4 * CHUNK + 50, 1)
+FIRST, SECOND, SHORT = SHARED + tokens(100, 2), SHARED + tokens(130, 3), tokens(60, 4)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model):
+    with harness.engine(tiny_model) as llm:
+        return generate(llm, [FIRST, SECOND, SHORT])
+
+
+def mp(endpoint, **extra):
+    # The server shares the interpreter with an engine that starts, and may be late.
+    return harness.connector_config("KVCoreMPConnector", endpoint=endpoint, deadline_ms=10_000, **extra)
+
+
+def test_restarted_engine_loads_what_the_first_stored(tiny_model, reference, tmp_path, caplog):
+    log = tmp_path / "log.jsonl"
+    server = ServerInThread(tmp_path, **SMALL, record=str(log))
+    with harness.engine(tiny_model, mp(server.endpoint)) as llm:
+        assert_same(generate(llm, [FIRST]), reference[:1])
+        namespace = harness.scheduler(llm).connector._scheduler._hasher.namespace
+    with caplog.at_level("INFO", logger="kvcore"), harness.engine(tiny_model, mp(server.endpoint)) as llm:
+        assert_same(generate(llm, [SECOND]), reference[1:2])
+        hits = metrics(llm)["vllm:external_prefix_cache_hits"]
+        assert hits == 4 * CHUNK
+        assert f"Retrieved {4 * CHUNK} tokens of request" in caplog.text
+        assert harness.scheduler(llm).connector._scheduler._hasher.namespace == namespace
+        assert_same(generate(llm, [SHORT]), reference[2:])
+    assert counters(server.endpoint)["loaded_tokens"] == hits
+    server.stop()
+    check_log([json.loads(line) for line in log.read_text().splitlines()], namespace)
+
+
+def check_log(rows, namespace):
+    from kvcore.policy.hashing import block_hashes
+
+    assert [row["seq"] for row in rows] == [0, 1, 2]
+    for row, prompt in zip(rows, (FIRST, SECOND, SHORT), strict=True):
+        assert row["input_length"] == len(prompt)
+        assert row["output_length"] == 8
+        assert row["block_size"] == BLOCK
+        assert row["hash_ids"] == trace_ids(block_hashes(prompt, BLOCK, namespace.digest())).tolist()
+        assert row["status"] == "length"
+        assert 0 < row["prefill_ms"] <= row["ttft_ms"]
+        assert row["queue_ms"] + row["load_ms"] + row["prefill_ms"] == pytest.approx(row["ttft_ms"], abs=0.01)
+    assert [row["matched_l1"] for row in rows] == [0, 4 * CHUNK, 0]
+    assert [row["loaded_tokens"] for row in rows] == [0, 4 * CHUNK, 0]
+    assert [row["l0_tokens"] for row in rows] == [0, 0, 0]
+    assert rows[1]["load_ms"] > 0
+
+
+def test_server_that_comes_after_the_engine(tiny_model, reference, tmp_path):
+    with harness.engine(tiny_model, mp(f"ipc://{tmp_path}/kvcore.ipc")) as llm:
+        assert_same(generate(llm, [FIRST]), reference[:1])
+        server = ServerInThread(tmp_path, **SMALL)
+        connector = harness.scheduler(llm).connector
+        wait_for(lambda: connector._scheduler._link.registered is not None)
+
+        def hit():
+            assert llm.reset_prefix_cache()
+            before = metrics(llm)["vllm:external_prefix_cache_hits"]
+            assert_same(generate(llm, [FIRST]), reference[:1])
+            return metrics(llm)["vllm:external_prefix_cache_hits"] - before == 5 * CHUNK
+
+        wait_for(hit)
+    server.stop()
+
+
+def test_registration_that_is_refused_ends_the_start(tiny_model, tmp_path):
+    server = ServerInThread(tmp_path, **{**SMALL, "chunk_size": 48})
+    with pytest.raises(RegistrationRefused, match=r"48.*32|32.*48"), harness.engine(tiny_model, mp(server.endpoint)):
+        pass
+    server.stop()
+
+
+def test_unknown_setting_ends_the_start(tiny_model):
+    with pytest.raises(ValueError, match="no key chunk_size"), harness.engine(tiny_model, mp("ipc:///x", chunk_size=1)):
+        pass
+
+
+def test_model_that_forgets_tokens_is_refused(tmp_path):
+    from tiny_model import build_sliding_model
+
+    with pytest.raises(UnsupportedModelError, match="SlidingWindowSpec"), harness.engine(
+        build_sliding_model(tmp_path / "sliding"), mp("ipc:///x")
+    ):
+        pass
+
+
+def test_embedded_server_ends_with_its_engine(tiny_model, reference, tmp_path):
+    config = harness.connector_config("KVCoreConnector", arena_dir=str(tmp_path), **SMALL)
+    with harness.engine(tiny_model, config) as llm:
+        assert list(tmp_path.glob("*.arena"))
+        assert_same(generate(llm, [FIRST]), reference[:1])
+    assert not list(tmp_path.iterdir())

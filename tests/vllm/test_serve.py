@@ -1,0 +1,120 @@
+"""`vllm serve` and `kvcore serve` as users start them: two instances share one server."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from servers import ServerProcess, counters, environment
+
+pytestmark = pytest.mark.vllm
+
+PORTS = (18021, 18022)
+CHUNK = 128
+TEXT = "the cache holds keys and values of every token that a prompt shares with another " * 40
+BLOCK_DEFAULT = 128
+
+
+class Serve:
+    """One `vllm serve`, until `stop`."""
+
+    def __init__(self, model, endpoint, port, log):
+        self.port, self.log = port, Path(log)
+        config = {
+            "kv_connector": "KVCoreMPConnector",
+            "kv_connector_module_path": "kvcore.vllm",
+            "kv_role": "kv_both",
+        }
+        command = [
+            str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--port", str(port), "--host", "127.0.0.1",
+            "--enforce-eager", "--dtype", "float32", "--max-model-len", "3072", "--served-model-name", "tiny",
+            "--kv-transfer-config", json.dumps(config),
+        ]  # fmt: skip
+        env = environment() | {
+            "KVCORE_ENDPOINT": endpoint,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_LOGGING_LEVEL": "INFO",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+        self.process = subprocess.Popen(command, env=env, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
+        until = time.monotonic() + 180
+        while not self._healthy():
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < until, self.log.read_text()[-3000:]
+            time.sleep(0.5)
+
+    def _healthy(self):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2) as reply:
+                return reply.status == 200
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+    def ask(self, text, count=8):
+        body = {"model": "tiny", "prompt": text, "max_tokens": count, "temperature": 0, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.load(reply)["choices"][0]["text"]
+
+    def metric(self, name):
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as reply:
+            text = reply.read().decode()
+        return sum(float(value) for value in re.findall(rf"^{name}(?:\{{.*\}})? ([0-9.e+]+)$", text, re.MULTILINE))
+
+    def logged(self, verb):
+        return sum(int(n) for n in re.findall(rf"{verb} (\d+) tokens", self.log.read_text()))
+
+    def stop(self):
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    made = ServerProcess(
+        tmp_path_factory.mktemp("server"), "--chunk-size", str(CHUNK), "--l1-size-gb", "0.125", "--page-size", "512KiB"
+    )
+    yield made
+    made.stop()
+
+
+def test_two_instances_share_one_server(tiny_model, server, tmp_path):
+    first = Serve(tiny_model, server.endpoint, PORTS[0], tmp_path / "first.log")
+    try:
+        alone = first.ask(TEXT + "one")
+        other = first.ask(TEXT + "two")
+        assert first.metric("vllm:external_prefix_cache_hits_total") == 0
+        stored = counters(server.endpoint)["stored_tokens"]
+        assert stored > 0
+        assert first.metric("vllm:kvcore_stored_tokens_total") == first.logged("Stored") == stored
+        second = Serve(tiny_model, server.endpoint, PORTS[1], tmp_path / "second.log")
+        try:
+            assert second.ask(TEXT + "one") == alone
+            hits = second.metric("vllm:external_prefix_cache_hits_total")
+            assert hits >= 2 * CHUNK
+            assert second.ask(TEXT + "two") == other
+            assert second.metric("vllm:kvcore_loaded_tokens_total") == hits
+            assert second.logged("Retrieved") == hits
+            assert counters(server.endpoint)["loaded_tokens"] == hits
+            assert first.ask("shorter than a chunk") == second.ask("shorter than a chunk")
+        finally:
+            second.stop()
+    finally:
+        first.stop()
