@@ -1,4 +1,4 @@
-"""The server's benchmark: `python benchmarks/server.py [FILE]` writes its figures as JSON, by default beside the others.
+"""The server's benchmark: `python benchmarks/server.py [FILE]` writes its figures as JSON, by default in results/.
 
 Lookups of a 100,000-token prompt at chunk 256, every chunk resident, pins taken and released, from two client
 processes, the journal on; hashing apart; and store and retrieve of 512 MiB through the arena beside one memcpy.
