@@ -44,7 +44,7 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *folders, "tests/golden", "tests/agreement", "tests/live", *session.posargs)
 
 
-UNITS = ("policy", "traces", "sweep", "tune", "cli", "report", "engine", "profiles", "validate", "live")
+UNITS = ("policy", "traces", "sweep", "tune", "cli", "report", "engine", "profiles", "validate", "calibrate", "live")
 
 
 @nox.session

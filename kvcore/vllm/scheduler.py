@@ -74,6 +74,8 @@ class SchedulerSide:
         self._unrecorded: list[Tracked] = []
         self._late: dict[str, Life] = {}
         """Finished requests with unanswered asks: stored yet, unless their blocks are handed out again before."""
+        self._loading: dict[str, int] = {}
+        """Tokens of asynchronous loads under way, by request."""
         self._abandoned: list[Tracked] = []
         """Requests that were aborted while their lookup was under way."""
         self._waiting_first: dict[str, Tracked] = {}
@@ -118,6 +120,8 @@ class SchedulerSide:
             copy is not None
         ):  # also where the server was lost just now: vLLM counts on it, and the worker will say that it failed
             life.loading = copy.asynchronous
+            if copy.asynchronous:
+                self._loading[tracked.id] = copy.tokens
             tracked.scheduled_s = tracked.scheduled_s or self._clock()
             tracked.load_started_s = self._clock()
             self._plan.loads.append(copy)
@@ -158,6 +162,7 @@ class SchedulerSide:
         if bad := frozenset(invalid_blocks):
             self._taint(bad)
         for request_id in received:
+            self._loading.pop(request_id, None)
             tracked = self._tracked.get(request_id)
             if tracked is not None and tracked.life is not None:
                 tracked.life.loading = False
@@ -246,6 +251,7 @@ class SchedulerSide:
             salt=tracked.salt,
             input_tokens=tracked.prompt_tokens,
             resumed=tracked.request.num_preemptions > 0,
+            queued_bytes=sum(self._loading.values()) * life.session.shard_bytes // life.session.chunk_tokens,
             probe=self._hasher.probe(tracked.request, life.session.chunk_tokens),
         )
         self.counters.lookup_seconds += time.perf_counter() - started

@@ -17,6 +17,7 @@ from tiny_model import build_sliding_model
 from kvcore.live.client import RegistrationRefused
 from kvcore.policy.hashing import block_hashes, trace_ids
 from kvcore.vllm.compat import UnsupportedModelError
+from kvcore.vllm.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.vllm
 SMALL = {"l1_size_gb": 1 / 32, "page_size": "512KiB", "chunk_size": CHUNK}
@@ -129,6 +130,23 @@ def test_two_tensor_parallel_ranks_keep_a_shard_each(tiny_model, reference, tmp_
         served = counters(server.endpoint)
         assert served["loaded_tokens"] == served["stored_tokens"] == 5 * CHUNK
     server.stop()
+
+
+def test_what_a_killed_embedded_server_left_is_removed_by_the_next(tmp_path):
+    code = (
+        "import os, signal, sys; from kvcore.vllm.embedded import EmbeddedServer;"
+        "server = EmbeddedServer('first', {'arena_dir': sys.argv[1], 'l1_size_gb': 1 / 64});"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment(), check=False)
+    assert killed.returncode == -9
+    assert len(list(tmp_path.glob("*.arena"))) == 1
+    alive = EmbeddedServer("second", {"arena_dir": str(tmp_path), "l1_size_gb": 1 / 64})
+    third = EmbeddedServer("third", {"arena_dir": str(tmp_path), "l1_size_gb": 1 / 64})
+    assert len(list(tmp_path.glob("*.arena"))) == 2
+    alive.stop()
+    third.stop()
+    assert not list(tmp_path.iterdir())
 
 
 def test_embedded_server_ends_with_its_engine(tiny_model, reference, tmp_path):

@@ -90,6 +90,20 @@ def test_asynchronous_full_hit_loads_everything_and_survives_the_second_allocati
     assert not line.named("drop_load")
 
 
+def test_bytes_of_loads_under_way_are_told_with_a_lookup():
+    line, side = make(load_mode="async")
+    first, second = EngineRequest("a", prompt(200)), EngineRequest("b", prompt(200, seed=1))
+    line.resident.update(names(first))
+    external, _ = side.matched(first, 0)
+    assert line.queued_bytes == 0
+    side.allocated(first, blocks(200), external)
+    side.matched(second, 0)
+    assert line.queued_bytes == 192 * 10
+    side.reported(None, (), {"a"})
+    side.matched(EngineRequest("c", prompt(200, seed=2)), 0)
+    assert line.queued_bytes == 0
+
+
 def test_hit_that_starts_inside_a_chunk_skips_blocks_that_others_read():
     line, side = make()
     request = EngineRequest("a", prompt(200))
