@@ -34,7 +34,7 @@ class RunResult:
             but not above, whatever L0 held), `loaded_tokens` (copied beyond L0). Also `engine`, `preemptions` and
             `refused`.
         load: What was offered against what was served.
-        ttft_s: Percentiles of TTFT, `p50` to `p99`; None each where the engines cannot sustain the load.
+        ttft_s: Percentiles of TTFT, `p50` to `p99`, and `mean`; None each where the engines cannot sustain the load.
         ttft_no_cache_s: The same of a run without L1 and L2, with L0 as vLLM has it; None where it was not asked for.
         load_no_cache: What that run was offered and served.
         utilisation: Busy share of each resource between the first arrival and the end, 0 to 1, averaged over engines.
@@ -238,4 +238,6 @@ def _no_cache(log: Log, workload: Workload | None, settings: RunSettings) -> tup
 
 def _ttft(columns: Columns, load: Load) -> dict[str, float | None]:
     values = columns["ttft_s"].astype(np.float64)
-    return percentiles(values) if load.sustained else dict.fromkeys(f"p{p}" for p in PERCENTILES)
+    known = load.sustained and bool(np.isfinite(values).any())
+    spread = percentiles(values) if known else dict.fromkeys(f"p{p}" for p in PERCENTILES)
+    return {**spread, "mean": float(np.nanmean(values)) if known else None}
