@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from kvsim.engine.settings import RunSettings
 from kvsim.report.units import gib, percent, seconds
 from kvsim.runner import PERCENTILES, RunResult
@@ -50,17 +48,11 @@ def _size(size_gb: float | None) -> str:
 def times_rows(result: RunResult) -> list[list[str]]:
     """Return TTFT with its parts and without a cache, as text under `SPREAD_HEADINGS`; dashes where there is none."""
     summary = result.summary()
-    rows = [["TTFT", *_times(_ttft(result))]]
+    rows = [["TTFT", *_times(result.ttft_s)]]
     rows += [[f"  {name}", *_times(summary[column])] for column, name in PARTS.items()]
     if result.ttft_no_cache_s is not None:
-        rows.append(["TTFT without L1", "-", *_times(result.ttft_no_cache_s)[1:]])
+        rows.append(["TTFT without L1", *_times(result.ttft_no_cache_s)])
     return rows
-
-
-def _ttft(result: RunResult) -> dict[str, float | None]:
-    values = result.columns["ttft_s"].astype(np.float64)
-    known = result.load.sustained and bool(np.isfinite(values).any())
-    return {"mean": float(np.nanmean(values)) if known else None, **result.ttft_s}
 
 
 def _times(spread: Mapping[str, float | None]) -> list[str]:
@@ -103,7 +95,7 @@ def run_notes(result: RunResult) -> list[str]:
                 f"{result.settings.model_len:,} tokens, or than the GPU's cache, or without a prompt"
             )
         ]
-    skipped = {reason: count for reason, count in result.refused_chunks.items() if count}
+    skipped = {reason: count for reason, count in result.refused_chunks.items() if count and reason != "resident"}
     if skipped:
         told = ", ".join(f"{count:,} ({reason})" for reason, count in skipped.items())
         notes = [*notes, f"chunks not stored or not loaded: {told}"]
@@ -121,7 +113,7 @@ def saved(result: RunResult) -> str | None:
     without, with_ = result.ttft_no_cache_s, result.ttft_s
     if without is None or result.settings.l1_gb == 0:
         return None
-    pairs = [(name, without[name], with_[name]) for name in ("p50", "p95")]
+    pairs = [(name, without[name], with_[name]) for name in ("mean", "p50", "p95")]
     if any(a is None or b is None for _, a, b in pairs):
         return None
     told = ", ".join(

@@ -11,6 +11,8 @@ HIT_HEADINGS = ("tier", "recorded", "predicted", "error", "equal requests")
 PART_HEADINGS = ("part", "recorded", "predicted", "mean absolute error", "share of it")
 GROUP_HEADINGS = ("prompt tokens", "requests", "recorded", "predicted", "error", "mostly")
 WORST_HEADINGS = ("request", "prompt tokens", "recorded", "predicted", "mostly")
+RIGHT = 5e-4
+"""A smaller relative error is written as none."""
 TIERS = {"l0": "L0, the engine's own", "l1": "L1", "l2": "L2, not in L1", "loaded": "loaded beyond L0"}
 
 
@@ -21,7 +23,7 @@ def headline(found: Validation) -> str:
 
 
 def _off(error: float) -> str:
-    if abs(error) < 5e-4:
+    if abs(error) < RIGHT:
         return "as recorded"
     return f"{percent(abs(error))} {'above' if error > 0 else 'below'} what was recorded"
 
@@ -47,7 +49,7 @@ def sentences(found: Validation) -> list[str]:
 def where(found: Validation) -> str:
     """Return where the error is largest, and in what."""
     worst = found.groups[0]
-    if abs(worst.error) < 5e-4:
+    if abs(worst.error) < RIGHT:
         return "No prompt length is off."
     words = f"It is worst for prompts of {_lengths(worst)} tokens: the mean is {percent(abs(worst.error))} "
     words += "too long" if worst.error > 0 else "too short"
@@ -93,7 +95,7 @@ def ttft_rows(found: Validation) -> list[list[str]]:
             seconds(one.recorded_s),
             seconds(one.predicted_s),
             _signed(one.error),
-            f"{_signed(one.low)} to {_signed(one.high)}",
+            f"{_signed(one.low)[:-1]} to {_signed(one.high)}",
             seconds(one.baseline_s),
             _signed(one.baseline_error),
         ]
@@ -132,7 +134,7 @@ def group_rows(found: Validation) -> list[list[str]]:
             seconds(one.recorded_s),
             seconds(one.predicted_s),
             _signed(one.error),
-            one.why or "-",
+            one.why if one.why and abs(one.error) >= RIGHT else "-",
         ]
         for one in found.groups
     ]

@@ -229,8 +229,6 @@ def settle(
 
 def _tried(trial: Trial, point: Point | None, result: RunResult) -> Tried:
     load, p95 = result.load, result.ttft_s["p95"]
-    values = result.columns["ttft_s"].astype(np.float64)
-    mean = float(np.nanmean(values)) if load.sustained and np.isfinite(values).any() else None
     target = trial.slo_ttft_p95_s
     an_hour = None if trial.prices is None else trial.prices.an_hour(result.settings)
     rate = load.offered_prompt_tokens_per_s
@@ -238,7 +236,7 @@ def _tried(trial: Trial, point: Point | None, result: RunResult) -> Tried:
         settings=result.settings,
         point=point,
         load=load,
-        ttft_mean_s=mean,
+        ttft_mean_s=result.ttft_s["mean"],
         ttft_s=result.ttft_s,
         figures=result.summary(),
         meets_target=None if target is None else p95 is not None and p95 <= target,

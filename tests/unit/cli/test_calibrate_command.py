@@ -161,3 +161,4 @@ def test_vllm_in_a_child(kvsim_command, out, tmp_path, monkeypatch):
     profile = load(out)
     assert (profile.weight_bytes, profile.kv_bytes_per_token) == (1000, 2 * 2 * 2 * 16 * 4)
     assert "vLLM in process" in profile.provenance["prefill"].source
+    assert "one measurement a point" in profile.provenance["prefill"].error
