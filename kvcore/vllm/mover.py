@@ -1,7 +1,6 @@
 """Copies between the engine's blocks and a shard of chunks in the arena: whole chunks, or single blocks of them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -49,20 +48,22 @@ class Mover:
         registered: What the server said.
         shard: Which shard of every chunk is this worker's.
         factory: Makes the backend that copies.
+        arena: The server's, mapped; whoever mapped it closes it.
 
     Raises:
-        kvcore.live.arena.ArenaError: The arena cannot be mapped.
         kvkernels.LayoutError: The chunk size is no multiple of the block.
         ValueError: The server's shard is of another size than this cache's chunk.
     """
 
-    def __init__(self, cache: Cache, registered: Registered, shard: int, factory: TransferFactory) -> None:
+    def __init__(
+        self, cache: Cache, registered: Registered, shard: int, factory: TransferFactory, arena: Arena
+    ) -> None:
         layout = cache.layout(registered.chunk_tokens)
         if layout.slot_bytes != registered.shard_bytes:
             raise ValueError(f"a chunk has {layout.slot_bytes} bytes here and {registered.shard_bytes} at the server")
         self.registered = registered
         self.layout = layout
-        self.arena = Arena.attach(Path(registered.arena_path))
+        self.arena = arena
         host = HostArena(self.arena.data)
         self._start = shard * registered.shard_bytes
         self._whole = factory(layout, cache.tensors, host)
@@ -92,10 +93,9 @@ class Mover:
         return int((blocks >= 0).sum()) * self.layout.block_bytes
 
     def close(self) -> None:
-        """End what is under way and let go of the arena, which stays."""
+        """End what is under way; the arena stays mapped."""
         self._whole.close()
         self._single.close()
-        self.arena.close()
 
     def _slots(self, pages: NDArray[np.uint32]) -> list[Slot]:
         size, length = self.registered.page_bytes, self.registered.shard_bytes

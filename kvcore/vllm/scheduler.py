@@ -44,7 +44,7 @@ class Options:
     load_mode: LoadMode = "auto"
     copies_in_step: bool = True
     steps_when_idle: bool = True
-    grant_wait_s: float = 0.001
+    grant_wait_s: float = 0.005
     ask_patience_s: float = 5.0
 
 

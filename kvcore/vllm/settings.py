@@ -31,7 +31,7 @@ class ConnectorSettings:
 
     endpoint: str = ""
     load_mode: LoadMode = "auto"
-    grant_wait_ms: float = 1.0
+    grant_wait_ms: float = 5.0
     deadline_ms: float = 500.0
     fail_on_load_error: bool = False
     layerwise: bool = False

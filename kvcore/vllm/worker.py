@@ -10,11 +10,12 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcore.live.arena import ArenaError
+from kvcore.live.arena import Arena, ArenaError
 from kvcore.live.wire import Registered
 from kvcore.vllm.jobs import Copy, StepPlan, StepReport
 from kvcore.vllm.links import WorkerLink
@@ -156,7 +157,9 @@ class WorkerSide:
 
     def close(self) -> None:
         """Wait for what is under way and leave the server."""
-        self._let_go()
+        before = self._end_all()
+        if before is not None:
+            before.arena.close()
         if self._thread is not None:
             self._thread.shutdown()
         if self._link is not None:
@@ -170,29 +173,36 @@ class WorkerSide:
         if registered is None or registered.epoch != epoch or registered is self._unusable:
             return None
         if self._mover is None or self._mover.registered is not registered:
-            self._let_go()
+            before = self._end_all()
+            same = before is not None and before.registered.epoch == registered.epoch
             try:
-                self._mover = Mover(self._cache, registered, self._shard, self._factory)
+                arena = before.arena if before is not None and same else Arena.attach(Path(registered.arena_path))
+                self._mover = Mover(self._cache, registered, self._shard, self._factory, arena)
             except (ArenaError, LayoutError, ValueError) as error:
                 self._unusable = registered
                 _LOG.error("kvcore cannot use the server's arena, nothing is loaded or stored: %s", error)
+            if before is not None and not same:
+                before.arena.close()
         return self._mover
 
-    def _let_go(self) -> None:
-        """End what is under way in the registration before, and close its arena."""
+    def _end_all(self) -> Mover | None:
+        """End what is under way in the registration before; return its mover, closed but for the arena."""
         for one in [*self._loading, *self._storing]:
             one.handle.wait()
         self._end_loads()
         self._end_stores()
-        if self._mover is not None:
-            self._mover.close()
-            self._mover = None
+        before, self._mover = self._mover, None
+        if before is not None:
+            before.close()
+        return before
 
-    def warm_up(self) -> None:
-        """Map the arena now rather than in the first request. Raises nothing: a server that is away stays away."""
-        if self._link is not None and (registered := self._link.registered) is not None:
-            with self._lock:
-                self._current(registered.epoch)
+    def warm_up(self) -> bool:
+        """Map the arena now rather than in the first request; return whether it is mapped, as it is not while away."""
+        registered = None if self._link is None else self._link.registered
+        if registered is None:
+            return False
+        with self._lock:
+            return self._current(registered.epoch) is not None
 
     def _begin_load(self, copy: Copy) -> None:
         with self._lock:

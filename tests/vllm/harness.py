@@ -32,6 +32,8 @@ class Answer:
 
 
 def connector_config(connector, **extra):
+    """The JSON of `--kv-transfer-config`; patient, so that a busy machine does not change what is stored."""
+    extra.setdefault("grant_wait_ms", 1000)
     return {
         "kv_connector": connector,
         "kv_connector_module_path": "kvcore.vllm",
