@@ -41,7 +41,7 @@ class Arena(Protocol):
         ...
 
     def defer(self, seconds: float) -> None:
-        """Put off pinning more of it for so long, where that goes on in the background: it stalls the device's calls."""
+        """Put off pinning more of it in the background, if that goes on, for so long: it stalls the device's calls."""
         ...
 
 

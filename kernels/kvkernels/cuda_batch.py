@@ -69,7 +69,7 @@ class BatchTransfer:
         name: the backend's name.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (each is a measured choice of its own)
         self,
         layout: PagedLayout,
         tensors: Tensors,

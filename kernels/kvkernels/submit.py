@@ -40,7 +40,7 @@ class Work:
             return True, next(self.steps)
         except StopIteration:
             return False, None
-        except Exception as error:  # noqa: BLE001  (raised again by the transfer's handle)
+        except Exception as error:
             self.fail(error)
             return False, None
 
@@ -163,7 +163,7 @@ class ThreadSubmitter:
         broken: Exception | None = None
         try:
             self._enter_thread()
-        except Exception as error:  # noqa: BLE001  (told to every work, and raised by its handle)
+        except Exception as error:
             broken = error
         while True:
             with self._changed:

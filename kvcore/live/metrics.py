@@ -15,8 +15,8 @@ from kvcore.policy import Chunk, Decision, Event, Evict, Refuse, StoreCommitted
 
 SECONDS: Final = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 AGES: Final = (1.0, 3.0, 10.0, 30.0, 60.0, 180.0, 600.0, 1800.0, 3600.0, 4 * 3600.0, 24 * 3600.0)
-SAMPLED_BELOW: Final = 16
-"""Chunks whose digest's last byte is below this, one in 16, are followed for reuse gap and lifetime."""
+SAMPLED_BELOW: Final = 4
+"""Chunks whose digest's last byte is below this, one in 64, are followed for reuse gap and lifetime."""
 _EVICTED_REMEMBERED = 262_144
 _PROBES_REMEMBERED = 65_536
 _TENANTS = 1000
@@ -53,8 +53,8 @@ HELP: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
     "kvcore_load_seconds": ("histogram", "Copy of a request's chunks into the engine, as its worker measured it.", ()),
     "kvcore_store_seconds": ("histogram", "Copy of chunks into the arena, as the worker measured it.", ()),
     "kvcore_l2_seconds": ("histogram", "Copy of a chunk to or from L2.", ("operation",)),
-    "kvcore_reuse_gap_seconds": ("histogram", "Time between two uses of a chunk; one chunk in 16.", ()),
-    "kvcore_chunk_lifetime_seconds": ("histogram", "Time from store to eviction from L1; one chunk in 16.", ()),
+    "kvcore_reuse_gap_seconds": ("histogram", "Time between two uses of a chunk; one chunk in 64.", ()),
+    "kvcore_chunk_lifetime_seconds": ("histogram", "Time from store to eviction from L1; one chunk in 64.", ()),
     "kvcore_pages": ("gauge", "Pages of the arena.", ("state",)),
     "kvcore_bytes_in_use": ("gauge", "Bytes of the pages that chunks occupy.", ("tier",)),
     "kvcore_chunks": ("gauge", "Chunks that can be matched.", ("tier",)),

@@ -1,7 +1,8 @@
 """The server: one thread's request loop over sockets, liveness connections and L2's completions.
 
-A turn of the loop takes in what has come, writes the journal with one write, and then sends the replies: what an engine
-is told, the journal knows. HTTP runs in a thread of its own and talks to the loop through the same wire.
+A turn of the loop takes in what has come; before a reply goes out, the journal is written, with one write for what has
+been collected: what an engine is told, the journal knows. HTTP runs in a thread of its own and talks to the loop
+through the same wire.
 """
 
 import fcntl
@@ -36,6 +37,8 @@ _LOG = logging.getLogger("kvcore.server")
 _TURN_MESSAGES = 256
 """Messages taken from one socket before the replies go out."""
 _SLOW_TURN_S = 0.2
+_AWAITED = (wire.Found, wire.Granted)
+"""Replies that an engine's scheduler waits for: they go out at once, the others with the end of the turn."""
 
 
 class StartError(Exception):
@@ -307,8 +310,7 @@ class Server:
                 self.service.collect()
         self._flush()
         for socket, frames in replies:
-            with suppress(zmq.Again):  # a client that takes no replies
-                socket.send_multipart(frames, zmq.NOBLOCK)
+            _send(socket, frames)
         if self.service.later:
             later, self.service.later = self.service.later, []
             for task in later:
@@ -324,7 +326,12 @@ class Server:
         for _ in range(_TURN_MESSAGES):
             identity, *frames = socket.recv_multipart(zmq.NOBLOCK)
             correlation, reply = self._answer(frames)
-            replies.append((socket, [identity, *wire.encode(reply, correlation)]))
+            answer = [identity, *wire.encode(reply, correlation)]
+            if isinstance(reply, _AWAITED):
+                self._flush()
+                _send(socket, answer)
+            else:
+                replies.append((socket, answer))
             if (
                 not int(socket.get(zmq.EVENTS)) & zmq.POLLIN
             ):  # an exception, which recv would raise, costs ten times more
@@ -377,6 +384,11 @@ class Server:
             state = self.service.parts.state
             journal.rotate(take_snapshot(state.core, state.book.dump()))
         self._journal_s += time.monotonic() - start
+
+
+def _send(socket: "zmq.Socket[bytes]", frames: list[bytes]) -> None:
+    with suppress(zmq.Again):  # a client that takes no replies
+        socket.send_multipart(frames, zmq.NOBLOCK)
 
 
 def _epoch_of(paths: ArenaPaths) -> int:

@@ -16,7 +16,7 @@ import msgspec
 from kvcore.live import wire
 from kvcore.live.allocator import PageAllocator
 from kvcore.live.arena import Arena
-from kvcore.live.book import Room
+from kvcore.live.book import PAGE_ID, Room
 from kvcore.live.members import Instance, Member, Members, RefusedError, UnknownMemberError, Work
 from kvcore.live.metrics import Metrics, model_of
 from kvcore.live.pretouch import Pretouch
@@ -296,8 +296,8 @@ class Service:
         now_ns = self.clock.now_ns()
         name = instance.prefix + message.request
         work = self._works.get(name)
-        fresh = work is None
-        if work is None:
+        fresh = work is None or work.ended
+        if work is None or work.ended:  # that came back, preempted: to the core another request of that name
             work = Work(name, instance, message.chunks, message.salt, message.computed_chunks)
             self._works[name] = instance.works[name] = work
         event = LookedUp(
@@ -320,8 +320,6 @@ class Service:
             work.hits = matched.hits
             self._note_lookup(work, message, now_ns)
         self._take_run(work)
-        if work.run and not self._loads.waits(name):
-            self._loads.expect(name, work.run, instance.register.world)
         found = self._found(work, message.computed_chunks)
         self.metrics.histograms["kvcore_lookup_seconds",].add(time.perf_counter() - start)
         return found
@@ -372,8 +370,11 @@ class Service:
         start, run, resident = work.start, work.run, self.parts.state.book.resident
         if computed < start and all(chunk in resident for chunk in work.chunks[computed:start]):
             start, run = computed, work.chunks[computed:start] + run  # the engine has lost some since it asked first
-        rooms = [resident[chunk] for chunk in run]
-        return wire.Found(work.hits, False, start, len(run), *_joined(rooms), epoch)
+        pages, generations = _joined([resident[chunk] for chunk in run])
+        if len(pages) != len(run) * work.instance.chunk_pages * PAGE_ID.itemsize:
+            self._settle_loads(work.name, *self._loads.take(work.name, wire.ALL_RANKS, None, copied=False))
+            raise RefusedError(f"{work.name}: chunks of another size are stored under these names")
+        return wire.Found(work.hits, False, start, len(run), pages, generations, epoch)
 
     # Requests: stores
 

@@ -4,7 +4,6 @@ Tested with 0.26 and 0.32; any other version is tried, with a warning.
 """
 
 import logging
-import os
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, MLAAttentionSpec
 
-from kvcore.vllm.mover import TransferFactory
-from kvkernels.reference import ReferenceTransfer
+from kvcore.vllm.transfers import CudaTransfers, HostTransfers, TransferFactory
 
 __all__ = [
     "KVConnectorBase_V1",
@@ -39,7 +37,7 @@ __all__ = [
     "isa",
     "kv_layout",
     "log_with_vllm",
-    "steps_when_idle",
+    "runs_as_one_graph",
     "transfer_factory",
 ]
 
@@ -146,14 +144,15 @@ def copies_in_step(vllm_config: Any) -> bool:
     return on_cpu(vllm_config)
 
 
-def steps_when_idle() -> bool:
-    """Return whether the engine runs in a process of its own, and so goes on stepping when no request is left."""
-    return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") != "0"
+def transfer_factory(vllm_config: Any) -> TransferFactory:
+    """Return what makes the copies between the KV cache and the arena on this device."""
+    return HostTransfers if on_cpu(vllm_config) else CudaTransfers
 
 
-def transfer_factory(_vllm_config: Any) -> TransferFactory:
-    """Return what makes the backend that copies: torch's own indexing, the fast path on the CPU and right on a GPU."""
-    return ReferenceTransfer
+def runs_as_one_graph(forward_context: Any) -> bool:
+    """Return whether the step at hand is one CUDA graph, in which nothing can be ordered between two layers."""
+    mode = getattr(forward_context, "cudagraph_runtime_mode", None)
+    return getattr(mode, "name", "") == "FULL"
 
 
 def block_ids(blocks: Any) -> list[int]:

@@ -140,7 +140,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             rank=config.parallel_config.rank,
             shards=self._shards,
             factory=compat.transfer_factory(config),
-            copy_thread=compat.copies_in_step(config),
+            in_step=compat.copies_in_step(config),
             layerwise=self._settings.layerwise,
         )
 
@@ -168,14 +168,12 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         return KVCoreHandshake(fingerprint, block_bytes, self._worker.warm_up())
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
-        """End copies from blocks that are free from this step on."""
-        if self._worker is not None and isinstance(kv_connector_metadata, KVCoreMetadata):
-            self._worker.preempt(kv_connector_metadata.plan)
+        """Nothing: blocks that are free from this step on are guarded like any others that are handed out again."""
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Begin this step's loads."""
         if self._worker is not None and (plan := self._plan()) is not None:
-            self._worker.start_loads(plan)
+            self._worker.start_loads(plan, one_graph=compat.runs_as_one_graph(forward_context))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Order the loads of a layer before its attention."""
@@ -191,11 +189,8 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             self._worker.finish_step(plan)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Return requests whose stores, and requests whose asynchronous loads, have ended."""
-        if self._worker is None:
-            return None, None
-        sent, received = self._worker.finished()
-        return sent or None, received or None
+        """Return no requests whose blocks were held for stores, and those whose asynchronous loads have ended."""
+        return None, (None if self._worker is None else self._worker.received() or None)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return blocks that were to be loaded and were not."""
@@ -237,7 +232,6 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             block_tokens=self._spec.block_size,
             load_mode=self._settings.load_mode,
             copies_in_step=compat.copies_in_step(self._vllm_config),
-            steps_when_idle=compat.steps_when_idle(),
             grant_wait_s=self._settings.grant_wait_ms / 1000,
         )
         self._scheduler = SchedulerSide(client, Hasher(namespace), options)
@@ -268,8 +262,10 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             )
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Return whether the request's blocks must be held for its stores."""
-        return (False if self._scheduler is None else self._scheduler.finished(request)), None
+        """Let go of the request; its blocks need not be held for stores under way."""
+        if self._scheduler is not None:
+            self._scheduler.finished(request)
+        return False, None
 
     def reset_cache(self) -> bool:
         """Forget: KV of before (of other weights, say) is not matched again by this engine. Others' is left alone."""
@@ -282,7 +278,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
     def get_kv_connector_stats(self) -> KVCoreStats | None:
         """Return what was counted since the last call."""
         side = self._scheduler or self._worker
-        data = {} if side is None else side.counters.take()
+        data = {} if side is None else side.counted()
         return KVCoreStats(data=data) if data else None
 
     @classmethod
@@ -303,8 +299,8 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """Layer by layer, attention waits for loads in Python, which a full CUDA graph would skip."""
-        return read(extra_config, embedded=cls._embedded).layerwise
+        """No: a step that runs as one graph waits for its loads before it starts, others layer by layer."""
+        return False
 
     def shutdown(self) -> None:
         """End what is under way, leave the server, and stop it where it is ours."""

@@ -41,10 +41,8 @@ class StepPlan:
 
     loads: list[Copy] = field(default_factory=list)
     stores: list[Copy] = field(default_factory=list)
-    preempted: list[str] = field(default_factory=list)
-    """Wire names of requests whose blocks are free from this step on; what reads them does so before it computes."""
-    released: list[str] = field(default_factory=list)
-    """Finished requests that get no further stores: their blocks can be freed when those under way have ended."""
+    handed_out: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """Blocks that this step may write: what still reads one of them for a store is waited for on the device."""
     failures_seen: dict[int, int] = field(default_factory=dict)
     """How many failed loads of each rank the scheduler knew of. What was computed before it knew of one may rest on
     blocks that were not loaded, so a rank that has had more does not store."""

@@ -1,6 +1,7 @@
 """Copies between the engine's blocks and a shard of chunks in the arena: whole chunks, or single blocks of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -8,10 +9,10 @@ from numpy.typing import NDArray
 
 from kvcore.live.arena import Arena, pieces
 from kvcore.live.wire import Registered
-from kvkernels import Handle, HostArena, PagedLayout, Slot, Transfer, describe, slot_range
+from kvcore.vllm.transfers import TransferFactory
+from kvkernels import Handle, PagedLayout, Slot, describe, slot_range
 
 Tensors: TypeAlias = Mapping[str, Any]
-TransferFactory: TypeAlias = Callable[[PagedLayout, Tensors, HostArena], Transfer]
 
 
 class Cache:
@@ -47,32 +48,39 @@ class Mover:
         cache: The engine's KV cache.
         registered: What the server said.
         shard: Which shard of every chunk is this worker's.
-        factory: Makes the backend that copies.
-        arena: The server's, mapped; whoever mapped it closes it.
+        factory: Makes what copies.
 
     Raises:
+        kvcore.live.arena.ArenaError: The arena cannot be mapped.
         kvkernels.LayoutError: The chunk size is no multiple of the block.
         ValueError: The server's shard is of another size than this cache's chunk.
     """
 
-    def __init__(
-        self, cache: Cache, registered: Registered, shard: int, factory: TransferFactory, arena: Arena
-    ) -> None:
+    def __init__(self, cache: Cache, registered: Registered, shard: int, factory: TransferFactory) -> None:
         layout = cache.layout(registered.chunk_tokens)
         if layout.slot_bytes != registered.shard_bytes:
             raise ValueError(f"a chunk has {layout.slot_bytes} bytes here and {registered.shard_bytes} at the server")
         self.registered = registered
         self.layout = layout
-        self.arena = arena
-        host = HostArena(self.arena.data)
+        self.arena = Arena.attach(Path(registered.arena_path))
         self._start = shard * registered.shard_bytes
-        self._whole = factory(layout, cache.tensors, host)
-        self._single = factory(cache.block, cache.tensors, host)
+        try:
+            self._transfers = factory(layout, cache.block, cache.tensors, self.arena.data)
+        except BaseException:
+            self.arena.close()
+            raise
         self._planes = tuple(zip(layout.plane_starts(), (plane.row_bytes for plane in layout.planes), strict=False))
+
+    def serves(self, registered: Registered) -> bool:
+        """Return whether this can go on under another registration, as it can with the same server's same arena."""
+        return all(
+            getattr(registered, name) == getattr(self.registered, name)
+            for name in ("epoch", "arena_path", "page_bytes", "chunk_tokens", "shard_bytes")
+        )
 
     def store(self, pages: NDArray[np.uint32], blocks: NDArray[np.int64]) -> Handle:
         """Copy whole chunks to the arena; pages (chunks, pages a chunk), blocks (chunks, blocks a chunk)."""
-        return self._whole.store(blocks.ravel(), self._slots(pages))
+        return self._transfers.whole.store(blocks.ravel(), self._slots(pages))
 
     def load(self, pages: NDArray[np.uint32], blocks: NDArray[np.int64]) -> Handle:
         """Copy chunks from the arena; blocks that are -1 are left as they are, since they are others' and live."""
@@ -81,11 +89,11 @@ class Mover:
         handles = []
         if whole.any():
             chosen = [slot for slot, want in zip(slots, whole, strict=True) if want]
-            handles.append(self._whole.load(chosen, blocks[whole].ravel()))
+            handles.append(self._transfers.whole.load(chosen, blocks[whole].ravel()))
         if not whole.all():
             rows, columns = np.nonzero((blocks >= 0) & ~whole[:, None])
             parts = [self._block_slot(slots[row], int(column)) for row, column in zip(rows, columns, strict=True)]
-            handles.append(self._single.load(parts, blocks[rows, columns]))
+            handles.append(self._transfers.single.load(parts, blocks[rows, columns]))
         return handles[0] if len(handles) == 1 else _Both(handles)
 
     def block_bytes(self, blocks: NDArray[np.int64]) -> int:
@@ -93,9 +101,9 @@ class Mover:
         return int((blocks >= 0).sum()) * self.layout.block_bytes
 
     def close(self) -> None:
-        """End what is under way; the arena stays mapped."""
-        self._whole.close()
-        self._single.close()
+        """End what is under way and let go of the arena, which stays."""
+        self._transfers.close()
+        self.arena.close()
 
     def _slots(self, pages: NDArray[np.uint32]) -> list[Slot]:
         size, length = self.registered.page_bytes, self.registered.shard_bytes
@@ -130,7 +138,7 @@ class _Both:
             handle.wait_layer(layer)
 
     def wait_sources(self) -> None:
-        """Order what follows behind the reading of all."""
+        """Order the reading of all before what follows."""
         for handle in self._handles:
             handle.wait_sources()
 

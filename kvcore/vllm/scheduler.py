@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvcore.live.client import NotYet
 from kvcore.live.wire import Granted, Registered
 from kvcore.policy.hashing import chunk_names, trace_ids
@@ -33,18 +36,14 @@ class Options:
             outside the batch until its hit is there. auto: async where the device copies by itself and other requests
             run meanwhile, else sync.
         copies_in_step: Whether workers have ended a step's stores when the step ends (the CPU backend).
-        steps_when_idle: Whether the engine goes on stepping for the sake of finished requests that wait for their
-            stores. An engine inside the caller's own thread does not.
-        grant_wait_s: How long the step that completes a prompt waits for the room it asked for, in an engine that does
-            not step when idle. In others the blocks of a finished request are held instead, and nothing waits.
+        grant_wait_s: How long the step that completes a prompt waits for the room it asked for.
         ask_patience_s: An ask unanswered for longer is given up.
     """
 
     block_tokens: int
     load_mode: LoadMode = "auto"
     copies_in_step: bool = True
-    steps_when_idle: bool = True
-    grant_wait_s: float = 0.005
+    grant_wait_s: float = 0.002
     ask_patience_s: float = 5.0
 
 
@@ -73,14 +72,12 @@ class SchedulerSide:
         self._asking: dict[str, tuple[str, Life, float]] = {}
         """Lives with unanswered asks, by name: the request, the life, when it asked last."""
         self._unrecorded: list[Tracked] = []
-        self._finished: dict[str, Life] = {}
-        """Finished requests whose blocks the engine holds until they are named in `StepPlan.released`."""
+        self._late: dict[str, Life] = {}
+        """Finished requests with unanswered asks: stored yet, unless their blocks are handed out again before."""
         self._loading: dict[str, int] = {}
         """Tokens of asynchronous loads under way, by request."""
         self._abandoned: list[Tracked] = []
         """Requests that were aborted while their lookup was under way."""
-        self._inbox: list[tuple[str, Granted]] = []
-        """Grants that came when no step was being planned."""
         self._waiting_first: dict[str, Tracked] = {}
         self._plan = StepPlan()
         self._failures: dict[int, int] = {}
@@ -136,16 +133,20 @@ class SchedulerSide:
             if tracked is not None and tracked.request.num_preemptions > tracked.preemptions:
                 self._preempt(tracked)
         completes = False
+        handed_out = [copy.blocks[copy.blocks >= 0] for copy in self._plan.loads]
         for request_id, blocks, computed in _scheduled(output):
+            handed_out.append(blocks.written(computed // self._options.block_tokens))
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 upto = computed + output.num_scheduled_tokens.get(request_id, 0)
                 completes |= self._advance(tracked, blocks, upto)
         self._record_finished()
+        written = np.concatenate(handed_out) if handed_out else np.empty(0, np.int64)
+        self._settle_late(written)
         self._end_abandoned()
-        self._hand_out(self._options.grant_wait_s if completes and not self._options.steps_when_idle else 0.0)
-        self._release()
+        self._hand_out(self._options.grant_wait_s if completes else 0.0)
         plan, self._plan = self._plan, StepPlan()
+        plan.handed_out = written
         plan.failures_seen = dict(self._failures)
         return plan
 
@@ -170,34 +171,35 @@ class SchedulerSide:
         self._note_first_tokens()
         self._record_finished()
 
-    def finished(self, request: EngineRequest) -> bool:
-        """Take in `request_finished`; return whether its blocks must be held until they are named in `released`."""
+    def finished(self, request: EngineRequest) -> None:
+        """Take in `request_finished`.
+
+        Its blocks need not be held for stores under way: the workers see to it that a block is not written again
+        before it has been read (`StepPlan.handed_out`). So an idle engine holds nothing. Room that is granted later
+        is used if the blocks still hold what they held.
+        """
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
-            return False
+            return
         self._note_first_tokens(tracked)
         self._waiting_first.pop(tracked.id, None)
         self._unrecorded.append(tracked)
         life = tracked.life
         if life is None:
-            return False
+            return
         current = life.session is self._link.registered
         if current and life.found is None:
             self._abandoned.append(tracked)  # what the answer says is to be loaded must be given back
-            return False
+            return
         if current and not life.allocated:
             self._drop_found(life)
         self._end(life)
-        if life.loading or not life.allocated:
-            return False  # nothing is stored of it; the blocks of a load under way are held without us
-        unanswered = bool(life.asks) and current
-        if unanswered and not self._options.steps_when_idle:
-            self._give_back(life)
-            unanswered = False
-        if unanswered or (life.stored and not self._options.copies_in_step):
-            self._finished[tracked.id] = life
-            return True
-        return False
+        if life.allocated and current and life.asks:
+            self._late[life.name] = life
+
+    def counted(self) -> dict[str, int | float]:
+        """Return what was counted since the last call."""
+        return self.counters.take()
 
     def forget(self, mark: str) -> None:
         """Name everything differently from now on, so that nothing stored before is matched again."""
@@ -335,8 +337,7 @@ class SchedulerSide:
         """Turn the grants that have come into copies; wait a little where the blocks may be free after this step."""
         until = time.monotonic() + wait_s
         while self._asking:
-            inbox, self._inbox = [*self._inbox, *self._link.granted()], []
-            for name, granted in inbox:
+            for name, granted in self._link.granted():
                 self._granted(name, granted)
             if not self._asking or time.monotonic() >= until:
                 break
@@ -347,19 +348,13 @@ class SchedulerSide:
                 life.asks.clear()
                 del self._asking[name]
 
-    def _give_back(self, life: Life) -> None:
-        """Store nothing more of a life; wait a little for its grants, since there may be no step to come."""
-        life.tainted = True
-        until = time.monotonic() + self._options.grant_wait_s
-        while life.asks and time.monotonic() < until:
-            others = []
-            for name, granted in self._link.granted():
-                if name == life.name:
-                    self._granted(name, granted)
-                else:
-                    others.append((name, granted))
-            self._inbox += others
-            time.sleep(50e-6 if life.asks else 0)
+    def _settle_late(self, handed_out: NDArray[np.int64]) -> None:
+        """Store nothing of finished requests whose room comes after their blocks have been handed out again."""
+        for name, life in list(self._late.items()):
+            if not life.asks:
+                del self._late[name]
+            elif np.isin(handed_out, life.blocks).any():
+                life.tainted = True
 
     def _granted(self, name: str, granted: Granted) -> None:
         request_id, life, _ = self._asking.get(name, (None, None, 0.0))
@@ -381,12 +376,6 @@ class SchedulerSide:
         copy = life.store(request_id, chunks, granted.pages, granted.generations, granted.epoch, block_tokens)
         self._plan.stores.append(copy)
 
-    def _release(self) -> None:
-        for request_id, life in list(self._finished.items()):
-            if not life.asks:
-                self._plan.released.append(request_id)
-                del self._finished[request_id]
-
     def _preempt(self, tracked: Tracked) -> None:
         """End a life whose blocks are free from now on; what is granted to it later is given back."""
         life = tracked.life
@@ -395,7 +384,6 @@ class SchedulerSide:
             if life.session is self._link.registered and not life.allocated:
                 self._drop_found(life)
             self._end(life)
-            self._plan.preempted.append(life.name)
         tracked.end_life()
         tracked.preemptions = tracked.request.num_preemptions
 
@@ -459,6 +447,10 @@ class _Blocks:
     def __init__(self, ids: Sequence[int], whole: bool) -> None:
         self.ids = ids
         self.whole = whole
+
+    def written(self, computed: int) -> NDArray[np.int64]:
+        """Return those that the step may write: of a request's whole table, those behind `computed` blocks."""
+        return np.asarray(self.ids[computed:] if self.whole else self.ids, dtype=np.int64)
 
     def apply(self, life: Life) -> None:
         if self.whole:

@@ -31,10 +31,10 @@ class ConnectorSettings:
 
     endpoint: str = ""
     load_mode: LoadMode = "auto"
-    grant_wait_ms: float = 5.0
+    grant_wait_ms: float = 2.0
     deadline_ms: float = 500.0
     fail_on_load_error: bool = False
-    layerwise: bool = False
+    layerwise: bool = True
     curve_server: str = ""
     curve_public: str = ""
     curve_secret: str = ""

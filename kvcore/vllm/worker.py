@@ -10,23 +10,23 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcore.live.arena import Arena, ArenaError
+from kvcore.live.arena import ArenaError
 from kvcore.live.wire import Registered
 from kvcore.vllm.jobs import Copy, StepPlan, StepReport
 from kvcore.vllm.links import WorkerLink
-from kvcore.vllm.mover import Cache, Mover, TransferFactory
+from kvcore.vllm.mover import Cache, Mover
 from kvcore.vllm.stats import Counters
-from kvkernels import Handle, LayoutError
+from kvcore.vllm.transfers import TransferFactory
+from kvkernels import DeviceError, Handle, LayoutError
 
 _LOG = logging.getLogger("kvcore.vllm")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Running:
     """A copy under way."""
 
@@ -36,6 +36,8 @@ class _Running:
     started: float
     valid: NDArray[np.bool_]
     """Chunks whose pages were of the right generation before the copy, and are copied."""
+    ordered: int = 0
+    """Layers, from the first, that attention was made to wait for."""
 
 
 class WorkerSide:
@@ -45,8 +47,10 @@ class WorkerSide:
         cache: The engine's KV cache.
         rank: The worker's rank among those of its instance.
         shards: Parts of a chunk; ranks from there on hold the same KV as rank 0 and store nothing.
-        factory: Makes the backend that copies.
-        copy_thread: Whether asynchronous loads need a thread, since the backend's calls return when they are done.
+        factory: Makes what copies.
+        in_step: Whether a copy is done when the call that begins it returns, as without a copy engine. Asynchronous
+            loads then run in a thread; otherwise stores end in one, so that they are acknowledged while the engine
+            idles.
         layerwise: Whether attention waits for its own layer's load only (`wait_for_layer`), or the step for all.
     """
 
@@ -57,7 +61,7 @@ class WorkerSide:
         rank: int,
         shards: int,
         factory: TransferFactory,
-        copy_thread: bool,
+        in_step: bool,
         layerwise: bool = False,
     ) -> None:
         self._cache = cache
@@ -69,12 +73,12 @@ class WorkerSide:
         self._link: WorkerLink | None = None
         self._mover: Mover | None = None
         self._unusable: Registered | None = None
-        self._lock = threading.Lock()
-        """Held while a copy begins: `drain` must not return in between."""
-        self._thread = ThreadPoolExecutor(1, "kvcore-load") if copy_thread else None
+        self._lock = threading.RLock()
+        """Held while a copy begins, for `drain` must not return in between, and while what has ended is counted."""
+        self._in_step = in_step
+        self._thread = ThreadPoolExecutor(1, "kvcore-load" if in_step else "kvcore-store")
         self._loading: list[_Running] = []
         self._storing: list[_Running] = []
-        self._released: set[str] = set()
         self._received: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._failed_steps = 0
@@ -94,54 +98,71 @@ class WorkerSide:
 
     # A step, in this order
 
-    def preempt(self, plan: StepPlan) -> None:
-        """Order the step's work behind the reading of blocks that are free from this step on."""
-        gone = frozenset(plan.preempted)
-        for one in self._storing:
-            if one.copy.name in gone:
-                one.handle.wait_sources()
+    def start_loads(self, plan: StepPlan, *, one_graph: bool = False) -> None:
+        """Begin the step's loads, behind the stores that still read a block which this step writes.
 
-    def start_loads(self, plan: StepPlan) -> None:
-        """Begin the step's loads; on a backend that works in the calling thread they end here."""
+        With `one_graph` nothing can be ordered between the step's layers: all loads come before the first.
+        """
+        self._guard(plan)
         for copy in plan.loads:
             self._begin_load(copy)
         self._end_loads()
-        if not self._layerwise:
+        if one_graph or not self._layerwise:
             for one in self._loading:
                 if not one.copy.asynchronous:
-                    for layer in range(one.mover.layout.num_layers):
-                        one.handle.wait_layer(layer)
+                    self._order(one, one.mover.layout.num_layers)
+
+    def _guard(self, plan: StepPlan) -> None:
+        """Make this step wait, on the device, for stores that have not yet read a block which it may write."""
+        if not plan.handed_out.size:
+            return
+        with self._lock:
+            storing = list(self._storing)
+        for one in storing:
+            if np.isin(one.copy.blocks, plan.handed_out).any():
+                one.handle.wait_sources()
 
     def wait_for_layer(self, layer_name: str) -> None:
         """Order the loads of one layer before its attention."""
-        if not self._layerwise or not self._loading:
+        if not self._loading:
             return
         layer = self._cache.layer_of.get(layer_name)
         for one in self._loading:
             if layer is not None and not one.copy.asynchronous:
-                one.handle.wait_layer(layer)
+                self._order(one, layer + 1)
+
+    @staticmethod
+    def _order(one: _Running, layers: int) -> None:
+        for layer in range(one.ordered, layers):
+            one.handle.wait_layer(layer)
+        one.ordered = max(one.ordered, layers)
 
     def finish_step(self, plan: StepPlan) -> None:
         """End the step's synchronous loads and begin its stores."""
         for one in self._loading:
             if not one.copy.asynchronous:
                 one.handle.wait()
+                if one.ordered < one.mover.layout.num_layers and one.handle is not _NOTHING:
+                    # The engine did not ask for every layer: what it computed may rest on blocks not there yet.
+                    _LOG.error(
+                        "Request %s: the engine did not wait for its load; set layerwise to false", one.copy.request
+                    )
+                    one.valid[:] = False
         self._end_loads()
         seen = plan.failures_seen.get(self._rank, 0)
         for copy in plan.stores:
             self._begin_store(copy, trusted=seen >= self._failed_steps)
-        self._end_stores()
-        self._released.update(plan.released)
 
-    def finished(self) -> tuple[set[str], set[str]]:
-        """Return the requests whose stores have ended for good, and those whose asynchronous loads have ended."""
+    def received(self) -> set[str]:
+        """Return the requests whose asynchronous loads have ended since the last call."""
         self._end_loads()
-        self._end_stores()
-        storing = {one.copy.request for one in self._storing}
-        sent = self._released - storing
-        self._released &= storing
         received, self._received = self._received, set()
-        return sent, received
+        return received
+
+    def counted(self) -> dict[str, int | float]:
+        """Return what was counted since the last call."""
+        with self._lock:
+            return self.counters.take()
 
     def bad_blocks(self) -> set[int]:
         """Return the blocks that were to be loaded and were not, since the last call."""
@@ -157,11 +178,8 @@ class WorkerSide:
 
     def close(self) -> None:
         """Wait for what is under way and leave the server."""
-        before = self._end_all()
-        if before is not None:
-            before.arena.close()
-        if self._thread is not None:
-            self._thread.shutdown()
+        self._let_go()
+        self._thread.shutdown()
         if self._link is not None:
             self._link.leave()
 
@@ -172,29 +190,25 @@ class WorkerSide:
         registered = None if self._link is None else self._link.registered
         if registered is None or registered.epoch != epoch or registered is self._unusable:
             return None
-        if self._mover is None or self._mover.registered is not registered:
-            before = self._end_all()
-            same = before is not None and before.registered.epoch == registered.epoch
+        if self._mover is None or not self._mover.serves(registered):
+            self._let_go()
             try:
-                arena = before.arena if before is not None and same else Arena.attach(Path(registered.arena_path))
-                self._mover = Mover(self._cache, registered, self._shard, self._factory, arena)
+                self._mover = Mover(self._cache, registered, self._shard, self._factory)
             except (ArenaError, LayoutError, ValueError) as error:
                 self._unusable = registered
                 _LOG.error("kvcore cannot use the server's arena, nothing is loaded or stored: %s", error)
-            if before is not None and not same:
-                before.arena.close()
         return self._mover
 
-    def _end_all(self) -> Mover | None:
-        """End what is under way in the registration before; return its mover, closed but for the arena."""
-        for one in [*self._loading, *self._storing]:
-            one.handle.wait()
+    def _let_go(self) -> None:
+        """End what is under way in the registration before, and close its arena."""
+        for load in self._loading:
+            load.handle.wait()
         self._end_loads()
-        self._end_stores()
-        before, self._mover = self._mover, None
-        if before is not None:
-            before.close()
-        return before
+        for store in list(self._storing):
+            self._end_store(store)
+        if self._mover is not None:
+            self._mover.close()
+            self._mover = None
 
     def warm_up(self) -> bool:
         """Map the arena now rather than in the first request; return whether it is mapped, as it is not while away."""
@@ -215,7 +229,7 @@ class WorkerSide:
             started = time.perf_counter()
             if valid.any():
                 pages, blocks = copy.pages[valid], copy.blocks[valid]
-                if copy.asynchronous and self._thread is not None:
+                if copy.asynchronous and self._in_step:
                     handle = _InThread(self._thread.submit(mover.load, pages, blocks))
                 else:
                     handle = mover.load(pages, blocks)
@@ -232,7 +246,12 @@ class WorkerSide:
             valid = self._generations_hold(mover, copy)
             started = time.perf_counter()
             handle = mover.store(copy.pages[valid], copy.blocks[valid]) if valid.any() else _NOTHING
-            self._storing.append(_Running(copy, handle, mover, started, valid))
+            one = _Running(copy, handle, mover, started, valid)
+            self._storing.append(one)
+        if self._in_step:
+            self._end_store(one)
+        else:
+            self._thread.submit(self._end_store, one)
 
     @staticmethod
     def _generations_hold(mover: Mover, copy: Copy) -> NDArray[np.bool_]:
@@ -284,8 +303,16 @@ class WorkerSide:
             copy.request, len(bad) * self._cache.block_tokens,
         )  # fmt: skip
 
-    def _end_stores(self) -> None:
-        for one in [one for one in self._storing if one.handle.done()]:
+    def _end_store(self, one: _Running) -> None:
+        """Wait for a store, then count and acknowledge it, once: two threads may come here with the same one."""
+        try:
+            one.handle.wait()
+        except DeviceError as error:
+            _LOG.error("Request %s: nothing is stored: %s", one.copy.request, error)
+            one.valid[:] = False
+        with self._lock:
+            if one not in self._storing:
+                return
             self._storing.remove(one)
             good = one.valid & self._generations_hold(one.mover, one.copy)
             if good.any():
@@ -341,8 +368,7 @@ class _InThread:
         """Nothing: the request is not in the batch."""
 
     def wait_sources(self) -> None:
-        """Block until it has ended: a load reads the arena alone, which nobody here overwrites."""
-        self.wait()
+        """Nothing: the arena's pages are not written while their generation holds."""
 
 
 class _Nothing:

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.gpu
 def triton(layout, tensors, arena):
     module = pytest.importorskip("kvkernels.triton_gather")
     row = max(plane.row_bytes for plane in layout.planes)
-    return module.triton_transfer(layout, tensors, arena, CudaRuntime(0), staging_bytes=6 * 5 * row, copy_bytes=4 * row)
+    options = {"staging_bytes": 6 * 5 * row, "copy_bytes": 4 * row, "group_bytes": row}
+    return module.triton_transfer(layout, tensors, arena, CudaRuntime(0), **options)
 
 
 def batched(layout, tensors, arena):
@@ -81,6 +82,65 @@ def test_ordered_with_the_engines_stream(make):
         assert torch.equal(copy[ids].view(torch.uint8), full[ids].view(torch.uint8))
     transfer.close()
     target.close()
+
+
+@pytest.mark.parametrize("make", [batched, triton])
+def test_blocks_may_be_overwritten_behind_wait_sources(make):
+    rng = np.random.default_rng(12)
+    case = random_case(rng, form="joined", block_tokens=128, device="cuda")
+    layout = case.layout
+    chunks = layout.num_blocks // layout.chunk_blocks
+    ids = random_ids(rng, layout, chunks)
+    wanted = np.concatenate([case.slot(mine) for mine in ids.reshape(chunks, -1)])
+    arena = HostArena(CudaRuntime(0).pinned(len(wanted)), is_pinned=True)
+    transfer = make(layout, case.tensors, arena)
+    torch.cuda._sleep(20_000_000)
+    handle = transfer.store(ids, [[(i * layout.slot_bytes, layout.slot_bytes)] for i in range(chunks)])
+    handle.wait_sources()
+    for memory in case.memory:
+        memory.zero_()
+    handle.wait()
+    assert np.array_equal(arena.array, wanted)
+    transfer.close()
+
+
+@pytest.mark.parametrize("make", [batched, triton])
+def test_adjacent_slots_across_registered_slices(make):
+    """Blocks in order over adjacent slots: whole chunks would be single copies, were it not for the slices' borders."""
+    case = random_case(np.random.default_rng(13), form="cross_layer", block_tokens=128, device="cuda")
+    layout, runtime = case.layout, CudaRuntime(0)
+    chunks = layout.num_blocks // layout.chunk_blocks
+    ids = np.arange(chunks * layout.chunk_blocks)
+    slots = [[(i * layout.slot_bytes, layout.slot_bytes)] for i in range(chunks)]
+    memory = mmap.mmap(-1, -(-chunks * layout.slot_bytes // 4096) * 4096)
+    arena = RegisteredArena(memory, cuda_driver(), enter_thread=runtime.enter_thread, slice_bytes=4096, rest=0)
+    assert arena.wait().error is None
+    empty = case.emptied()
+    source, target = make(layout, case.tensors, arena), make(layout, empty.tensors, arena)
+    source.store(ids, slots).wait()
+    target.load(slots, ids).wait()
+    assert all(all(map(np.array_equal, empty.rows(b), case.rows(b))) for b in ids.tolist())
+    source.close()
+    target.close()
+    arena.close()
+
+
+def test_a_graph_is_captured_while_an_arena_is_registered():
+    runtime = CudaRuntime(0)
+    memory = mmap.mmap(-1, 64 << 20)
+    value = torch.zeros(1, device="cuda")
+    arena = RegisteredArena(memory, cuda_driver(), enter_thread=runtime.enter_thread, slice_bytes=1 << 20, rest=1.0)
+    graph = torch.cuda.CUDAGraph()
+    while arena.progress().pinned_bytes == 0:
+        arena.wait(0.0001)
+    with torch.cuda.graph(graph):
+        for _ in range(2000):
+            value += 1
+    graph.replay()
+    assert arena.wait().error is None
+    torch.cuda.synchronize()
+    assert value.item() == 2000
+    arena.close()
 
 
 def test_registered_arena_serves_before_and_after_registration():

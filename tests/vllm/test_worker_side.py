@@ -1,6 +1,7 @@
 """A worker's half over a real arena and torch tensors: no vLLM, no server."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -13,10 +14,22 @@ from kvcore.live.wire import Registered  # noqa: E402
 from kvcore.vllm.jobs import Copy, StepPlan  # noqa: E402
 from kvcore.vllm.mover import Cache  # noqa: E402
 from kvcore.vllm.worker import WorkerSide  # noqa: E402
+from kvkernels import HostArena  # noqa: E402
 from kvkernels.reference import ReferenceTransfer  # noqa: E402
 
 BLOCKS, LAYERS, BLOCK, PER_CHUNK = 40, 3, 16, 4
 PAGE = 4096
+
+
+class Plain:
+    """torch's own indexing, without a measurement."""
+
+    def __init__(self, chunk, block, tensors, data):
+        self.whole, self.single = (ReferenceTransfer(one, tensors, HostArena(data)) for one in (chunk, block))
+
+    def close(self):
+        self.whole.close()
+        self.single.close()
 
 
 class Line:
@@ -43,7 +56,7 @@ class Line:
 class Rig:
     """An arena of 64 pages, a KV cache of random bytes, and the worker's half between them."""
 
-    def __init__(self, folder, rank=0, shards=1, copy_thread=True):
+    def __init__(self, folder, rank=0, shards=1, in_step=True, factory=Plain):
         self.arena = Arena.create(ArenaPaths(folder, f"rig{rank}"), size_bytes=64 * PAGE, page_bytes=PAGE)
         torch.manual_seed(rank)
         self.tensors = {f"layer.{i}": torch.randn(BLOCKS, 2, BLOCK, 8) for i in range(LAYERS)}
@@ -64,7 +77,7 @@ class Rig:
             liveness_path="",
         )
         self.line = Line(self.registered)
-        self.side = WorkerSide(cache, rank=rank, shards=shards, factory=ReferenceTransfer, copy_thread=copy_thread)
+        self.side = WorkerSide(cache, rank=rank, shards=shards, factory=factory, in_step=in_step, layerwise=not in_step)
         self.side.connect(self.line)
 
     def copy(self, blocks, *, at=0, asynchronous=False, scattered=False):
@@ -86,10 +99,9 @@ class Rig:
         )
 
     def step(self, plan):
-        self.side.preempt(plan)
         self.side.start_loads(plan)
         self.side.finish_step(plan)
-        return self.side.finished()
+        return self.side.received()
 
     def said(self, kind):
         return [one for one in self.line.said if one[0] == kind]
@@ -195,7 +207,7 @@ def test_asynchronous_load_is_reported_when_it_has_ended(rig, monkeypatch):
         return whole(self, *args, **kwargs)
 
     monkeypatch.setattr(ReferenceTransfer, "load", gated)
-    assert rig.step(StepPlan(loads=[rig.copy(range(20, 24), asynchronous=True)])) == (set(), set())
+    assert rig.step(StepPlan(loads=[rig.copy(range(20, 24), asynchronous=True)])) == set()
     drained = threading.Thread(target=rig.side.drain)
     drained.start()
     drained.join(0.1)
@@ -203,7 +215,7 @@ def test_asynchronous_load_is_reported_when_it_has_ended(rig, monkeypatch):
     gate.set()
     drained.join(5)
     assert not drained.is_alive()
-    assert rig.step(StepPlan()) == (set(), {"r"})
+    assert rig.step(StepPlan()) == {"r"}
     assert rig.equal(stored, range(20, 24))
 
 
@@ -219,14 +231,115 @@ def test_registered_anew_with_the_same_server_the_arena_needs_no_name(rig):
 def test_asynchronous_load_that_cannot_begin_is_reported_with_its_blocks(rig):
     load = rig.copy(range(20, 24), asynchronous=True)
     load.epoch += 1
-    assert rig.step(StepPlan(loads=[load])) == (set(), {"r"})
+    assert rig.step(StepPlan(loads=[load])) == {"r"}
     assert rig.side.bad_blocks() == set(range(20, 24))
     assert rig.side.report() is None
 
 
-def test_released_requests_are_reported_once(rig):
-    assert rig.step(StepPlan(stores=[rig.copy(range(4))], released=["r"])) == ({"r"}, set())
-    assert rig.step(StepPlan()) == (set(), set())
+class Handed:
+    """A copy engine's handle: done when the test says so."""
+
+    def __init__(self):
+        self.gate = threading.Event()
+        self.sources_waited = 0
+        self.layers = []
+
+    def done(self):
+        return self.gate.is_set()
+
+    def wait(self):
+        assert self.gate.wait(10)
+
+    def wait_layer(self, layer):
+        self.layers.append(layer)
+
+    def wait_sources(self):
+        self.sources_waited += 1
+
+
+class Device(Plain):
+    """A device that copies by itself: the bytes move at once, their ends are told when the test says so."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.handles = []
+        whole = self.whole
+        self.whole = self
+        self.store = lambda *call: self.hand(whole.store(*call))
+        self.load = lambda *call: self.hand(whole.load(*call))
+        self.closes = whole.close
+
+    def hand(self, _):
+        self.handles.append(Handed())
+        return self.handles[-1]
+
+    def close(self):
+        self.closes()
+
+
+@pytest.fixture
+def device(tmp_path):
+    made = []
+
+    def factory(*arguments):
+        made.append(Device(*arguments))
+        return made[-1]
+
+    rig = Rig(tmp_path, in_step=False, factory=factory)
+    rig.devices = made
+    yield rig
+    for one in made:
+        for handle in one.handles:
+            handle.gate.set()
+    rig.side.close()
+    rig.arena.close()
+
+
+def test_a_store_is_acknowledged_while_the_engine_idles(device):
+    device.step(StepPlan(stores=[device.copy(range(8))]))
+    assert not device.said("committed")
+    device.devices[0].handles[0].gate.set()
+    until = time.monotonic() + 5
+    while not device.said("committed") and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [one[2] for one in device.said("committed")] == [(b"chunk0", b"chunk1")]
+
+
+def test_a_step_that_writes_a_block_waits_for_the_store_that_reads_it(device):
+    device.step(StepPlan(stores=[device.copy(range(8)), device.copy(range(12, 16))]))
+    first, second = device.devices[0].handles
+    device.step(StepPlan(handed_out=np.array([20, 21])))
+    assert (first.sources_waited, second.sources_waited) == (0, 0)
+    device.step(StepPlan(handed_out=np.array([20, 13])))
+    assert (first.sources_waited, second.sources_waited) == (0, 1)
+    first.gate.set()
+    second.gate.set()
+
+
+def load_in_thread(device, plan, *, layers, one_graph=False):
+    device.side.start_loads(plan, one_graph=one_graph)
+    handle = device.devices[-1].handles[-1]
+    for layer in range(layers):
+        device.side.wait_for_layer(f"layer.{layer}")
+    ordered = list(handle.layers)
+    handle.gate.set()
+    device.side.finish_step(StepPlan())
+    return ordered
+
+
+def test_attention_waits_for_its_layer_and_one_graph_for_all(device):
+    count = len(device.tensors)
+    plan = StepPlan(loads=[device.copy(range(20, 28))])
+    device.side.warm_up()
+    assert load_in_thread(device, plan, layers=count) == list(range(count))
+    assert load_in_thread(device, plan, layers=0, one_graph=True) == list(range(count))
+    assert not device.side.bad_blocks()
+
+
+def test_a_load_that_attention_did_not_wait_for_has_failed(device):
+    device.side.warm_up()
+    load_in_thread(device, StepPlan(loads=[device.copy(range(20, 28))]), layers=1)
+    assert device.side.bad_blocks() == set(range(20, 28))
 
 
 def test_two_ranks_write_their_shards_of_one_chunk(tmp_path):

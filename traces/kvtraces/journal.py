@@ -3,8 +3,9 @@
 A journal is a folder of segments, `00000001.kvj` and so on, each a magic and then records: a header `<III` (payload
 bytes, CRC-32 of these four bytes, CRC-32 of the payload) and a msgpack payload. A segment begins with the core's
 configuration and, unless the core was new, a snapshot of its state; then come steps, (event, decisions), and the pages
-that a step took. So each segment replays by itself, the oldest can be deleted, and a server that takes over needs the
-last one only. A crash may leave the last record torn; anything else that does not fit its checksum is damage.
+that a step took. A decision's chunks are written as a range where they are a run of the event's. So each segment
+replays by itself, the oldest can be deleted, and a server that takes over needs the last one only. A crash may leave
+the last record torn; anything else that does not fit its checksum is damage.
 """
 
 import os
@@ -19,7 +20,7 @@ from zlib import crc32
 
 import msgspec
 
-from kvcore.policy import Core, CoreConfig, Decision, Event
+from kvcore.policy import Chunk, Core, CoreConfig, Decision, Event
 from kvcore.policy.snapshot import dump, restore
 
 MAGIC = b"KVJRNL\x00\x01"
@@ -133,7 +134,8 @@ class JournalWriter:
 
     def step(self, event: Event, decisions: tuple[Decision, ...]) -> None:
         """Collect an event with its decisions."""
-        out = [(_TAGS[type(decision)], _VALUES[type(decision)](decision)) for decision in decisions]
+        named = getattr(event, "chunks", None)
+        out = [(_TAGS[type(decision)], _compact(decision, named)) for decision in decisions]
         self._collect(("step", _TAGS[type(event)], _VALUES[type(event)](event), out))
 
     def pages(self, ids: bytes, generations: bytes, chunk_bytes: int) -> None:
@@ -238,9 +240,9 @@ def _decode(payload: bytes, segment: str, offset: int) -> Record:
     try:
         match msgspec.msgpack.decode(payload):
             case ["step", tag, values, decisions]:
-                return Step(
-                    event=_build(tag, values), decisions=tuple(_build(tag, values) for tag, values in decisions)
-                )
+                event = _build(tag, values)
+                named = getattr(event, "chunks", None)
+                return Step(event=event, decisions=tuple(_build(tag, values, named) for tag, values in decisions))
             case ["pages", ids, generations, chunk_bytes]:
                 return Pages(ids=ids, generations=generations, chunk_bytes=chunk_bytes)
             case ["head", config, meta]:
@@ -252,9 +254,29 @@ def _decode(payload: bytes, segment: str, offset: int) -> Record:
     raise JournalError("no record of this format", segment, offset)
 
 
-def _build(tag: str, values: list[Any]) -> Any:
+def _compact(decision: Decision, named: tuple[Chunk, ...] | None) -> tuple[Any, ...]:
+    """Return a decision's values; chunks that are a run of those the event names become where it begins and ends."""
+    values: tuple[Any, ...] = _VALUES[type(decision)](decision)
+    chunks = getattr(decision, "chunks", None)
+    if not named or not chunks or len(chunks) > len(named):
+        return values
+    try:
+        start = named.index(chunks[0])
+    except ValueError:
+        return values
+    if named[start : start + len(chunks)] != chunks:
+        return values
+    at = _FIELDS[type(decision)].index("chunks")
+    return (*values[:at], {"from": start, "to": start + len(chunks)}, *values[at + 1 :])
+
+
+def _build(tag: str, values: list[Any], named: tuple[Chunk, ...] | None = None) -> Any:
     kind = _KINDS[tag]
-    return msgspec.convert(dict(zip(_FIELDS[kind], values, strict=True)), kind)
+    found = dict(zip(_FIELDS[kind], values, strict=True))
+    match found.get("chunks"):
+        case {"from": int(start), "to": int(end)} if named is not None and 0 <= start < end <= len(named):
+            found["chunks"] = named[start:end]
+    return msgspec.convert(found, kind)
 
 
 # Verification

@@ -28,6 +28,7 @@ class LazyEvent:
 class LazyStream:
     def __init__(self, runtime):
         self.queue = deque()
+        self.copies_queued = 0
         self._runtime = runtime
 
     def wait(self, event):
@@ -46,10 +47,16 @@ class LazyStream:
     def copy(self, target, source, length):
         for ranges in (target, source):
             self._runtime.refuse_crossing(ranges, length)
+        self._runtime.count_copy()
         # The driver reads the arrays of addresses during the call, so a copy of them is what the stream sees.
         for one in self._runtime.rng.permutation(len(length)):
             ranges = [np.array([values[one]]) for values in (target, source, length)]
-            self.queue.append((None, partial(move_bytes, *ranges)))
+            self.queue.append((None, partial(self._move, *ranges)))
+            self.copies_queued += 1
+
+    def _move(self, target, source, length):
+        self.copies_queued -= 1
+        move_bytes(target, source, length)
 
     def launch(self, kernel):
         # Like a GPU, the stream holds no reference to what its kernels read.
@@ -112,6 +119,7 @@ class LazyRuntime:
         self.streams = [self.main]
         self.submitters = []
         self.registered = []
+        self.copies_left = None
         self.lock = threading.RLock()
 
     def stream(self, *, urgent):
@@ -149,6 +157,13 @@ class LazyRuntime:
             inside = (ranges >= address) & (ranges < address + nbytes)
             if (ranges + length > address + nbytes)[inside].any():
                 raise DeviceError("cuMemcpyAsync: CUDA_ERROR_INVALID_VALUE (1)")
+
+    def count_copy(self):
+        """Fail once the copies that were left are used up."""
+        if self.copies_left is not None:
+            self.copies_left -= 1
+            if self.copies_left < 0:
+                raise DeviceError("cuMemcpyAsync: CUDA_ERROR_OUT_OF_MEMORY (2)")
 
     def pinned(self, nbytes):
         return np.zeros(nbytes, np.uint8)

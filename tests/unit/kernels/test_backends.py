@@ -148,5 +148,6 @@ def test_nothing_to_copy(make, refused):
     handle = transfer.load([], [])
     handle.wait()
     handle.wait_layer(0)
+    handle.wait_sources()
     assert handle.done()
     assert transfer.store([], []).done()

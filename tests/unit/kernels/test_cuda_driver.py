@@ -22,8 +22,10 @@ static int calls;
 static struct { uintptr_t start; size_t n; } slices[8];
 /* The real driver refuses a copy that begins in one registered range and ends beyond it. */
 static int crosses(CUdeviceptr p, size_t n) {
-    for (int i = 0; i < 8; i++)
-        if (p >= slices[i].start && p < slices[i].start + slices[i].n && p + n > slices[i].start + slices[i].n) return 1;
+    for (int i = 0; i < 8; i++) {
+        uintptr_t end = slices[i].start + slices[i].n;
+        if (p >= slices[i].start && p < end && p + n > end) return 1;
+    }
     return 0;
 }
 CUresult cuMemcpyAsync(CUdeviceptr dst, CUdeviceptr src, size_t n, CUstream s) {

@@ -3,6 +3,7 @@
 
 import mmap
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ torch = pytest.importorskip("torch")
 from kvkernels import DeviceError, HostArena, RequestError
 from kvkernels.cases import random_case, random_ids, random_slots
 from kvkernels.cuda_batch import BatchTransfer
-from kvkernels.registered import BounceTransfer, RegisteredArena
+from kvkernels.registered import BounceTransfer, RegisteredArena, populate
 
 SLICE = 4096
 
@@ -70,6 +71,59 @@ def test_a_failed_slice_ends_registration_and_is_told():
     assert registrar.ranges == {}
 
 
+def test_a_device_that_cannot_be_used_is_told():
+    def enter():
+        raise RuntimeError("CUDA error: no CUDA-capable device is detected")
+
+    progress = RegisteredArena(np.zeros(SLICE, np.uint8), Registrar(), enter_thread=enter).wait(10)
+    assert progress.pinned_bytes == 0
+    assert "no CUDA-capable device" in progress.error
+
+
+def test_registration_holds_off_while_transfers_are_under_way_but_not_for_ever():
+    registrar = Registrar(permits=0)
+    arena = RegisteredArena(np.zeros(40 * SLICE, np.uint8), registrar, slice_bytes=SLICE, rest=0)
+    arena.defer(10)
+    registrar.permits.release(100)
+    time.sleep(0.35)
+    assert 2 <= len(registrar.ranges) < 20
+    arena.close()
+
+
+def test_registration_rests_in_proportion():
+    class Slow(Registrar):
+        def register(self, address, nbytes):
+            time.sleep(0.01)
+            super().register(address, nbytes)
+
+    began = time.monotonic()
+    arena = RegisteredArena(np.zeros(5 * SLICE, np.uint8), Slow(permits=100), slice_bytes=SLICE, rest=3.0)
+    arena.wait(10)
+    assert time.monotonic() - began >= 5 * 0.01 + 4 * 0.03
+    arena.close()
+
+
+def resident_pages(memory, pages):
+    """How many pages of a private mapping this process has touched, from /proc."""
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    with open("/proc/self/pagemap", "rb") as table:
+        table.seek(address // mmap.PAGESIZE * 8)
+        entries = np.frombuffer(table.read(8 * pages), np.uint64)
+    return int((entries >> np.uint64(63)).sum())
+
+
+def test_populate_faults_pages_in_and_keeps_their_bytes():
+    pages = 64
+    memory = mmap.mmap(-1, pages * mmap.PAGESIZE)
+    memory[:3] = b"abc"
+    populate(np.frombuffer(memory, np.uint8).ctypes.data, len(memory))
+    assert memory[:4] == b"abc\0"
+    try:
+        assert resident_pages(memory, pages) in {pages, 1}  # 1: a kernel without MADV_POPULATE_WRITE
+    except OSError:
+        pytest.skip("no /proc/self/pagemap")
+
+
 class Splitting(HostArena):
     """Pinned up to an offset, in slices."""
 
@@ -106,6 +160,8 @@ def test_unpinned_slots_go_through_the_bounce_buffer(pinned_runtime, seed, share
     slots, nbytes = random_slots(rng, case.layout, chunks)
     arena = Splitting(np.zeros(nbytes, np.uint8), int(share * nbytes))
     runtime = pinned_runtime(seed)
+    for start in range(0, arena.upto, SLICE):
+        runtime.register(arena.address + start, min(SLICE, nbytes - start))
     options = {"bounce_bytes": 2 * held * case.layout.slot_bytes, "threads": 2}
     bounce = BounceTransfer(BatchTransfer(case.layout, case.tensors, arena, runtime), arena, runtime, **options)
     before = [memory.clone() for memory in case.memory]
@@ -127,6 +183,26 @@ def test_unpinned_slots_go_through_the_bounce_buffer(pinned_runtime, seed, share
     assert all(all(map(np.array_equal, empty.rows(b), case.rows(b))) for b in ids.tolist())
     bounce.close()
     runtime.run_all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_may_be_overwritten_behind_wait_sources(pinned_runtime, seed, share):
+    rng = np.random.default_rng(seed)
+    case = random_case(rng, block_tokens=16)
+    chunks = min(4, case.layout.num_blocks // case.layout.chunk_blocks)
+    ids, size = random_ids(rng, case.layout, chunks), case.layout.slot_bytes
+    arena = Splitting(np.zeros(chunks * size, np.uint8), int(share * chunks * size))
+    runtime = pinned_runtime(seed)
+    wanted = [case.slot(mine) for mine in ids.reshape(chunks, -1)]
+    transfer = BounceTransfer(BatchTransfer(case.layout, case.tensors, arena, runtime), arena, runtime, threads=1)
+    handle = transfer.store(ids, [[(i * size, size)] for i in range(chunks)])
+    handle.wait_sources()
+    runtime.main.queue.append((None, lambda: [memory.zero_() for memory in case.memory]))
+    handle.wait()
+    transfer.close()
+    runtime.run_all()
+    assert np.array_equal(arena.array, np.concatenate(wanted))
 
 
 def test_a_bad_request_is_refused_at_once(pinned_runtime):

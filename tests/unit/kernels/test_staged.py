@@ -2,6 +2,8 @@
 """The staged pipeline's scheduling, with streams that run in any order that its events allow."""
 
 import gc
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,12 +12,14 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from kvkernels import HostArena, LayoutError, describe
+from kvkernels import DeviceError, HostArena, LayoutError, describe
 from kvkernels.cases import random_case, random_ids, random_slots
 from kvkernels.cuda_batch import BatchTransfer
 from kvkernels.pieces import load_pieces, plane_groups, store_pieces
 from kvkernels.reference import plane_views
 from kvkernels.staged import StagedTransfer
+from kvkernels.streams import HostRuntime
+from kvkernels.submit import ThreadSubmitter
 
 
 class TorchMover:
@@ -43,7 +47,7 @@ class TorchMover:
             view[blocks] = rows
 
 
-def staged(runtime, layout, tensors, arena, *, rows=3, lanes=2, buffers=2):
+def staged(runtime, layout, tensors, arena, *, rows=3, lanes=2, buffers=2, **options):
     row = max(plane.row_bytes for plane in layout.planes)
     return StagedTransfer(
         layout,
@@ -55,11 +59,13 @@ def staged(runtime, layout, tensors, arena, *, rows=3, lanes=2, buffers=2):
         buffers=buffers,
         lanes=lanes,
         copy_bytes=row * 4,
+        group_bytes=row,
+        **options,
     )
 
 
-def batched(runtime, layout, tensors, arena):
-    return BatchTransfer(layout, tensors, arena, runtime, batch_rows=2)
+def batched(runtime, layout, tensors, arena, **options):
+    return BatchTransfer(layout, tensors, arena, runtime, **{"batch_rows": 2, "call_copies": 3, **options})
 
 
 def setting(seed, chunks=2):
@@ -173,7 +179,8 @@ def test_a_store_sees_the_engines_earlier_work(lazy_runtime, make, seed):
 
 @pytest.mark.parametrize("make", [staged, batched])
 @pytest.mark.parametrize("seed", range(12))
-def test_a_layer_is_whole_once_waited_for_and_not_before_earlier_work(lazy_runtime, make, seed):
+def test_a_layer_is_whole_once_waited_for_and_not_before_earlier_work(lazy_runtime, monkeypatch, make, seed):
+    monkeypatch.setattr("kvkernels.staged._PLANNED_PIECES", 1 + seed % 3)  # a layer's pieces are planned in batches
     case, ids, slots, arena = setting(seed)
     runtime = lazy_runtime(seed)
     make(runtime, case.layout, case.tensors, arena).store(ids, slots).wait()
@@ -196,6 +203,182 @@ def test_a_layer_is_whole_once_waited_for_and_not_before_earlier_work(lazy_runti
     runtime.run_all()
     assert untouched == [True]
     assert whole == [True] * case.layout.num_layers
+
+
+def store_then_overwrite(lazy_runtime, make, seed, *, ordered):
+    """A store, and work on the engine's stream that overwrites its blocks at once."""
+    case, ids, slots, arena = setting(seed)
+    runtime = lazy_runtime(seed)
+    wanted = [case.slot(mine) for mine in ids.reshape(len(slots), -1)]
+    transfer = make(runtime, case.layout, case.tensors, arena)
+    handle = transfer.store(ids, slots)
+    if ordered:
+        handle.wait_sources()
+    runtime.main.queue.append((None, lambda: [memory.zero_() for memory in case.memory]))
+    runtime.run_all()
+    assert handle.done()
+    transfer.close()
+    got = [np.concatenate([arena.array[o : o + n] for o, n in slot])[: case.layout.slot_bytes] for slot in slots]
+    return all(map(np.array_equal, got, wanted))
+
+
+@pytest.mark.parametrize("make", [staged, batched])
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_blocks_may_be_overwritten_behind_wait_sources(lazy_runtime, make, seed):
+    assert store_then_overwrite(lazy_runtime, make, seed, ordered=True)
+
+
+@pytest.mark.parametrize("make", [staged, batched])
+def test_without_wait_sources_some_order_stores_what_came_later(lazy_runtime, make):
+    assert not all(store_then_overwrite(lazy_runtime, make, seed, ordered=False) for seed in range(10))
+
+
+@pytest.mark.parametrize("make", [staged, batched])
+@pytest.mark.parametrize("seed", range(8))
+def test_slots_may_be_overwritten_behind_wait_sources(lazy_runtime, make, seed):
+    case, ids, slots, arena = setting(seed)
+    runtime = lazy_runtime(seed)
+    make(runtime, case.layout, case.tensors, arena).store(ids, slots).wait()
+    empty = case.emptied()
+    transfer = make(runtime, case.layout, empty.tensors, arena)
+    transfer.load(slots, ids).wait_sources()
+    runtime.main.queue.append((None, lambda: arena.array.fill(0)))
+    runtime.run_all()
+    transfer.close()
+    assert loaded_right(case, empty, ids)
+
+
+@pytest.mark.parametrize("make", [staged, batched])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_failure_half_way_is_told_and_spoils_nothing_later(lazy_runtime, make, seed):
+    case, ids, slots, arena = setting(seed)
+    runtime = lazy_runtime(seed)
+    transfer = make(runtime, case.layout, case.tensors, arena)
+    runtime.copies_left = seed % 3
+    handle = transfer.store(ids, slots)
+    for told in (handle.wait, handle.wait_sources, lambda: handle.wait_layer(0)):
+        with pytest.raises(DeviceError, match="OUT_OF_MEMORY"):
+            told()
+    with pytest.raises(DeviceError, match="OUT_OF_MEMORY"):
+        handle.done()
+    runtime.copies_left = None
+    later = transfer.store(ids, slots)
+    later.wait()
+    assert later.done()
+    assert stored_right(case, ids, slots, arena)
+    transfer.close()
+
+
+def test_copies_that_a_failed_load_left_queued_do_not_reach_the_next_ones_staging(lazy_runtime):
+    failed = 0
+    for seed in range(60):
+        case, ids, slots, arena = setting(seed)
+        runtime = lazy_runtime(seed)
+        source = staged(runtime, case.layout, case.tensors, arena)
+        source.store(ids, slots).wait()
+        empty = case.emptied()
+        transfer = staged(runtime, case.layout, empty.tensors, arena, lanes=5, rows=2 + seed % 4)
+        runtime.copies_left = 1 + seed % 5
+        first = transfer.load(slots[::-1], ids)
+        runtime.submitters[-1].until(lambda first=first: first._ended)
+        failed += first._error is not None
+        runtime.copies_left = None
+        transfer.load(slots, ids).wait()
+        transfer.close()
+        runtime.run_all()
+        assert loaded_right(case, empty, ids)
+    assert failed > 20
+
+
+@pytest.mark.parametrize("make", [staged, batched])
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_no_more_is_in_the_queues_than_allowed(lazy_runtime, make, ahead):
+    case, ids, slots, arena = setting(2)
+    runtime = lazy_runtime(2)
+    options = {"rows": 1} if make is staged else {"call_copies": 1}
+    empty = case.emptied()
+    make(runtime, case.layout, case.tensors, arena, **options).store(ids, slots).wait()
+    transfer = make(runtime, case.layout, empty.tensors, arena, ahead=ahead, **options)
+    handle = transfer.load(slots, ids)
+    most = 0
+    while runtime.step():
+        most = max(most, sum(stream.copies_queued for stream in runtime.streams))
+    assert 0 < most <= 2 * ahead  # a copy that crosses a page border is two
+    assert handle.done()
+    transfer.close()
+    assert loaded_right(case, empty, ids)
+
+
+class ThreadedRuntime(HostRuntime):
+    """The host, with transfers handed over by threads as on a GPU; `slow_s` makes every kernel take that long."""
+
+    def __init__(self, slow_s=0.0):
+        super().__init__()
+        self.slow_s = slow_s
+
+    def submitter(self, name):
+        return ThreadSubmitter(name, self.enter_thread, inline_s=self.slow_s)
+
+
+class SlowMover(TorchMover):
+    slow_s = 0.0
+
+    def scatter(self, ids, piece, staging):
+        time.sleep(self.slow_s)
+        super().scatter(ids, piece, staging)
+
+
+def test_the_call_returns_early_and_a_layer_is_awaited_until_it_was_handed_over():
+    case = random_case(np.random.default_rng(3), form="layers_outermost", block_tokens=16)
+    layout = case.layout
+    ids, slots = np.arange(layout.chunk_blocks), [[(0, layout.slot_bytes)]]
+    arena = HostArena(np.zeros(layout.slot_bytes, np.uint8))
+    staged(ThreadedRuntime(), layout, case.tensors, arena).store(ids, slots).wait()
+    empty = case.emptied()
+    row = max(plane.row_bytes for plane in layout.planes)
+    mover = SlowMover(layout, empty.tensors)
+    mover.slow_s = 0.05
+    options = {"name": "slow", "staging_bytes": 2 * 3 * layout.chunk_blocks * row, "copy_bytes": 1, "group_bytes": 1}
+    transfer = StagedTransfer(layout, arena, ThreadedRuntime(), mover, **options)
+    began = time.perf_counter()
+    handle = transfer.load(slots, ids)
+    called = time.perf_counter() - began
+    assert not handle.done()
+    for layer in range(layout.num_layers):
+        handle.wait_layer(layer)
+        assert all(np.array_equal(empty.rows(b)[layer], case.rows(b)[layer]) for b in ids.tolist())
+    took = time.perf_counter() - began
+    assert called < 0.05 * layout.num_layers <= took
+    handle.wait()
+    transfer.close()
+
+
+@pytest.mark.parametrize("make", [staged, batched])
+def test_threads_that_store_and_load_over_one_transfer(make):
+    rng = np.random.default_rng(9)
+    case = random_case(rng, form="joined", block_tokens=16)
+    layout = case.layout
+    chunks = layout.num_blocks // layout.chunk_blocks
+    ids = rng.permutation(layout.num_blocks)[: chunks * layout.chunk_blocks].reshape(chunks, -1)
+    slots, nbytes = random_slots(rng, layout, chunks)
+    arena = HostArena(np.zeros(nbytes, np.uint8))
+    empty = case.emptied()
+    source = make(ThreadedRuntime(), layout, case.tensors, arena)
+    target = make(ThreadedRuntime(), layout, empty.tensors, arena)
+
+    def there_and_back(chunk):
+        for _ in range(5):
+            source.store(ids[chunk], [slots[chunk]]).wait()
+            handle = target.load([slots[chunk]], ids[chunk])
+            handle.wait_layer(layout.num_layers - 1)
+        handle.wait()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(there_and_back, range(chunks)))
+    source.close()
+    target.close()
+    assert loaded_right(case, empty, ids.ravel())
 
 
 @pytest.mark.parametrize("make", [staged, batched])
@@ -250,6 +433,13 @@ def test_loads_start_and_end_with_single_layers():
     assert sizes == [1, 1, 2, 4, 4, 4, 4, 4, 4, 4, 2, 1, 1]
     assert [plane for group in groups for plane in group] == list(range(36))
     assert all(piece.rows * piece.row_bytes <= 40 << 20 for piece in pieces)
+
+
+@pytest.mark.parametrize(("chunks", "sizes"), [(1, [8, 8, 10, 8, 2]), (2, [4, 4, 8, 10, 5, 4, 1]), (8, [1, 1, 2, 4])])
+def test_small_loads_take_few_steps(chunks, sizes):
+    options = {"copy_bytes": 16 << 20, "group_bytes": 8 << 20}
+    pieces = load_pieces(qwen3_8b(), chunks, range(36), 40 << 20, **options)
+    assert [len(piece.planes) for piece in pieces][: len(sizes)] == sizes
 
 
 def test_stores_copy_whole_chunks_where_they_fit():

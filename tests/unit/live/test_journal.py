@@ -86,7 +86,7 @@ def test_what_is_written_is_read_again(tmp_path):
     steps = [one.record for one in located if isinstance(one.record, Step)]
     core = Core(CONFIG)
     assert [core.handle(step.event) for step in steps] == [step.decisions for step in steps]
-    assert [one.record for one in located if isinstance(one.record, Pages)][0] == Pages(
+    assert next(one.record for one in located if isinstance(one.record, Pages)) == Pages(
         ids=b"\1" * 12, generations=b"\2" * 24, chunk_bytes=4096
     )
     assert verify(tmp_path) == Equal(segments=1, steps=len(steps))

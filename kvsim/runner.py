@@ -1,5 +1,6 @@
 """One setting in full detail: TTFT under load, hits by tier, and what every resource was doing."""
 
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from kvcore.policy.driver import Observer
 from kvsim.engine.columns import Columns, columns_of, copied_bytes, utilisation
 from kvsim.engine.load import Load, offered_load
 from kvsim.engine.settings import RunSettings
-from kvsim.engine.simulation import Workload, prepare, simulate
+from kvsim.engine.simulation import Progress, Workload, prepare, simulate
 from kvtraces import Log
 
 PERCENTILES = (50, 90, 95, 99)
@@ -116,6 +117,7 @@ def run(
     workload: Workload | None = None,
     observe: Observer | None = None,
     workers: int = 1,
+    progress: Progress | None = None,
 ) -> RunResult:
     """Simulate one setting.
 
@@ -128,6 +130,7 @@ def run(
         observe: Sees every event of the core with its decisions.
         workers: With 2, the baseline runs in a process beside this one (which must be importable: a script needs its
             `if __name__ == "__main__"`).
+        progress: Told of the requests that have ended, and of all; not of the baseline's.
 
     Raises:
         SettingsError: A setting that cannot be run, with this log or at all.
@@ -136,13 +139,15 @@ def run(
     cached = settings.l1_gb != 0
     if workload is None:
         workload = prepare(log, settings.chunk_tokens, reuse=cached)
+    if cached and workload.chunk_tokens is not None:
+        settings.core_config(workload.chunk_tokens)  # what it refuses is refused before a process is started
     without = load_without = None
     with ExitStack() as stack:
         beside = None
         if baseline and cached and workers > 1:
-            pool = stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+            pool = stack.enter_context(_processes(1))
             beside = pool.submit(_no_cache, log, None, settings)
-        finished = simulate(workload, settings, observe=observe, timeline=timeline)
+        finished = simulate(workload, settings, observe=observe, timeline=timeline, progress=progress)
         columns = columns_of(log, finished, workload.chunk_tokens)
         load = offered_load(columns, settings.engines)
         if baseline:
@@ -199,8 +204,7 @@ def run_many(
             results.append(run(log, chosen, baseline=baseline))
             report(len(results), total)
         return results
-    # Processes start afresh: a fork would copy the threads' locks of whatever library has any.
-    with ProcessPoolExecutor(min(workers, total), mp_context=get_context("spawn")) as pool:
+    with _processes(min(workers, total)) as pool:
         futures = [pool.submit(run, log, chosen, baseline=baseline) for chosen in settings]
         try:
             for future in as_completed(futures):
@@ -211,6 +215,16 @@ def run_many(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         return [future.result() for future in futures]
+
+
+def _processes(count: int) -> ProcessPoolExecutor:
+    """Return a pool whose processes start afresh: a fork would copy the locks of whatever library has threads."""
+    return ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_end_on_interrupt)
+
+
+def _end_on_interrupt() -> None:
+    """Let Ctrl-C, which the whole process group gets, end this process at once and without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _no_cache(log: Log, workload: Workload | None, settings: RunSettings) -> tuple[dict[str, float | None], Load]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kvsim.calibrate.endpoint import Endpoint, EndpointError
-from kvsim.calibrate.fitting import decode_grid, fit_prefill, handling, prefill_grid, spread
-from kvsim.calibrate.plan import Plan
-from kvsim.calibrate.state import CalibrationError, Point, State
+from kvsim.calibration.endpoint import Endpoint, EndpointError
+from kvsim.calibration.fitting import decode_grid, fit_prefill, handling, prefill_grid, spread
+from kvsim.calibration.plan import Plan
+from kvsim.calibration.state import CalibrationError, Point, State
 from kvsim.profiles import Part, Profile, TransferCurve
 
 __all__ = ["CalibrationError", "Facts", "Progress", "calibrate"]

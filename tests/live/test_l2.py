@@ -1,0 +1,138 @@
+"""L2 behind a real server: what left L1 comes back with its own bytes, and a bad value is a miss."""
+
+import threading
+import time
+
+import pytest
+from live_fakes import SyncEngine, chain, wait_for
+
+from kvcore.live import wire
+
+PROMPTS = [chain(f"p{at}", 4) for at in range(8)]
+
+
+def flags(folder, *more):
+    return ("--l2", f"files:{folder}/l2", "--l2-size-gb", "0.01", *more)
+
+
+def files(folder):
+    return [path for path in (folder / "l2").glob("??/*") if path.is_file()]
+
+
+def fill(server, engine):
+    for at, prompt in enumerate(PROMPTS):
+        engine.serve(f"fill-{at}", prompt)
+    wait_for(lambda: server.counters().get("kvcore_l2_chunks", 0) and settled(server))
+
+
+def settled(server):
+    """Whether nothing is on its way to L2: the count stands still, and nothing is pinned for a copy."""
+    before = server.counters()["kvcore_l2_chunks"]
+    time.sleep(0.05)
+    tiers = server.status()["tiers"]
+    idle = all(tier["idle_pages"] == tier["pages"] for tier in tiers)
+    return idle and server.counters()["kvcore_l2_chunks"] == before
+
+
+@pytest.mark.parametrize("placement", ["write-through", "write-back"])
+def test_what_left_l1_comes_back_from_l2(start, folder, placement):
+    server = start(*flags(folder, "--placement", placement), l1_pages=12)
+    with SyncEngine(server.endpoint) as engine:
+        fill(server, engine)
+        assert server.status()["tiers"][0]["chunks"] <= 12
+        for at, prompt in enumerate(PROMPTS[:5]):
+            found, _ = engine.serve(f"again-{at}", prompt)  # reads the bytes and compares
+            assert sum(found.hits) == 4
+            assert found.hits[1] >= 3
+            assert found.load_chunks == 4
+        counters = server.counters()
+        assert counters["kvcore_loaded_tokens", "l2"] >= 15 * 256
+        assert counters["kvcore_l2_chunks", "get"] >= 15
+    assert len(files(folder)) >= 20
+
+
+def test_a_chunk_that_only_passes_through_l1(start, folder):
+    server = start(*flags(folder, "--no-promote-on-hit"), l1_pages=12)
+    with SyncEngine(server.endpoint) as engine:
+        fill(server, engine)
+        for life in range(3):
+            found, _ = engine.serve(f"{life}", PROMPTS[0])
+            assert found.hits == (0, 4)
+        assert engine.client.call(wire.Where(PROMPTS[0])).tiers == (1,) * 4
+
+
+def test_a_damaged_file_is_a_miss_and_is_stored_anew(start, folder):
+    server = start(*flags(folder), l1_pages=12)
+    with SyncEngine(server.endpoint) as engine:
+        fill(server, engine)
+        damaged = PROMPTS[0][2]
+        (path,) = [path for path in files(folder) if path.name == damaged.hex()]
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        found = engine.lookup("r", PROMPTS[0])
+        assert found.hits == (0, 4)
+        assert (found.load_start, found.load_chunks) == (0, 2), "the run ends before it"
+        assert engine.read(found, PROMPTS[0]) == PROMPTS[0][:2]
+        engine.loaded("r", PROMPTS[0][:2])
+        granted = engine.ask("r", PROMPTS[0][2:])
+        engine.committed("r", engine.write(granted, PROMPTS[0][2:]))
+        engine.end("r")
+        assert sum(engine.serve("again", PROMPTS[0])[0].hits) == 4
+    assert server.counters()["kvcore_evicted_chunks", "l2"] >= 1
+
+
+def test_requests_that_want_the_same_chunks_fetch_them_once(start, folder):
+    server = start(*flags(folder), l1_pages=12)
+    with SyncEngine(server.endpoint, "a") as one, SyncEngine(server.endpoint, "b") as two:
+        fill(server, one)
+        gets = server.counters().get(("kvcore_l2_chunks", "get"), 0)
+        results = []
+        threads = [
+            threading.Thread(target=lambda e=engine, n=name: results.append(e.serve(n, PROMPTS[0])[0]))
+            for engine, name in ((one, "x"), (two, "y"))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [sum(found.hits) for found in results] == [4, 4]
+        assert server.counters()["kvcore_l2_chunks", "get"] - gets == 4
+
+
+def test_a_server_that_starts_empty_deletes_what_an_earlier_one_left(start, folder):
+    server = start(*flags(folder), l1_pages=12)
+    with SyncEngine(server.endpoint) as engine:
+        fill(server, engine)
+    assert len(files(folder)) == 32
+    server.stop()
+    server.start()
+    wait_for(lambda: not files(folder))
+    with SyncEngine(server.endpoint) as engine:
+        fill(server, engine)
+        assert sum(engine.serve("r", PROMPTS[0])[0].hits) == 4
+
+
+def test_l2_is_taken_over_with_l1(start, folder):
+    server = start(*flags(folder, "--journal", str(folder / "journal")), l1_pages=12)
+    with SyncEngine(server.endpoint) as engine:
+        fill(server, engine)
+        engine.lookup("reader", PROMPTS[0])
+        server.kill()
+        server.start()
+    with SyncEngine(server.endpoint) as engine:
+        time.sleep(0.5)  # the scan for strays has been through
+        assert [sum(engine.serve(f"{at}", prompt)[0].hits) for at, prompt in enumerate(PROMPTS)] == [4] * 8
+
+
+def test_a_store_that_fails_costs_misses_only(start, folder):
+    server = start(*flags(folder), l1_pages=12)
+    with SyncEngine(server.endpoint) as engine:
+        fill(server, engine)
+        for path in files(folder):
+            path.unlink()
+        for at, prompt in enumerate(PROMPTS[:4]):
+            assert engine.serve(f"r{at}", prompt)[0].load_chunks == 0
+            _, granted = engine.serve(f"anew-{at}", prompt)
+            assert granted.chunks == (0, 1, 2, 3), "the core knows that they are gone"
+        assert engine.serve("again", PROMPTS[3])[0].load_chunks == 4
