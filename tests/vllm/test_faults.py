@@ -77,12 +77,12 @@ def hits_come(llm):
 
 
 @pytest.mark.parametrize("fault", ["kill", "pause"])
-def test_server_lost_with_100_requests_queued(rig, reference, fault):
+def test_server_lost_with_100_requests_queued(rig, reference, fault, record_property):
     server, llm, timed = rig
     alone, queued = reference
     assert_same(hits_come(llm), [alone])
     assert llm.reset_prefix_cache()
-    timed.seconds = 0.0
+    timed.seconds = timed.longest = 0.0
     queue = Queue(llm)
     time.sleep(0.5)
     assert queue.answers is None, "the queue was empty before the fault"
@@ -91,6 +91,8 @@ def test_server_lost_with_100_requests_queued(rig, reference, fault):
         time.sleep(5)
         server.go_on()
     assert_same(queue.wait(), queued)
+    record_property("connector_seconds", timed.seconds)
+    record_property("longest_call_seconds", timed.longest)
     assert timed.seconds < STALL_S
     if fault == "kill":
         server.start()

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 
 from harness import BLOCK, CHUNK, assert_same, generate, metrics
 from servers import ServerInThread, counters, environment, status, wait_for
-from tiny_model import build_sliding_model
+from tiny_model import build_mixed_model, build_sliding_model
 
 from kvcore.live.client import RegistrationRefused
 from kvcore.policy.hashing import block_hashes, trace_ids
@@ -113,6 +113,21 @@ def test_model_that_forgets_tokens_is_refused(tmp_path):
         pass
 
 
+def test_model_that_mixes_sliding_and_full_attention(tmp_path):
+    """With a connector vLLM keeps every token in every layer of such a model, so that it is reused as any other."""
+    model = build_mixed_model(tmp_path / "mixed")
+    with harness.engine(model) as llm:
+        assert len(harness.scheduler(llm).kv_cache_config.kv_cache_groups) > 1
+        expected = generate(llm, [FIRST])
+    server = ServerInThread(tmp_path, **{**SMALL, "page_size": "1MiB"})
+    with harness.engine(model, mp(server.endpoint)) as llm:
+        assert_same(generate(llm, [FIRST]), expected)
+        assert llm.reset_prefix_cache()
+        assert_same(generate(llm, [FIRST]), expected)
+        assert metrics(llm)["vllm:external_prefix_cache_hits"] == 5 * CHUNK
+    server.stop()
+
+
 def test_two_tensor_parallel_ranks_keep_a_shard_each(tiny_model, reference, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
@@ -152,7 +167,8 @@ def test_what_a_killed_embedded_server_left_is_removed_by_the_next(tmp_path):
 def test_embedded_server_ends_with_its_engine(tiny_model, reference, tmp_path):
     config = harness.connector_config("KVCoreConnector", arena_dir=str(tmp_path), **SMALL)
     with harness.engine(tiny_model, config) as llm:
-        assert list(tmp_path.glob("*.arena"))
+        assert list(tmp_path.glob("*.ipc"))
+        assert not list(tmp_path.glob("*.arena"))
         assert_same(generate(llm, [FIRST]), reference[:1])
     assert not list(tmp_path.iterdir())
 
