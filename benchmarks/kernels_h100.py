@@ -5,7 +5,7 @@
 
 Needs torch, and uses Triton, cuda-python and JAX where they are. Every section is checked before it is timed; one that
 fails is reported with its traceback and the rest goes on, but the exit code is then 1. Rates are 10^9 bytes a second;
-`ratio` is a rate over the pinned 1 GiB copy of the same run in the same direction.
+`ratio` is a rate over the pinned 1 GiB copy in the same direction, timed right before and right after.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import shlex
 import sys
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -28,6 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 import numpy as np
 import torch
+from kernels_h100_beside import (
+    beside_matmul,
+    capture_beside_registration,
+    launches_beside_registration,
+    launches_beside_transfer,
+    touch,
+)
 
 from kvkernels import HostArena, describe
 from kvkernels.cases import CASE_DTYPES, CASE_FORMS, random_case, random_ids, random_slots, round_trip_faults
@@ -43,6 +49,7 @@ LAYERS, HEADS, HEAD_DIM, BLOCK, CHUNK = 36, 8, 128, 16, 256
 TOKENS = 32_000
 BLOCKS = 2_048
 PAGE = 2 * MIB
+MINOR = {"layer 1", "layer 18", "end"}  # times that the summary leaves out
 SEED = 20
 
 started = time.perf_counter()
@@ -76,6 +83,8 @@ class Bench:
         self.rng = np.random.default_rng(SEED)
         self.device = torch.device("cuda", 0)
         self.runtime = CudaRuntime(self.device)
+        self.host, self.other = (torch.empty(GIB, dtype=torch.uint8, pin_memory=True) for _ in range(2))
+        self.near, self.far = (torch.empty(GIB, dtype=torch.uint8, device=self.device).random_() for _ in range(2))
 
     def section(self, name, work):
         if time.perf_counter() - started > self.deadline_s:
@@ -109,29 +118,28 @@ class Bench:
 
     # Baseline
 
+    def pinned_copy(self, repeats=3):
+        """Rates of the pinned 1 GiB copy, as they are at this moment."""
+        return {
+            "store": GIB / seconds_of(lambda: self.host.copy_(self.near, non_blocking=True), repeats=repeats) / 1e9,
+            "load": GIB / seconds_of(lambda: self.near.copy_(self.host, non_blocking=True), repeats=repeats) / 1e9,
+        }
+
     def baseline(self):
         """The pinned 1 GiB copy, both directions, and both at once."""
-        host, other = (torch.empty(GIB, dtype=torch.uint8, pin_memory=True) for _ in range(2))
-        near, far = (torch.empty(GIB, dtype=torch.uint8, device=self.device).random_() for _ in range(2))
         side = torch.cuda.Stream()
 
         def both():
-            near.copy_(host, non_blocking=True)
+            self.near.copy_(self.host, non_blocking=True)
             with torch.cuda.stream(side):
-                other.copy_(far, non_blocking=True)
+                self.other.copy_(self.far, non_blocking=True)
 
-        rates = {
-            "store": GIB / seconds_of(lambda: host.copy_(near, non_blocking=True), repeats=9) / 1e9,
-            "load": GIB / seconds_of(lambda: near.copy_(host, non_blocking=True), repeats=9) / 1e9,
-            "both_total": 2 * GIB / seconds_of(both) / 1e9,
-        }
-        self.rates = rates
-        return {name: round(rate, 2) for name, rate in rates.items()}
+        self.rates = {**self.pinned_copy(9), "both_total": 2 * GIB / seconds_of(both) / 1e9}
+        return {name: round(rate, 2) for name, rate in self.rates.items()}
 
     def copies(self):
         """Copies of one size out of a pinned GiB, by driver call and number of streams."""
-        host = torch.empty(GIB, dtype=torch.uint8, pin_memory=True)
-        near = torch.empty(GIB, dtype=torch.uint8, device=self.device)
+        host, near = self.host, self.near
         found = {}
         for size in (64 * 1024, 256 * 1024, MIB, 2 * MIB, 4 * MIB, 36 * MIB):
             offsets = self.rng.permutation(GIB // size) * size
@@ -209,10 +217,11 @@ class Bench:
         touch(np.frombuffer(self.mapping, np.uint8))
         touched = time.perf_counter()
         self.arena = RegisteredArena(self.mapping, cuda_driver(), enter_thread=self.runtime.enter_thread)
-        early = self.before_registration()
+        early = self.bounced(self.batch, self.arena, chunks=6, far_end=True)
         progress = self.arena.wait()
         if progress.error:
             raise RuntimeError(progress.error)
+        registered = time.perf_counter()
         self.ids = self.rng.permutation(BLOCKS)[: self.chunks * self.layout.chunk_blocks]
         slot = self.layout.slot_bytes
         self.adjacent = [[(chunk * slot, slot)] for chunk in range(self.chunks)]
@@ -222,34 +231,45 @@ class Bench:
             "bytes": self.nbytes,
             "layout": self.layout.fingerprint(),
             "touch_s": round(touched - began, 2),
-            "register_s": round(time.perf_counter() - touched, 2),
-            **early,
+            "register_s": round(registered - touched, 2),
+            "while_registering": early,
         }
 
-    def before_registration(self):
-        """A store and a load through the bounce buffer, at the arena's far end, while slices are being registered."""
+    def batch(self, cache):
+        """The backend without kernels."""
+        return BatchTransfer(self.layout, cache, self.arena, self.runtime)
+
+    def bounced(self, make, arena, *, chunks, far_end):
+        """A store and a load through the bounce buffer, of slots that are not pinned."""
         slot, blocks = self.layout.slot_bytes, self.layout.chunk_blocks
-        inner = BatchTransfer(self.layout, self.cache, self.arena, self.runtime)
-        bounce = BounceTransfer(inner, self.arena, self.runtime)
-        slots = [[(self.nbytes - (i + 1) * slot, slot)] for i in range(3)]
-        ids = self.rng.permutation(BLOCKS)[: 3 * blocks]
-        bounced = not self.arena.pinned(np.array([self.nbytes - slot]), np.array([slot]))
-        began = time.perf_counter()
-        bounce.store(ids, slots).wait()
-        stored = time.perf_counter()
-        target = BounceTransfer(
-            BatchTransfer(self.layout, self.empty, self.arena, self.runtime), self.arena, self.runtime
+        source, target = (
+            BounceTransfer(make(cache).over(arena), arena, self.runtime) for cache in (self.cache, self.empty)
         )
+        first = self.nbytes - chunks * slot if far_end else 0
+        slots = [[(first + i * slot, slot)] for i in range(chunks)]
+        ids = self.rng.permutation(BLOCKS)[: chunks * blocks]
+        bounced = not arena.pinned(np.array([first]), np.array([slot]))
+        began = time.perf_counter()
+        source.store(ids, slots).wait()
+        stored = time.perf_counter()
         target.load(slots, ids).wait()
         loaded = time.perf_counter()
         self.compare(ids)
-        bounce.close()
+        source.close()
         target.close()
         return {
             "bounced": bounced,
-            "bounce_store_gbps": round(3 * slot / (stored - began) / 1e9, 2),
-            "bounce_load_gbps": round(3 * slot / (loaded - stored) / 1e9, 2),
+            "store_gbps": round(chunks * slot / (stored - began) / 1e9, 2),
+            "load_gbps": round(chunks * slot / (loaded - stored) / 1e9, 2),
         }
+
+    def bounce_rate(self, make):
+        """The bounce path over memory that is never registered, with nothing registered beside it."""
+        never = HostArena(self.mapping)
+        rates = [self.bounced(make, never, chunks=32, far_end=False) for _ in range(3)]
+        if not all(one["bounced"] for one in rates):
+            raise AssertionError("the arena counts as pinned")
+        return {way: round(median(one[way] for one in rates), 2) for way in ("store_gbps", "load_gbps")}
 
     def compare(self, ids):
         """The blocks loaded into the empty cache equal those of the full one."""
@@ -261,51 +281,115 @@ class Bench:
         for got in self.empty:
             got.zero_()
 
-    def whole(self, make, slots, repeats=5):
-        """Store and load of 32,000 tokens: checked once, then timed."""
+    def whole(self, make, slots, repeats=5, tokens=TOKENS):
+        """Store and load of a prompt: checked once, then timed."""
+        chunks = tokens // CHUNK
+        slots, ids = slots[:chunks], self.ids[: chunks * self.layout.chunk_blocks]
+        nbytes = chunks * self.layout.slot_bytes
         source, target = make(self.cache), make(self.empty)
         for layer in self.empty:
             layer.zero_()
         np.frombuffer(self.mapping, np.uint8)[:: 64 * 1024] = 0xA5
-        source.store(self.ids, slots).wait()
-        target.load(slots, self.ids).wait()
-        self.compare(self.ids)
-        store = seconds_of(lambda: source.store(self.ids, slots).wait(), repeats=repeats)
-        load = seconds_of(lambda: target.load(slots, self.ids).wait(), repeats=repeats)
-        layers = self.layer_times(target, slots, self.chunks)
+        source.store(ids, slots).wait()
+        target.load(slots, ids).wait()
+        self.compare(ids)
+        before = self.pinned_copy()
+        store = seconds_of(lambda: source.store(ids, slots).wait(), repeats=repeats)
+        load = seconds_of(lambda: target.load(slots, ids).wait(), repeats=repeats)
+        after = self.pinned_copy()
+        limit = {way: (before[way] + after[way]) / 2 for way in before}
         result = {
-            "store_gbps": round(self.nbytes / store / 1e9, 2),
-            "load_gbps": round(self.nbytes / load / 1e9, 2),
-            "store_ratio": round(self.nbytes / store / 1e9 / self.rates["store"], 4),
-            "load_ratio": round(self.nbytes / load / 1e9 / self.rates["load"], 4),
-            **layers,
+            "store_gbps": round(nbytes / store / 1e9, 2),
+            "load_gbps": round(nbytes / load / 1e9, 2),
+            "store_ratio": round(nbytes / store / 1e9 / limit["store"], 4),
+            "load_ratio": round(nbytes / load / 1e9 / limit["load"], 4),
+            "pinned_gbps": {way: round(rate, 2) for way, rate in limit.items()},
+            "store_ms": self.store_times(source, slots, ids),
+            "load_ms": self.load_times(target, slots, ids),
         }
         source.close()
         target.close()
         return result
 
-    def layer_times(self, target, slots, chunks):
-        """Host time of a load's call, and when layers may attend, from that call on."""
-        marks = (0, 1, LAYERS // 2, LAYERS - 1)
-        ids = self.ids[: chunks * self.layout.chunk_blocks]
-        calls, rows = [], []
-        for _ in range(3):
-            torch.cuda.synchronize()
-            begin = torch.cuda.Event(enable_timing=True)
+    def load_times(self, target, slots, ids):
+        """A load's call, when its last copy was handed over (both host time), and when layers may attend."""
+        marks = {"layer 0": 0, "layer 1": 1, "layer 18": LAYERS // 2, "layer 35": LAYERS - 1}
+
+        def once():
+            began, begin = time.perf_counter(), torch.cuda.Event(enable_timing=True)
             begin.record()
-            called = time.perf_counter()
-            handle = target.load(slots[:chunks], ids)
-            calls.append(time.perf_counter() - called)
+            handle = target.load(slots, ids)
+            called = time.perf_counter() - began
             events = []
-            for layer in marks:
+            for layer in marks.values():
                 handle.wait_layer(layer)
                 events.append(torch.cuda.Event(enable_timing=True))
                 events[-1].record()
+            handed = time.perf_counter() - began
             handle.wait()
             torch.cuda.synchronize()
-            rows.append([begin.elapsed_time(event) for event in events])
-        times = [round(median(column), 2) for column in zip(*rows, strict=True)]
-        return {"call_ms": round(median(calls) * 1e3, 2), "layer_ms": dict(zip(map(str, marks), times, strict=True))}
+            return [called * 1e3, handed * 1e3, *(begin.elapsed_time(event) for event in events)]
+
+        return self.medians(once, ("call", "handed over", *marks))
+
+    def store_times(self, source, slots, ids):
+        """A store's call, when its last copy was handed over, when its blocks were read, and its end."""
+
+        def once():
+            began, begin = time.perf_counter(), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            handle = source.store(ids, slots)
+            called = time.perf_counter() - began
+            handle.wait_sources()
+            handed = time.perf_counter() - began
+            read = torch.cuda.Event(enable_timing=True)
+            read.record()
+            handle.wait()
+            ended = time.perf_counter() - began
+            torch.cuda.synchronize()
+            return [called * 1e3, handed * 1e3, begin.elapsed_time(read), ended * 1e3]
+
+        return self.medians(once, ("call", "handed over", "sources read", "end"))
+
+    @staticmethod
+    def medians(once, names):
+        rows = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            rows.append(once())
+        columns = zip(*rows[1:], strict=True)
+        return dict(zip(names, (round(median(column), 2) for column in columns), strict=True))
+
+    def overwritten(self, make):
+        """Blocks are zeroed behind `wait_sources` while the store still runs; without it the stored bytes differ."""
+        originals = [layer.clone() for layer in self.cache]
+        source, target = make(self.cache), make(self.empty)
+        found = {}
+        for ordered in (True, False):
+            for layer, original in zip(self.cache, originals, strict=True):
+                layer.copy_(original)
+            torch.cuda.synchronize()
+            handle = source.store(self.ids, self.scattered)
+            if ordered:
+                handle.wait_sources()
+            for layer in self.cache:
+                layer.zero_()
+            torch.cuda.current_stream().synchronize()
+            found["done_early" if ordered else "unordered_done_early"] = handle.done()
+            handle.wait()
+            for layer, original in zip(self.cache, originals, strict=True):
+                layer.copy_(original)
+            target.load(self.scattered, self.ids).wait()
+            try:
+                self.compare(self.ids)
+                found["equal" if ordered else "unordered_equal"] = True
+            except AssertionError:
+                found["equal" if ordered else "unordered_equal"] = False
+        source.close()
+        target.close()
+        if not found["equal"] or found["unordered_equal"]:
+            raise AssertionError(f"wait_sources: {found}")
+        return found
 
     def duplex(self, make):
         """A store and a load at once."""
@@ -326,43 +410,6 @@ class Bench:
         target.close()
         return {"total_gbps": round(rate, 2), "ratio": round(rate / self.rates["both_total"], 4)}
 
-    def beside_matmul(self, make, count=30):
-        """How much a loop of 8192^3 bf16 products is slowed by a transfer in either direction."""
-        a, b = (torch.randn(8192, 8192, device=self.device, dtype=torch.bfloat16) for _ in range(2))
-        out = torch.empty_like(a)
-        source, target = make(self.cache), make(self.empty)
-        transfers = {
-            "alone": lambda: None,
-            "store": lambda: source.store(self.ids, self.adjacent),
-            "load": lambda: target.load(self.adjacent, self.ids),
-        }
-        times = {name: [] for name in transfers}
-        covered = dict.fromkeys(transfers, True)
-        for turn in range(7):
-            for name, transfer in transfers.items():
-                torch.cuda.synchronize()
-                handle = transfer()
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                for _ in range(count):
-                    torch.mm(a, b, out=out)
-                end.record()
-                end.synchronize()
-                if handle is not None:
-                    covered[name] &= not handle.done()  # the transfer must outlast the products it is timed beside
-                    handle.wait()
-                if turn > 1:
-                    times[name].append(begin.elapsed_time(end) / count)
-        source.close()
-        target.close()
-        alone = median(times["alone"])
-        return {
-            "alone_ms": round(alone, 4),
-            "alone_spread_pct": round(100 * (max(times["alone"]) / min(times["alone"]) - 1), 2),
-            **{f"{d}_slowdown_pct": round(100 * (median(times[d]) / alone - 1), 2) for d in ("store", "load")},
-            "transfer_outlasted_products": covered["store"] and covered["load"],
-        }
-
     def staging(self, make):
         """Device memory that building the backend takes."""
         torch.cuda.synchronize()
@@ -376,18 +423,29 @@ class Bench:
 
     def choice(self):
         """What a server would do at start-up."""
+        before = torch.cuda.memory_allocated()
         began = time.perf_counter()
         chosen = best_backend(self.layout, self.cache, self.arena, scratch_bytes=256 * MIB)
         took = time.perf_counter() - began
+        taken = torch.cuda.memory_allocated() - before
         chosen.transfer.close()
-        return {"seconds": round(took, 2), **chosen.profile}
+        if taken > 256 * MIB:
+            raise AssertionError(f"{taken} bytes of device memory")
+        return {"seconds": round(took, 2), "device_mib": round(taken / MIB, 1), **chosen.profile}
 
-
-def touch(memory):
-    """Fault every page in, with several threads."""
-    parts = np.array_split(memory, 16)
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda part: part.fill(1), parts))
+    def choice_while_registering(self):
+        """The same beside an arena that is still being registered: the figures must not be those of the stall."""
+        mapping = mmap.mmap(-1, 4 * GIB)
+        touch(np.frombuffer(mapping, np.uint8))
+        arena = RegisteredArena(mapping, cuda_driver(), enter_thread=self.runtime.enter_thread)
+        began = time.perf_counter()
+        chosen = best_backend(self.layout, self.cache, arena, scratch_bytes=256 * MIB)
+        took = time.perf_counter() - began
+        meanwhile = arena.progress().pinned_bytes
+        arena.wait()
+        chosen.transfer.close()
+        arena.close()
+        return {"seconds": round(took, 2), "pinned_bytes_at_the_end": meanwhile, **chosen.profile}
 
 
 def jax_random_shapes(bench, budget_s):
@@ -460,7 +518,9 @@ def triton_makers(bench):
     def small(layout, tensors, arena):
         row = max(plane.row_bytes for plane in layout.planes)
         staging = 6 * row * int(bench.rng.integers(1, 12))
-        return triton_transfer(layout, tensors, arena, bench.runtime, staging_bytes=staging, copy_bytes=4 * row)
+        return triton_transfer(
+            layout, tensors, arena, bench.runtime, staging_bytes=staging, copy_bytes=4 * row, group_bytes=row
+        )
 
     def big(batched=True, **options):
         runtime = CudaRuntime(bench.device, batched=batched)
@@ -483,8 +543,7 @@ def versions():
 def run(bench, arguments):
     """Every section, the decisive ones first."""
 
-    def batch(cache):
-        return BatchTransfer(bench.layout, cache, bench.arena, bench.runtime)
+    batch = bench.batch
 
     def each(layout, tensors, arena):
         return BatchTransfer(layout, tensors, arena, CudaRuntime(bench.device, batched=False))
@@ -493,31 +552,15 @@ def run(bench, arguments):
     section("baseline", bench.baseline)
     section("negative control", bench.negative_control)
     section("qwen3-8b", bench.allocate)
-    section("cuda_batch, 32000 tokens", lambda: bench.whole(batch, bench.adjacent))
+    section("bounce, cuda_batch", lambda: bench.bounce_rate(bench.batch))
     makers = []
     section("triton", lambda: makers.extend(triton_makers(bench)) or {})
     if makers:
-        small, big = makers
-        section("triton staging", lambda: bench.staging(big()))
-        section("triton, 32000 tokens", lambda: bench.whole(big(), bench.adjacent))
-        section("triton, 32000 tokens, pages of 2 MiB", lambda: bench.whole(big(), bench.scattered))
-        section("triton random shapes", lambda: bench.random_shapes(small, arguments.check_seconds))
-        section("triton beside a matmul", lambda: bench.beside_matmul(big()))
-        section("triton, both directions", lambda: bench.duplex(big()))
-        variants = (
-            ("1 lane", {"lanes": 1}),
-            ("copies of 1 MiB", {"copy_bytes": MIB}),
-            ("copies of 8 MiB", {"copy_bytes": 8 * MIB}),
-            ("a driver call a copy", {"batched": False}),
-            ("a driver call a copy, 1 lane", {"batched": False, "lanes": 1}),
-            ("4 programs", {"programs": 4}),
-            ("16 programs", {"programs": 16}),
-            ("2 buffers", {"buffers": 2}),
-        )
-        for name, options in variants:
-            section(f"triton variant, {name}", lambda o=options: bench.whole(big(**o), bench.adjacent, repeats=3))
-        section("triton variant, 4 programs, beside a matmul", lambda: bench.beside_matmul(big(programs=4)))
-    section("cuda_batch beside a matmul", lambda: bench.beside_matmul(batch))
+        triton_sections(bench, arguments, *makers)
+    section("cuda_batch, 32000 tokens", lambda: bench.whole(batch, bench.adjacent))
+    section("cuda_batch overwritten", lambda: bench.overwritten(batch))
+    section("launches while registering", lambda: launches_beside_registration(bench.runtime))
+    section("graph capture while registering", lambda: capture_beside_registration(bench.runtime))
     section(
         "cuda_batch random shapes",
         lambda: bench.random_shapes(lambda *given: BatchTransfer(*given, bench.runtime), arguments.check_seconds / 3),
@@ -525,16 +568,61 @@ def run(bench, arguments):
     section("a call a copy, random shapes", lambda: bench.random_shapes(each, arguments.check_seconds / 6))
     section("reference random shapes", lambda: bench.random_shapes(ReferenceTransfer, arguments.check_seconds / 6))
     section("choice at start-up", bench.choice)
+    section("choice while registering", bench.choice_while_registering)
     section("jax random shapes", lambda: jax_random_shapes(bench, arguments.check_seconds))
     section("jax, 8192 tokens", lambda: jax_whole(bench, 8192))
+    section("cuda_batch beside a matmul", lambda: beside_matmul(bench, batch, rounds=5))
+    if makers:
+        triton_variants(bench, makers[1])
     section("copy sizes", bench.copies)
+
+
+def triton_sections(bench, arguments, small, big):
+    """What the targets are about."""
+    section = bench.section
+    section("bounce, triton", lambda: bench.bounce_rate(big()))
+    section("triton staging", lambda: bench.staging(big()))
+    section("triton, 32000 tokens", lambda: bench.whole(big(), bench.adjacent))
+    section("triton, 32000 tokens, pages of 2 MiB", lambda: bench.whole(big(), bench.scattered))
+    section("triton, 8192 tokens, pages of 2 MiB", lambda: bench.whole(big(), bench.scattered, tokens=8192))
+    section("triton, 2048 tokens, pages of 2 MiB", lambda: bench.whole(big(), bench.scattered, tokens=2048))
+    section("triton, 256 tokens", lambda: bench.whole(big(), bench.scattered, tokens=256))
+    section("triton overwritten", lambda: bench.overwritten(big()))
+    section("triton random shapes", lambda: bench.random_shapes(small, arguments.check_seconds))
+    section("triton beside a matmul", lambda: beside_matmul(bench, big()))
+    for ahead in (16, 64, 256):
+        section(
+            f"triton, launches beside, ahead {ahead}", lambda n=ahead: launches_beside_transfer(bench, big(ahead=n))
+        )
+    section("triton, both directions", lambda: bench.duplex(big()))
+
+
+def triton_variants(bench, big):
+    """One choice changed at a time."""
+    variants = (
+        ("1 lane", {"lanes": 1}),
+        ("copies of 2 MiB", {"copy_bytes": 2 * MIB}),
+        ("copies of 8 MiB", {"copy_bytes": 8 * MIB}),
+        ("a driver call a copy", {"batched": False}),
+        ("4 programs", {"programs": 4}),
+        ("16 programs", {"programs": 16}),
+        ("2 buffers", {"buffers": 2}),
+        ("4 buffers", {"buffers": 4}),
+        ("6 buffers", {"buffers": 6}),
+    )
+    for name, options in variants:
+        make = big(**options)
+        bench.section(f"triton variant, {name}", lambda m=make: bench.whole(m, bench.scattered, repeats=3))
+    bench.section(
+        "triton variant, 4 programs, beside a matmul", lambda: beside_matmul(bench, big(programs=4), rounds=5)
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--check-seconds", type=float, default=12, help="time for each backend's random shapes")
-    parser.add_argument("--deadline", type=float, default=165, help="start no section after so many seconds")
+    parser.add_argument("--check-seconds", type=float, default=9, help="time for each backend's random shapes")
+    parser.add_argument("--deadline", type=float, default=140, help="start no section after so many seconds")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no CUDA device")
@@ -548,14 +636,27 @@ def summary(report):
     """The end of the output: what the targets are about."""
     say("written; summary:")
     for name, result in report["results"].items():
-        if isinstance(result, dict) and "store_ratio" in result:
-            print(
-                f"{name:50s} store {result['store_ratio']:.3f} load {result['load_ratio']:.3f}", result.get("layer_ms")
-            )
-        elif isinstance(result, dict) and "store_slowdown_pct" in result:
-            print(f"{name:50s}", {k: v for k, v in result.items() if k != "alone_ms"})
-        elif isinstance(result, dict) and "faults" in result:
-            print(f"{name:50s} {result['caches']} caches, {result['faults']} faults")
+        if not isinstance(result, dict):
+            continue
+        if "load_ms" in result:
+            ratios = f"store {result['store_ratio']:.3f} load {result['load_ratio']:.3f}"
+            times = [
+                f"{way} " + ", ".join(f"{what} {ms}" for what, ms in result[f"{way}_ms"].items() if what not in MINOR)
+                for way in ("load", "store")
+            ]
+            print(f"{name:44s} {ratios};", "; ".join(times), "ms")
+        elif "store_slowdown_pct" in result:
+            print(f"{name:44s}", {k: v for k, v in result.items() if "pct" in k or "outlasted" in k})
+        elif "launch_us" in result:
+            for beside, found in result["launch_us"].items():
+                print(f"{name}: {beside:10s}", found)
+        elif name == "launches while registering":
+            for beside, found in result.items():
+                print(f"{name}: {beside:18s}", found)
+        elif "faults" in result:
+            print(f"{name:44s} {result['caches']} caches, {result['faults']} faults")
+        elif name.startswith(("bounce", "graph")) or "unordered_equal" in result:
+            print(f"{name:44s}", result)
     print("failures:", {name: text.strip().splitlines()[-1] for name, text in report["failures"].items()} or "none")
 
 

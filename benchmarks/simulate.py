@@ -19,7 +19,7 @@ from typing import Any
 from kvsim.engine.settings import RunSettings
 from kvsim.engine.simulation import prepare, simulate
 from kvsim.profiles import lookup
-from kvsim.run import run
+from kvsim.runner import run
 from kvtraces import read
 
 

@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kvsim.errors import UsageError
@@ -25,12 +27,16 @@ def make_folder(path: Path) -> None:
         raise UsageError(f"{path}: the folder cannot be made: {error.strerror}") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place and move it there, so that no reader, and no Ctrl-C, sees half of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a place beside `path` to write to, and move it there once that is done.
+
+    No reader, and no Ctrl-C, sees half a file. The place's name ends like the file's, for what goes by that.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=f".{path.name}")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        yield Path(name)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
@@ -38,3 +44,9 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    with whole(path) as place:
+        place.write_text(text, encoding="utf-8")

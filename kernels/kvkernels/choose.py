@@ -71,11 +71,12 @@ def best_backend(
     counts = _chunk_counts(layout, scratch_bytes)
     scratch = HostArena(runtime.pinned(counts[-1] * layout.slot_bytes), is_pinned=True)
     curves: dict[str, Any] = {}
+    built: dict[str, Transfer] = {}
     for name, make in chosen.items():
         try:
-            transfer = make(scratch)
-            curves[name] = measure(transfer, counts, quiet=arena)
-            transfer.close()
+            built[name] = make(scratch)
+            curves[name] = measure(built[name], counts, quiet=arena)
+            built[name].close()
         except (LayoutError, DeviceError) as error:
             curves[name] = {"error": str(error)}
     rated = {name: _largest_seconds(curve) for name, curve in curves.items() if "error" not in curve}
@@ -88,7 +89,10 @@ def best_backend(
         "slot_bytes": layout.slot_bytes,
         "curves": curves,
     }
-    return Choice(_serving(chosen[best](arena), arena, runtime), profile)
+    measured = built[best]
+    # One that has staging serves with what it was measured with: another of it would double that memory.
+    transfer = measured.over(arena) if isinstance(measured, StreamTransfer) else chosen[best](arena)
+    return Choice(_serving(transfer, arena, runtime), profile)
 
 
 def measure(

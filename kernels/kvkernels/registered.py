@@ -131,7 +131,11 @@ class RegisteredArena:
         self._pinned_bytes = 0
 
     def _register(self) -> None:
-        self._enter_thread()
+        try:
+            self._enter_thread()
+        except (DeviceError, RuntimeError) as error:  # torch's errors are RuntimeErrors
+            self._error = f"the device cannot be used: {error}"
+            return
         total = len(self.array)
         for start in range(0, total, self._slice_bytes):
             size = min(self._slice_bytes, total - start)

@@ -47,6 +47,8 @@ class KVCoreHandshake(compat.KVConnectorHandshakeMetadata):  # type: ignore[misc
 
     fingerprint: str
     block_bytes: int
+    attached: bool
+    """Whether the worker has mapped the arena."""
 
 
 class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
@@ -163,8 +165,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         )
         self._worker.connect(client)
         client.register(_START_S)
-        self._worker.warm_up()
-        return KVCoreHandshake(fingerprint, block_bytes)
+        return KVCoreHandshake(fingerprint, block_bytes, self._worker.warm_up())
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Nothing: blocks that are free from this step on are guarded like any others that are handed out again."""
@@ -234,6 +235,8 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             grant_wait_s=self._settings.grant_wait_ms / 1000,
         )
         self._scheduler = SchedulerSide(client, Hasher(namespace), options)
+        if self._server is not None and all(shake.attached for shake in shakes):
+            self._server.hide()
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Return how many tokens can be loaded behind those computed; None: ask again."""

@@ -1,12 +1,20 @@
 """The server inside an engine's own process."""
 
 import atexit
+import fcntl
+import logging
+import os
 from collections.abc import Mapping
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
+from kvcore.live.arena import ArenaPaths
 from kvcore.live.server import Server
 from kvcore.live.settings import Settings, load
+
+_PREFIX = "in-"
+_LOG = logging.getLogger("kvcore.vllm")
 
 
 def embedded_settings(instance: str, given: Mapping[str, Any]) -> Settings:
@@ -16,9 +24,35 @@ def embedded_settings(instance: str, given: Mapping[str, Any]) -> Settings:
     Raises kvcore.live.settings.SettingsError.
     """
     short = sha256(instance.encode()).hexdigest()[:12]  # a unix socket's path has no room for an engine's id
-    mine = {"http": "off", "name": f"in-{short}", **given}
-    endpoint = f"ipc://{load(mine).arena_dir.rstrip('/')}/kvcore-in-{short}.ipc"
+    mine = {"http": "off", **given, "name": _PREFIX + short}
+    endpoint = f"ipc://{load(mine).arena_dir.rstrip('/')}/kvcore-{_PREFIX}{short}.ipc"
     return load({**mine, "bind": (endpoint,)})
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what embedded servers left that were killed: nobody else would, for an engine's id is never used again."""
+    for lock in folder.glob(f"kvcore-{_PREFIX}*.lock"):
+        name = lock.stem.removeprefix("kvcore-")
+        if name.endswith(".ipc") or not _is_free(lock):
+            continue
+        for suffix in (".arena", ".sock", ".ipc", ".ipc.lock", ".lock"):
+            (folder / f"kvcore-{name}{suffix}").unlink(missing_ok=True)
+        _LOG.info("removed what a killed engine had left: %s", lock.with_suffix(".*"))
+
+
+def _is_free(lock: Path) -> bool:
+    """Return whether the server that held a lock is gone."""
+    try:
+        fd = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:  # another user's, or gone meanwhile
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 class EmbeddedServer:
@@ -28,9 +62,20 @@ class EmbeddedServer:
     """
 
     def __init__(self, instance: str, given: Mapping[str, Any]) -> None:
-        self._server = Server(embedded_settings(instance, given))
+        settings = embedded_settings(instance, given)
+        remove_leftovers(Path(settings.arena_dir))
+        self._arena = ArenaPaths(Path(settings.arena_dir), settings.name).arena
+        self._server = Server(settings)
         self._server.start()
         atexit.register(self.stop)
+
+    def hide(self) -> None:
+        """Remove the arena's name, now that every worker has it mapped.
+
+        vLLM kills its processes when it stops, and a file in shared memory would outlive them with all it holds; one
+        without a name does not.
+        """
+        self._arena.unlink(missing_ok=True)
 
     def stop(self) -> None:
         """Stop, and remove the arena. Called again it does nothing."""

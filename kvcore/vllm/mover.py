@@ -71,6 +71,13 @@ class Mover:
             raise
         self._planes = tuple(zip(layout.plane_starts(), (plane.row_bytes for plane in layout.planes), strict=False))
 
+    def serves(self, registered: Registered) -> bool:
+        """Return whether this can go on under another registration, as it can with the same server's same arena."""
+        return all(
+            getattr(registered, name) == getattr(self.registered, name)
+            for name in ("epoch", "arena_path", "page_bytes", "chunk_tokens", "shard_bytes")
+        )
+
     def store(self, pages: NDArray[np.uint32], blocks: NDArray[np.int64]) -> Handle:
         """Copy whole chunks to the arena; pages (chunks, pages a chunk), blocks (chunks, blocks a chunk)."""
         return self._transfers.whole.store(blocks.ravel(), self._slots(pages))

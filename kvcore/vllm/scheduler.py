@@ -43,7 +43,7 @@ class Options:
     block_tokens: int
     load_mode: LoadMode = "auto"
     copies_in_step: bool = True
-    grant_wait_s: float = 0.001
+    grant_wait_s: float = 0.002
     ask_patience_s: float = 5.0
 
 
@@ -74,6 +74,10 @@ class SchedulerSide:
         self._unrecorded: list[Tracked] = []
         self._late: dict[str, Life] = {}
         """Finished requests with unanswered asks: stored yet, unless their blocks are handed out again before."""
+        self._loading: dict[str, int] = {}
+        """Tokens of asynchronous loads under way, by request."""
+        self._abandoned: list[Tracked] = []
+        """Requests that were aborted while their lookup was under way."""
         self._waiting_first: dict[str, Tracked] = {}
         self._plan = StepPlan()
         self._failures: dict[int, int] = {}
@@ -90,8 +94,8 @@ class SchedulerSide:
         if life is None:
             return 0, False
         life.computed = computed
-        if life.found is None:
-            self._look_up(tracked, life)
+        if life.found is None or life.found.load_start * life.session.chunk_tokens > computed:
+            self._look_up(tracked, life)  # again where the engine's own cache has lost some since
         if life.found is None:
             return (None, False) if tracked.life is life else (0, False)
         external, life.asynchronous = self._loadable(life, request)
@@ -116,6 +120,8 @@ class SchedulerSide:
             copy is not None
         ):  # also where the server was lost just now: vLLM counts on it, and the worker will say that it failed
             life.loading = copy.asynchronous
+            if copy.asynchronous:
+                self._loading[tracked.id] = copy.tokens
             tracked.scheduled_s = tracked.scheduled_s or self._clock()
             tracked.load_started_s = self._clock()
             self._plan.loads.append(copy)
@@ -137,6 +143,7 @@ class SchedulerSide:
         self._record_finished()
         written = np.concatenate(handed_out) if handed_out else np.empty(0, np.int64)
         self._settle_late(written)
+        self._end_abandoned()
         self._hand_out(self._options.grant_wait_s if completes else 0.0)
         plan, self._plan = self._plan, StepPlan()
         plan.handed_out = written
@@ -155,6 +162,7 @@ class SchedulerSide:
         if bad := frozenset(invalid_blocks):
             self._taint(bad)
         for request_id in received:
+            self._loading.pop(request_id, None)
             tracked = self._tracked.get(request_id)
             if tracked is not None and tracked.life is not None:
                 tracked.life.loading = False
@@ -180,6 +188,9 @@ class SchedulerSide:
         if life is None:
             return
         current = life.session is self._link.registered
+        if current and life.found is None:
+            self._abandoned.append(tracked)  # what the answer says is to be loaded must be given back
+            return
         if current and not life.allocated:
             self._drop_found(life)
         self._end(life)
@@ -232,7 +243,7 @@ class SchedulerSide:
 
     def _look_up(self, tracked: Tracked, life: Life) -> None:
         """Ask the server; the life ends where the server turns out to be away."""
-        started = time.perf_counter()
+        again, started = life.found is not None, time.perf_counter()
         found = self._link.lookup(
             life.name,
             life.chunks,
@@ -240,16 +251,34 @@ class SchedulerSide:
             salt=tracked.salt,
             input_tokens=tracked.prompt_tokens,
             resumed=tracked.request.num_preemptions > 0,
+            queued_bytes=sum(self._loading.values()) * life.session.shard_bytes // life.session.chunk_tokens,
             probe=self._hasher.probe(tracked.request, life.session.chunk_tokens),
         )
         self.counters.lookup_seconds += time.perf_counter() - started
         if self._link.registered is not life.session:
             tracked.end_life()
-        elif not isinstance(found, NotYet):
+        elif isinstance(found, NotYet):
+            life.found = None
+        else:
             life.found = found
             life.asked = min(sum(found.hits), len(life.chunks))
-            self.counters.lookups += 1
-            self.counters.matched_tokens += life.asked * life.session.chunk_tokens
+            if not again:
+                self.counters.lookups += 1
+                self.counters.matched_tokens += life.asked * life.session.chunk_tokens
+
+    def _end_abandoned(self) -> None:
+        """Take the answers to lookups of requests that were aborted meanwhile, and give back what they found."""
+        waiting, self._abandoned = self._abandoned, []
+        for tracked in waiting:
+            life = tracked.life
+            if life is None or life.session is not self._link.registered:
+                continue
+            self._look_up(tracked, life)
+            if life.found is not None:
+                self._drop_found(life)
+                self._end(life)
+            elif tracked.life is life:
+                self._abandoned.append(tracked)
 
     def _loadable(self, life: Life, request: EngineRequest) -> tuple[int, bool]:
         """Return how many tokens to load, and whether asynchronously."""

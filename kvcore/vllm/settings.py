@@ -18,7 +18,7 @@ class ConnectorSettings:
     Attributes:
         endpoint: Where the server listens; by default where a `kvcore serve` with defaults does.
         load_mode: See `kvcore.vllm.scheduler.Options`.
-        grant_wait_ms: How long the step that completes a prompt waits for its room.
+        grant_wait_ms: See `kvcore.vllm.scheduler.Options`.
         deadline_ms: A reply missing for longer marks the server away.
         fail_on_load_error: Leave vLLM's `kv_load_failure_policy` as it is. Otherwise a load that fails is recomputed,
             whatever it says, for a cache must not fail requests.
@@ -31,7 +31,7 @@ class ConnectorSettings:
 
     endpoint: str = ""
     load_mode: LoadMode = "auto"
-    grant_wait_ms: float = 1.0
+    grant_wait_ms: float = 2.0
     deadline_ms: float = 500.0
     fail_on_load_error: bool = False
     layerwise: bool = True

@@ -190,7 +190,7 @@ class WorkerSide:
         registered = None if self._link is None else self._link.registered
         if registered is None or registered.epoch != epoch or registered is self._unusable:
             return None
-        if self._mover is None or self._mover.registered is not registered:
+        if self._mover is None or not self._mover.serves(registered):
             self._let_go()
             try:
                 self._mover = Mover(self._cache, registered, self._shard, self._factory)
@@ -210,11 +210,13 @@ class WorkerSide:
             self._mover.close()
             self._mover = None
 
-    def warm_up(self) -> None:
-        """Map the arena now rather than in the first request. Raises nothing: a server that is away stays away."""
-        if self._link is not None and (registered := self._link.registered) is not None:
-            with self._lock:
-                self._current(registered.epoch)
+    def warm_up(self) -> bool:
+        """Map the arena now rather than in the first request; return whether it is mapped, as it is not while away."""
+        registered = None if self._link is None else self._link.registered
+        if registered is None:
+            return False
+        with self._lock:
+            return self._current(registered.epoch) is not None
 
     def _begin_load(self, copy: Copy) -> None:
         with self._lock:

@@ -6,17 +6,20 @@ from collections.abc import Sequence
 
 import typer
 
-from kvsim.cli import describe, generate, simulate, tune, verify
+from kvsim.cli import calibrate, describe, generate, run, simulate, tune, validate, verify
 
 app = typer.Typer(
     name="kvsim",
-    help="Predict KV-cache reuse from a request log.",
+    help="Predict KV-cache reuse and time to first token from a request log, and check the prediction.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("tune")(tune.tune)
+app.command("run")(run.run)
+app.command("validate")(validate.validate)
+app.command("calibrate")(calibrate.calibrate)
 app.command("simulate")(simulate.simulate)
 app.command("describe")(describe.describe)
 app.command("generate")(generate.generate)
@@ -42,17 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         if isinstance(error, _known_errors()):
-            return _failed(str(error))
+            from kvsim.cli.engine_options import in_flags  # noqa: PLC0415
+
+            return _failed(in_flags(str(error)))
         raise
 
 
 def _known_errors() -> tuple[type[Exception], ...]:
     """Return the errors that are the user's, looked up only once one is there."""
     from kvsim.errors import UsageError  # noqa: PLC0415
-    from kvsim.profiles import ProfileError  # noqa: PLC0415
     from kvtraces import LogError  # noqa: PLC0415
 
-    return (UsageError, ProfileError, LogError)
+    return (UsageError, LogError)
 
 
 def _sentence(error: Exception) -> str:

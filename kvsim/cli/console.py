@@ -21,13 +21,13 @@ class Stages:
         self._progress = progress
         self._tasks: dict[str, Any] = {}
 
-    def update(self, stage: str, done: int, total: int) -> None:
-        """Show that `done` of `total` of a stage are done."""
+    def update(self, stage: str, done: int, total: int, what: str = "") -> None:
+        """Show that `done` of `total` of a stage are done, and what comes next."""
         if self._progress is None:
             return
         if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total)
-        self._progress.update(self._tasks[stage], completed=done, total=total)
+            self._tasks[stage] = self._progress.add_task(stage, total=total, what="")
+        self._progress.update(self._tasks[stage], completed=done, total=total, what=what)
 
 
 @contextmanager
@@ -39,7 +39,13 @@ def stages(show: bool | None) -> Iterator[Stages]:
     from rich.console import Console  # noqa: PLC0415 - loaded where it is shown
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
-    columns = (TextColumn("{task.description:8}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:9}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[what]}", style="dim"),
+    )
     with Progress(*columns, console=Console(stderr=True, force_terminal=True), transient=True) as progress:
         yield Stages(progress)
 

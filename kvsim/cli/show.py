@@ -36,3 +36,37 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], marked: int | 
     for i, row in enumerate(rows):
         built.add_row(*row, style="bold green" if i == marked else None)
     return built
+
+
+def named_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table whose first column names the rows and whose others are figures."""
+    built = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, heading in enumerate(headings):
+        built.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        built.add_row(*row)
+    return built
+
+
+def meter(title: str, rows: Sequence[tuple[str, float, str]], width: int = 24) -> None:
+    """Print named shares, 0 to 1, with a bar each and a word beside."""
+    console = Console(highlight=False)
+    console.print(Text(title, style="bold"))
+    built = Table(box=None, show_header=False, padding=(0, 2, 0, 1))
+    built.add_column(style="dim", no_wrap=True)
+    built.add_column(no_wrap=True)
+    built.add_column(justify="right", no_wrap=True)
+    built.add_column(justify="right", no_wrap=True)
+    for name, share, beside in rows:
+        built.add_row(Text(name), bar(share, width), f"{100 * share:.1f}%", Text(beside))
+    console.print(built)
+
+
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def bar(share: float, width: int) -> Text:
+    """Return a share, 0 to 1, as a bar of `width` columns, in eighths of one."""
+    eighths = round(8 * width * min(max(share, 0.0), 1.0))
+    filled = "█" * (eighths // 8) + (_EIGHTHS[eighths % 8].strip() if eighths % 8 else "")
+    return Text.assemble((filled, "blue"), ("·" * (width - len(filled)), "dim"))

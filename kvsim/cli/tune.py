@@ -1,10 +1,20 @@
 """`kvsim tune`: a log in, a recommendation out."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvsim.cli.engine_options import (
+    L0BlockTokens,
+    L0Gb,
+    L2Kind,
+    LoadOrRecompute,
+    MaxBatchedTokens,
+    MaxModelLen,
+    MaxSeqs,
+    RoutingName,
+)
 from kvsim.cli.options import (
     BlockSize,
     GpuName,
@@ -20,12 +30,15 @@ from kvsim.cli.options import (
     names,
     sizes,
 )
+from kvsim.errors import UsageError
 
 if TYPE_CHECKING:
-    from kvsim.tuner import TuneResult
+    from kvsim.tuner import Costs, Trial, TuneResult
 
 _SWEEP = "Sweep"
 _CHOICE = "Choice"
+_TRIAL = "Simulation of the best settings (on when a flag of these is given)"
+_PRICES = "Prices (in any currency; simulated too)"
 
 
 def tune(  # noqa: PLR0913, PLR0917 - a command's options
@@ -58,6 +71,47 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
         float,
         typer.Option(help="L1 is the smallest that saves within this share of the best.", rich_help_panel=_CHOICE),
     ] = 0.05,
+    simulate: Annotated[
+        int | None,
+        typer.Option(
+            help="How many of the best settings to simulate; default 8, 0 none.",
+            show_default=False,
+            rich_help_panel=_TRIAL,
+        ),
+    ] = None,
+    rate_scale: Annotated[
+        float | None,
+        typer.Option(help="Traffic this many times as fast.", show_default=False, rich_help_panel=_TRIAL),
+    ] = None,
+    slo_ttft_p95: Annotated[
+        float | None,
+        typer.Option(help="Target: p95 of TTFT in seconds.", show_default=False, rich_help_panel=_TRIAL),
+    ] = None,
+    engines: Annotated[
+        str | None,
+        typer.Option(help="Engine instances; several to try: 2,3,4.", show_default=False, rich_help_panel=_TRIAL),
+    ] = None,
+    l2_sizes_gb: Annotated[
+        str | None,
+        typer.Option(help="L2 sizes to try, in GiB: 0,500,2000.", show_default=False, rich_help_panel=_TRIAL),
+    ] = None,
+    l2_kind: L2Kind = "disk",
+    load_or_recompute: LoadOrRecompute = False,
+    routing: RoutingName = "round-robin",
+    max_model_len: MaxModelLen = None,
+    max_num_batched_tokens: MaxBatchedTokens = 8192,
+    max_num_seqs: MaxSeqs = 256,
+    l0_gb: L0Gb = None,
+    l0_block_tokens: L0BlockTokens = 16,
+    price_gpu_hour: Annotated[
+        float | None, typer.Option(help="A GPU for an hour.", show_default=False, rich_help_panel=_PRICES)
+    ] = None,
+    price_ram_gb_hour: Annotated[
+        float | None, typer.Option(help="A GiB of RAM for an hour.", show_default=False, rich_help_panel=_PRICES)
+    ] = None,
+    price_disk_gb_hour: Annotated[
+        float | None, typer.Option(help="A GiB of disk for an hour.", show_default=False, rich_help_panel=_PRICES)
+    ] = None,
     json: Json = False,
     report: Annotated[
         Path | None, typer.Option(help="Write an HTML report (extra 'report').", rich_help_panel="Output")
@@ -67,7 +121,13 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
     ] = None,
     progress: ShowProgress = None,
 ) -> None:
-    """Recommend chunk size, L1 size and eviction policy for a log, by an exact sweep and a cost profile."""
+    """Recommend chunk size, L1 size and eviction policy for a log, by an exact sweep and a cost profile.
+
+    With a flag of the simulation the best settings are then run under load, and settled by their TTFT there. What if:
+    --rate-scale for more traffic, --model and --gpu for others, --engines for one more; no cache is always among them.
+
+    Example: kvsim tune --trace prod.jsonl --model qwen3-8b --gpu h100 --engines 3,4 --slo-ttft-p95 2
+    """
     from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415 - loaded when it runs, not for --help
     from kvsim.files import check_writable, make_folder  # noqa: PLC0415
     from kvsim.tuner import Rule, costs  # noqa: PLC0415
@@ -76,6 +136,27 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
     priced = costs(model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype)
     chosen_sizes, chosen_l1 = integers("--chunk-sizes", chunk_sizes), sizes("--l1-sizes-gb", l1_sizes_gb)
     chosen_policies = names("--policies", policies)
+    trial = _trial(
+        priced,
+        {
+            "top": simulate,
+            "rate_scale": rate_scale,
+            "slo_ttft_p95_s": slo_ttft_p95,
+            "engines": integers("--engines", engines),
+            "l2_sizes_gb": sizes("--l2-sizes-gb", l2_sizes_gb),
+            "gpu_hour": price_gpu_hour,
+            "ram_gb_hour": price_ram_gb_hour,
+            "disk_gb_hour": price_disk_gb_hour,
+        },
+        l2_kind=l2_kind,
+        load_or_recompute=load_or_recompute,
+        routing=routing,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        l0_gb=l0_gb,
+        l0_block_tokens=l0_block_tokens,
+    )
     if report is not None:
         from kvsim.report import check_available  # noqa: PLC0415
 
@@ -96,6 +177,8 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
             rule=Rule(within=within),
             threads=threads,
             progress=lambda done, total: shown.update("sweeping", done, total),
+            trial=trial,
+            trial_progress=lambda done, total: shown.update("simulating", done, total),
         )
     _write(result, trace, report, plot)
     if json:
@@ -104,6 +187,42 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
     from kvsim.cli.tuned import show  # noqa: PLC0415
 
     show(result)
+
+
+_ENGINE = {
+    "l2_kind": "disk",
+    "load_or_recompute": False,
+    "routing": "round-robin",
+    "max_model_len": None,
+    "max_num_batched_tokens": 8192,
+    "max_num_seqs": 256,
+    "l0_gb": None,
+    "l0_block_tokens": 16,
+}
+"""The defaults of the flags that say on what is simulated: another value asks for a simulation, too."""
+_PRICE_NAMES = ("gpu_hour", "ram_gb_hour", "disk_gb_hour")
+
+
+def _trial(costs: "Costs", asked: dict[str, Any], **engine: Any) -> "Trial | None":
+    """Return what to simulate: nothing unless a flag asks for it. Raises UsageError and SettingsError."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    if given.get("top") == 0:
+        if len(given) > 1:
+            raise UsageError("--simulate 0: the other flags of the simulation say nothing then")
+        return None
+    if not given and engine == _ENGINE:
+        return None
+    from kvsim.cli.engine_options import build  # noqa: PLC0415
+    from kvsim.tuner import Prices, Trial  # noqa: PLC0415
+
+    prices = {name: given.pop(name) for name in _PRICE_NAMES if name in given}
+    counts = tuple(given.pop("engines", (1,)))
+    base = build(costs, engines=counts[0], rate_scale=given.pop("rate_scale", 1.0), **engine)
+    lower = tuple(given.pop("l2_sizes_gb", (0.0,)))
+    trial = Trial(base=base, engines=counts, l2_sizes_gb=lower, prices=Prices(**prices) if prices else None, **given)
+    for count in counts:
+        trial.settings(None, 0.0, count)  # what cannot be run is refused before the sweep
+    return trial
 
 
 def _write(result: "TuneResult", trace: list[str], report: Path | None, plot: Path | None) -> None:

@@ -2,10 +2,12 @@
 
 from rich.console import Console
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 from kvsim.cli.show import chart, facts, table
 from kvsim.report.charts import hit_ratio
+from kvsim.report.trial_words import LEAST, trial_headings, trial_marked, trial_rows
 from kvsim.report.words import (
     FRONTIER_HEADINGS,
     frontier_rows,
@@ -16,6 +18,7 @@ from kvsim.report.words import (
     sentences,
 )
 from kvsim.tuner.result import TuneResult
+from kvsim.tuner.trial import Settled
 
 _MOST_ROWS = 24
 _WIDE = 104
@@ -34,6 +37,9 @@ def show(result: TuneResult) -> None:
         console.print(table([FRONTIER_HEADINGS[i] for i in columns], rows, marked))
         chart(console, hit_ratio(result))
         console.print()
+    if result.settled is not None:
+        console.print(Text("Simulated under load", style="bold"))
+        console.print(_trials(result.settled, console.width))
     words = Text(headline(result), style="bold green" if result.pays else "bold yellow")
     for sentence in sentences(result):
         words.append(f"\n{sentence}", style="not bold default")
@@ -42,6 +48,14 @@ def show(result: TuneResult) -> None:
     )
     for note in further_notes(result):
         console.print(Text(f"* {note}", style="dim"))
+
+
+def _trials(settled: Settled, width: int) -> Table:
+    """Return the simulated settings, without the least of the columns where the terminal is narrow."""
+    headings = trial_headings(settled)
+    kept = [i for i, heading in enumerate(headings) if width >= _WIDE or heading not in LEAST]
+    rows = [[row[i] for i in kept] for row in trial_rows(settled)]
+    return table([headings[i] for i in kept], rows, trial_marked(settled))
 
 
 def _thinned(rows: list[list[str]], marked: int | None) -> tuple[list[list[str]], int | None]:

@@ -113,7 +113,12 @@ class RunSettings:
         if self.l1_gb == 0 and self.l2_gb != 0:
             raise SettingsError("an L2 needs an L1 in front of it")
         if self.l0_blocks < 1:
-            raise SettingsError(f"no GPU memory is left for KV: l0_gb is {self.l0_gb}, profile {self.profile.name}")
+            what = (
+                "90% of it less weights and 2 GiB is none: give l0_gb"
+                if self.l0_gb is None
+                else f"l0_gb is {self.l0_gb}"
+            )
+            raise SettingsError(f"no GPU memory is left for KV by profile {self.profile.name}: {what}")
 
     @property
     def l0_blocks(self) -> int:

@@ -1,7 +1,7 @@
 """One run: the log's requests through engines, caches and links, on SimPy's clock."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,8 @@ from kvtraces import Log
 
 DISK_DUPLEX, NETWORK_DUPLEX = 0.5, 1.0
 """A disk's directions share one bandwidth; a network's do not."""
+Progress = Callable[[int, int], None]
+"""Called with requests finished and requests in all."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,9 +75,21 @@ class Finished:
 
 
 def simulate(
-    workload: Workload, settings: RunSettings, *, observe: Observer | None = None, timeline: bool = False
+    workload: Workload,
+    settings: RunSettings,
+    *,
+    observe: Observer | None = None,
+    timeline: bool = False,
+    progress: Progress | None = None,
 ) -> Finished:
     """Run a workload under one setting until every request has its last token.
+
+    Args:
+        workload: The requests.
+        settings: What to run.
+        observe: Sees every event of the core with its decisions.
+        timeline: Whether the engines keep their steps.
+        progress: Told about a hundred times, and at the end.
 
     Raises:
         SettingsError: A combination that cannot be run.
@@ -112,22 +126,25 @@ def simulate(
     choose = router(settings.routing, engines, log, settings.l0_block_tokens)
     order = sorted((job for job in jobs if job is not None), key=lambda job: (job.enqueued, job.index))
     if order:
-        _Source(env, order, choose).start()
+        _Source(env, order, choose, None if progress is None else _Finishing(engines, progress, len(order))).start()
     with _no_garbage_collection():
         env.run()
     stuck = sum(job is not None and job.finished < 0 for job in jobs)
     if stuck:
         raise AssertionError(f"{stuck} requests never ended")
+    if progress is not None:
+        progress(len(order), len(order))
     return Finished(jobs, engines, shell, lower, costs.warnings(), env.now)
 
 
 class _Source:
     """Sends the requests to their engines, in order of arrival."""
 
-    def __init__(self, env: Any, order: list[Job], choose: Any) -> None:
+    def __init__(self, env: Any, order: list[Job], choose: Any, finishing: "_Finishing | None") -> None:
         self._env = env
         self._order = order
         self._choose = choose
+        self._finishing = finishing
         self._next = 0
 
     def start(self) -> None:
@@ -147,6 +164,22 @@ class _Source:
         engine.unfinished += 1
         engine.pending_tokens += job.prompt
         engine.enqueue(job)
+        if self._finishing is not None:
+            self._finishing.tell(self._next)
+
+
+class _Finishing:
+    """Tells how many requests have ended, as others arrive: no event of its own, so that a run is the same without."""
+
+    def __init__(self, engines: list[Engine], progress: Progress, total: int) -> None:
+        self._engines = engines
+        self._progress = progress
+        self._total = total
+        self._every = max(1, total // 100)
+
+    def tell(self, sent: int) -> None:
+        if sent % self._every == 0:
+            self._progress(sent - sum(engine.unfinished for engine in self._engines), self._total)
 
 
 def _engine(env: Any, number: int, workload: Workload, settings: RunSettings, costs: StepCosts) -> Engine:

@@ -2,6 +2,7 @@
 
 import gzip
 import importlib
+import importlib.util
 import json
 import math
 from collections.abc import Iterator
@@ -11,13 +12,22 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from kvsim.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
-    from kvsim.run import RunResult
+    from kvsim.runner import RunResult
 
 PHASES = ("handling_s", "queue_s", "load_s", "prefill_s")
 
 
 class TimelineError(UsageError):
     """A timeline that cannot be written; the message is one line."""
+
+
+def check_kind(path: Path) -> None:
+    """Raise what `write_requests` raises for this kind of file: before the work, not after it."""
+    if path.suffix == ".parquet":
+        if importlib.util.find_spec("pyarrow") is None:
+            raise MissingExtraError(f"{path}: parquet (.jsonl needs nothing)", "report")
+    elif not path.name.removesuffix(".gz").endswith(".jsonl"):
+        raise TimelineError(f"{path}: a timeline is a .parquet, .jsonl or .jsonl.gz file")
 
 
 def write_requests(result: "RunResult", path: str | Path) -> None:
@@ -29,18 +39,13 @@ def write_requests(result: "RunResult", path: str | Path) -> None:
         OSError: The file cannot be written.
     """
     path = Path(path)
+    check_kind(path)
     if path.suffix == ".parquet":
-        try:
-            arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-        except ImportError:
-            raise MissingExtraError(f"{path}: parquet (.jsonl needs nothing)", "report") from None
+        arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
         parquet.write_table(arrow.table({"request": range(len(result.columns["refused"])), **result.columns}), path)
         return
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
-        with _opened(path) as file:
-            file.writelines(json.dumps(row) + "\n" for row in _rows(result))
-        return
-    raise TimelineError(f"{path}: a timeline is a .parquet, .jsonl or .jsonl.gz file")
+    with _opened(path) as file:
+        file.writelines(json.dumps(row) + "\n" for row in _rows(result))
 
 
 def write_trace(result: "RunResult", path: str | Path) -> None:

@@ -1,5 +1,6 @@
-"""A tuning run as one HTML file that needs no network."""
+"""Results as HTML files that need no network, and in words."""
 
-from kvsim.report.html import check_available, render, write_report
+from kvsim.report.html import render, write_report
+from kvsim.report.page import check_available
 
 __all__ = ["check_available", "render", "write_report"]

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from kvsim.plots import Chart, FloatArray, Series
-from kvsim.report.words import gib
+from kvsim.report.units import gib
 from kvsim.tuner.points import Point
 from kvsim.tuner.result import TuneResult
 

@@ -1,55 +1,40 @@
 """A recommendation in plain words, for the terminal and the report."""
 
 from kvsim.plots import number
+from kvsim.report.trial_words import trial_headline, trial_sentences
+from kvsim.report.units import gib, mib, percent, seconds
 from kvsim.tuner.points import Figures, Point
 from kvsim.tuner.result import TuneResult
 
 
-def seconds(value: float) -> str:
-    """Return a time with its unit, three digits."""
-    size = abs(value)
-    if size >= 100:
-        return f"{value:,.0f} s"
-    if size >= 1:
-        return f"{_three_digits(value)} s"
-    return f"{_three_digits(1e3 * value)} ms" if size >= 1e-3 else f"{1e6 * value:.3g} us"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:#.3g}".rstrip(".")
-
-
-def gib(value: float) -> str:
-    """Return a size in GiB, as short as it is exact enough."""
-    return f"{value:,.0f} GiB" if value >= 100 else f"{value:.3g} GiB"
-
-
-def mib(size_bytes: int) -> str:
-    """Return a size in MiB."""
-    return f"{size_bytes / (1 << 20):,.4g} MiB"
-
-
-def percent(value: float) -> str:
-    """Return a fraction in percent."""
-    return f"{100 * value:.1f}%"
-
-
 def headline(result: TuneResult) -> str:
     """Return the recommendation in one line."""
+    chosen = None if result.settled is None else result.settled.chosen
     if not result.pays:
+        if result.settled is not None and chosen is not None:
+            return trial_headline(chosen, result.settled.trial.slo_ttft_p95_s)
         return "No L1: reuse does not pay on this log."
     point = result.point
     size = mib(result.costs.kv.chunk_bytes(point.chunk_tokens))
-    return f"Chunks of {point.chunk_tokens:,} tokens ({size}), an L1 of {gib(point.l1_size_gb)}, policy {point.policy}."
+    words = f"Chunks of {point.chunk_tokens:,} tokens ({size}), an L1 of {gib(point.l1_size_gb)}, policy {point.policy}"
+    if chosen is None:
+        return f"{words}."
+    lower, engines = chosen.settings.l2_gb, chosen.settings.engines
+    if lower:
+        words += f", an L2 of {gib(lower)}"
+    return f"{words}, on {engines} engine{'s' if engines > 1 else ''}."
 
 
 def sentences(result: TuneResult) -> list[str]:
     """Return what the recommendation brings and rests on, one sentence each."""
     if not result.pays:
-        return [f"{result.notes[0][0].upper()}{result.notes[0][1:]}.", _without(result)]
+        settled = result.settled is not None and result.settled.chosen is not None
+        why = [] if settled else [f"{result.notes[0][0].upper()}{result.notes[0][1:]}."]
+        return [*why, *_simulated(result), _without(result)]
     point = result.point
     cold, warm = point.cold, point.warm
     words = [
+        *_simulated(result),
         f"It finds {percent(cold.token_hit_ratio)} of all prompt tokens in L1: {_share(result)}.",
         f"TTFT without a queue: {_times(cold)}.",
     ]
@@ -61,6 +46,10 @@ def sentences(result: TuneResult) -> list[str]:
     words.append(_more(result))
     words.append(_alignment(result))
     return words
+
+
+def _simulated(result: TuneResult) -> list[str]:
+    return [] if result.settled is None else trial_sentences(result.settled)
 
 
 def _more(result: TuneResult) -> str:
@@ -156,9 +145,9 @@ def frontier_rows(result: TuneResult) -> list[list[str]]:
 
 
 def marked_row(result: TuneResult) -> int | None:
-    """Return the frontier's row that is recommended."""
-    sizes = [point.l1_size_gb for point in result.choice.frontier]
-    return sizes.index(result.point.l1_size_gb) if result.pays else None
+    """Return the frontier's row that is recommended; None where none is."""
+    frontier = result.choice.frontier
+    return frontier.index(result.point) if result.pays and result.point in frontier else None
 
 
 def log_facts(result: TuneResult) -> list[tuple[str, str]]:

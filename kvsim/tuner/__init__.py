@@ -5,6 +5,7 @@ from kvsim.tuner.pricing import Costs, KvSize, costs, kv_size
 from kvsim.tuner.result import Alignment, LogSummary, TuneResult
 from kvsim.tuner.rule import Choice, Rule, choose
 from kvsim.tuner.run import tune
+from kvsim.tuner.trial import Prices, Settled, Trial, Tried
 
 __all__ = [
     "Alignment",
@@ -14,8 +15,12 @@ __all__ = [
     "KvSize",
     "LogSummary",
     "Point",
+    "Prices",
     "Rule",
+    "Settled",
     "Times",
+    "Trial",
+    "Tried",
     "TuneResult",
     "choose",
     "costs",

@@ -24,9 +24,16 @@ def check_chunk_sizes(sizes: Sequence[int], block_tokens: int) -> list[int]:
     if not sizes:
         raise UsageError("no chunk size to try")
     for size in sizes:
-        if size < 1 or size % block_tokens:
-            raise UsageError(f"chunk size {size} is no multiple of the log's block of {block_tokens} tokens")
+        check_log_chunk(size, block_tokens)
     return sorted(set(sizes))
+
+
+def check_log_chunk(chunk_tokens: int | None, block_tokens: int | None) -> None:
+    """Raise UsageError for a chunk that is no multiple of the log's block; a log of lengths alone has none."""
+    if chunk_tokens is None or block_tokens is None:
+        return
+    if chunk_tokens < 1 or chunk_tokens % block_tokens:
+        raise UsageError(f"chunk size {chunk_tokens} is no multiple of the log's block of {block_tokens} tokens")
 
 
 def check_l1_sizes(sizes: Sequence[float]) -> list[float]:

@@ -1,6 +1,6 @@
 """What a setting costs: bytes of L1, and time to first token without a queue."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,11 @@ class Costs:
 
     profile: Profile
     kv: KvSize
+
+    @property
+    def run_profile(self) -> Profile:
+        """The profile as a simulation takes it: with this KV's size."""
+        return replace(self.profile, kv_bytes_per_token=self.kv.stored_bytes_per_token)
 
     def recompute_s(self, input_tokens: IntArray) -> FloatArray:
         """Return the TTFT of prompts that nothing is cached of, in seconds: [n] for [n]."""

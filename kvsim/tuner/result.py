@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvsim.profiles.load import to_json
-from kvsim.tuner.points import FloatArray, Point
+from kvsim.tuner.points import FloatArray, Point, Times
 from kvsim.tuner.pricing import Costs
 from kvsim.tuner.rule import Choice, Rule
+from kvsim.tuner.trial import Settled, Tried
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +86,7 @@ class TuneResult:
         ttft_s: [n] its TTFT in seconds.
         no_cache_s: [n] TTFT without a cache.
         notes: What a reader must know beside the figures, one sentence each.
+        settled: What was simulated; None where nothing was.
     """
 
     log: LogSummary
@@ -102,6 +104,7 @@ class TuneResult:
     ttft_s: FloatArray
     no_cache_s: FloatArray
     notes: tuple[str, ...]
+    settled: Settled | None = None
 
     @property
     def pays(self) -> bool:
@@ -133,31 +136,29 @@ class TuneResult:
         }
 
     def recommendation(self) -> dict[str, Any]:
-        """Return the recommendation as plain JSON values; without a setting where reuse does not pay."""
+        """Return the recommendation as plain JSON values; without a setting where reuse does not pay.
+
+        Where settings were simulated, TTFT is that of the simulation (null where no setting is good), and that of the
+        sweep is under `unqueued`.
+        """
         cold = self.point.cold
-        common = {
-            "pays": self.pays,
-            "no_cache": {
-                "ttft_mean_s": round(cold.no_cache.mean_s, 9),
-                "ttft_p50_s": round(cold.no_cache.p50_s, 9),
-                "ttft_p95_s": round(cold.no_cache.p95_s, 9),
-            },
-            "notes": list(self.notes),
-        }
+        common = {"pays": self.pays, "no_cache": _times("ttft", cold.no_cache), "notes": list(self.notes)}
         if not self.pays:
             nothing = {"chunk_tokens": None, "l1_size_gb": 0.0, "capacity_chunks": 0, "policy": None}
-            return {**nothing, **_without(cold.no_cache), **common, "best_setting": self.point.to_dict()}
-        return {
-            **self.point.to_dict(),
-            "cold": {"from_request": 0, "requests": cold.requests, **cold.to_dict()},
-            **common,
-            "chunk_bytes": self.costs.kv.chunk_bytes(self.point.chunk_tokens),
-            "next_gib": self._gain(self.next_gib),
-            "next_size": None if self.next_size is None else self._gain(self.next_size),
-            "of_unbounded": self._share(self.unbounded),
-            "of_belady": self._share(self.belady),
-            "alignment": self.alignment.to_dict(),
-        }
+            found = {**nothing, **_without(cold.no_cache), **common, "best_setting": self.point.to_dict()}
+        else:
+            found = {
+                **self.point.to_dict(),
+                "cold": {"from_request": 0, "requests": cold.requests, **cold.to_dict()},
+                **common,
+                "chunk_bytes": self.costs.kv.chunk_bytes(self.point.chunk_tokens),
+                "next_gib": self._gain(self.next_gib),
+                "next_size": None if self.next_size is None else self._gain(self.next_size),
+                "of_unbounded": self._share(self.unbounded),
+                "of_belady": self._share(self.belady),
+                "alignment": self.alignment.to_dict(),
+            }
+        return found if self.settled is None else {**found, **_under_load(found, self.settled)}
 
     def _gain(self, larger: Point) -> dict[str, Any]:
         """Return what a larger L1 adds to the recommended one."""
@@ -193,6 +194,7 @@ class TuneResult:
             },
             "profile": json.loads(to_json(self.costs.profile)),
             "sweep": [point.to_dict() for point in self.points],
+            **({} if self.settled is None else {"simulated": self.settled.to_dict()}),
         }
 
     def _ceiling(self, bound: Point) -> dict[str, Any]:
@@ -200,15 +202,49 @@ class TuneResult:
         return bound.to_dict() | {"l1_size_gb": round(bound.l1_size_gb, 6)}
 
 
-def _without(times: Any) -> dict[str, Any]:
-    return {
-        "hit_tokens": 0,
-        "loaded_tokens": 0,
-        "token_hit_ratio": 0.0,
-        "ttft_mean_s": round(times.mean_s, 9),
-        "ttft_p50_s": round(times.p50_s, 9),
-        "ttft_p95_s": round(times.p95_s, 9),
-        "ttft_mean_saved_s": 0.0,
-        "ttft_p50_saved_s": 0.0,
-        "ttft_p95_saved_s": 0.0,
+def _times(prefix: str, times: Times) -> dict[str, float]:
+    return {f"{prefix}_{name}": round(getattr(times, name), 9) for name in ("mean_s", "p50_s", "p95_s")}
+
+
+def _without(times: Times) -> dict[str, Any]:
+    nothing = {"hit_tokens": 0, "loaded_tokens": 0, "token_hit_ratio": 0.0}
+    saved = dict.fromkeys(("ttft_mean_saved_s", "ttft_p50_saved_s", "ttft_p95_saved_s"), 0.0)
+    return {**nothing, **_times("ttft", times), **saved}
+
+
+_TIMES = ("ttft_mean_s", "ttft_p50_s", "ttft_p95_s")
+_SAVED = ("ttft_mean_saved_s", "ttft_p50_saved_s", "ttft_p95_saved_s")
+
+
+def _under_load(found: dict[str, Any], settled: Settled) -> dict[str, Any]:
+    """Return what a simulation puts in the place of a recommendation's figures, and adds to them."""
+    chosen = settled.chosen
+    engines = max(settled.trial.engines) if chosen is None else chosen.settings.engines
+    with_, without = _simulated_times(chosen), _simulated_times(settled.without(engines))
+    saved = {
+        name: None if before is None or after is None else round(before - after, 9)
+        for name, before, after in zip(_SAVED, without.values(), with_.values(), strict=True)
     }
+    return {
+        **with_,
+        **saved,
+        "no_cache": without,
+        "unqueued": {**{name: found[name] for name in (*_TIMES, *_SAVED)}, "no_cache": found["no_cache"]},
+        "engines": engines,
+        "l2_size_gb": 0.0 if chosen is None else chosen.settings.l2_gb,
+        "sustained": chosen is not None or any(one.load.sustained for one in settled.tried),
+        "meets_slo": False if chosen is None and settled.trial.slo_ttft_p95_s is not None else _meets(chosen),
+        "cost_per_million_prompt_tokens": None if chosen is None else chosen.cost,
+        "reason": settled.reason,
+    }
+
+
+def _meets(chosen: Tried | None) -> bool | None:
+    return None if chosen is None else chosen.meets_target
+
+
+def _simulated_times(one: Tried | None) -> dict[str, float | None]:
+    if one is None:
+        return dict.fromkeys(_TIMES)
+    values = (one.ttft_mean_s, one.ttft_s["p50"], one.ttft_s["p95"])
+    return {name: None if value is None else round(value, 9) for name, value in zip(_TIMES, values, strict=True)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from kvcore.policy import POLICIES
 from kvsim.errors import UsageError
@@ -11,6 +12,7 @@ from kvsim.tuner.points import Point
 from kvsim.tuner.pricing import Costs
 from kvsim.tuner.result import Alignment, LogSummary, TuneResult
 from kvsim.tuner.rule import Choice, Rule, choose
+from kvsim.tuner.trial import Settled, Trial, settle
 from kvtraces import Log
 
 DEFAULT_L1_POINTS = 20
@@ -32,10 +34,13 @@ def tune(  # noqa: PLR0913 - what a sweep is
     rule: Rule | None = None,
     threads: int = 2,
     progress: Progress | None = None,
+    trial: Trial | None = None,
+    trial_progress: Progress | None = None,
 ) -> TuneResult:
     """Sweep chunk size x L1 size x policy exactly, and recommend one setting by the rule of `kvsim.tuner.rule`.
 
     TTFT is that of a request alone on an engine without a prefix cache of its own: no queue, nothing else on the link.
+    With a `trial` the sweep's best settings are then simulated under load, and one of those is recommended.
 
     Args:
         log: The request log, with block hashes.
@@ -48,9 +53,12 @@ def tune(  # noqa: PLR0913 - what a sweep is
         rule: The choice's thresholds.
         threads: How many settings to evaluate at once.
         progress: Called as settings are done.
+        trial: What to simulate; None: nothing.
+        trial_progress: Called as simulations are done.
 
     Raises:
         UsageError: A setting that is not one, or a log without block hashes or without prompt tokens.
+        SettingsError: A setting that cannot be simulated.
     """
     block_tokens = _block_of(log)
     if threads < 1:
@@ -68,7 +76,12 @@ def tune(  # noqa: PLR0913 - what a sweep is
     tasks = [(size, policy, l1) for size in sizes for policy in names for l1 in l1_sizes]
     priced, points = _sweep(evaluator, chunked, tasks, threads, progress)
     rule = rule or Rule()
-    return _settled(evaluator, priced, points, choose(points, rule), rule)
+    choice = choose(points, rule)
+    settled = None
+    if trial is not None:
+        settled = settle(log, points, choice, trial, rule, trial_progress)
+        choice = _by_trial(choice, settled)
+    return _result(evaluator, priced, points, choice, rule, settled)
 
 
 def _block_of(log: Log) -> int:
@@ -119,8 +132,21 @@ def _sweep(
     return priced, points
 
 
-def _settled(
-    evaluator: Evaluator, priced: dict[int, Priced], points: Sequence[Point], choice: Choice, rule: Rule
+def _by_trial(choice: Choice, settled: Settled) -> Choice:
+    """Return the choice of the simulations; where none of them is good, the sweep's stays."""
+    chosen = settled.chosen
+    if chosen is None:
+        return choice
+    return replace(choice, pays=chosen.point is not None, point=chosen.point or choice.point)
+
+
+def _result(
+    evaluator: Evaluator,
+    priced: dict[int, Priced],
+    points: Sequence[Point],
+    choice: Choice,
+    rule: Rule,
+    settled: Settled | None,
 ) -> TuneResult:
     """Return the result: the choice with its bounds, its neighbours and its per-request figures."""
     log, costs, here = evaluator.log, evaluator.costs, choice.point
@@ -144,7 +170,8 @@ def _settled(
         hit_tokens=hits,
         ttft_s=ttft,
         no_cache_s=evaluator.no_cache_s,
-        notes=_notes(evaluator, choice, unbounded),
+        notes=_notes(evaluator, choice, unbounded, settled),
+        settled=settled,
     )
 
 
@@ -175,12 +202,12 @@ def _summary(log: Log) -> LogSummary:
     )
 
 
-def _notes(evaluator: Evaluator, choice: Choice, unbounded: Point) -> tuple[str, ...]:
+def _notes(evaluator: Evaluator, choice: Choice, unbounded: Point, settled: Settled | None) -> tuple[str, ...]:
     """Return what must be said beside the figures."""
     log, costs, here = evaluator.log, evaluator.costs, choice.point
     notes = []
     if not choice.pays:
-        notes.append(_why_not(choice, unbounded))
+        notes.append(settled.reason if settled and settled.chosen else _why_not(choice, unbounded))
     elif here.l1_size_gb > COMMON_HOST_GB:
         notes.append(
             f"{here.l1_size_gb:,.0f} GiB is more than most hosts hold: give yours with --l1-max-gb, or read the table"
@@ -191,17 +218,32 @@ def _notes(evaluator: Evaluator, choice: Choice, unbounded: Point) -> tuple[str,
     if costs.kv.note:
         notes.append(costs.kv.note)
     longest = int(log.input_tokens.max())
-    if longest > costs.profile.max_model_len:
-        count = int((log.input_tokens > costs.profile.max_model_len).sum())
-        notes.append(
-            f"{count:,} prompts are longer than the model's {costs.profile.max_model_len:,} tokens, "
-            "but counted all the same"
-        )
+    notes += _too_long(evaluator, settled)
     beyond = costs.profile.extrapolation(longest, 0)
     if beyond:
         notes.append(beyond)
-    notes.append("TTFT is without a queue and without the engine's own prefix cache: kvsim run adds both")
+    if settled is None:
+        notes.append("TTFT is without a queue and without the engine's own prefix cache: kvsim run adds both")
+    else:
+        notes += _warnings(settled)
+        notes.append("the sweep's TTFT is without a queue and without the engine's own prefix cache")
     return tuple(notes)
+
+
+def _too_long(evaluator: Evaluator, settled: Settled | None) -> list[str]:
+    """Return a note where prompts are longer than the model takes."""
+    most = evaluator.costs.profile.max_model_len if settled is None else settled.trial.base.model_len
+    count = int((evaluator.log.input_tokens > most).sum())
+    if not count:
+        return []
+    but = "but counted all the same" if settled is None else "which the sweep counts and the simulation refuses"
+    return [f"{count:,} prompts are longer than the model's {most:,} tokens, {but}"]
+
+
+def _warnings(settled: Settled) -> list[str]:
+    """Return the simulations' warnings, each once."""
+    tried = (*settled.no_cache, *settled.tried)
+    return list(dict.fromkeys(warning for one in tried for warning in one.figures["warnings"]))
 
 
 def _why_not(choice: Choice, unbounded: Point) -> str:

@@ -9,7 +9,7 @@ from kvcore.policy import POLICIES
 from kvsim.engine.instant import simulate_core
 from kvsim.engine.settings import GIB, RunSettings
 from kvsim.profiles import Grid, PrefillFit, TransferCurve, lookup
-from kvsim.run import run
+from kvsim.runner import run
 from kvsim.sweep import chains, hit_chunks
 from kvtraces import Chat, Rag, generate, read
 

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.gpu
 def triton(layout, tensors, arena):
     module = pytest.importorskip("kvkernels.triton_gather")
     row = max(plane.row_bytes for plane in layout.planes)
-    return module.triton_transfer(layout, tensors, arena, CudaRuntime(0), staging_bytes=6 * 5 * row, copy_bytes=4 * row)
+    options = {"staging_bytes": 6 * 5 * row, "copy_bytes": 4 * row, "group_bytes": row}
+    return module.triton_transfer(layout, tensors, arena, CudaRuntime(0), **options)
 
 
 def batched(layout, tensors, arena):

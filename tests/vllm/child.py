@@ -13,29 +13,32 @@ from pathlib import Path
 
 import harness
 
-from kvkernels.reference import ReferenceTransfer
+from kvcore.vllm.mover import Mover
 
 SLOW_S = 1.0
 
 
 class Slow:
-    """Makes the backend tell of every copy of one kind, half-way, and then take its time."""
+    """Makes one copy tell that it is half-way, and then take its time."""
 
     def __init__(self):
         self.kind = None
         for kind in ("store", "load"):
-            setattr(ReferenceTransfer, kind, self._wrap(kind, getattr(ReferenceTransfer, kind)))
+            setattr(Mover, kind, self._wrap(kind, getattr(Mover, kind)))
 
     def _wrap(self, kind, copy):
-        def slow(transfer, first, second, *, planes=None):
+        def slow(mover, pages, blocks):
             if self.kind != kind:
-                return copy(transfer, first, second, planes=planes)
-            half = len(transfer.layout.planes) // 2
-            copy(transfer, first, second, planes=range(half))
+                return copy(mover, pages, blocks)
             self.kind = None
+            whole = mover._transfers.whole
+            planes, slots, ids = len(mover.layout.planes), mover._slots(pages), blocks.ravel()
+            halves = range(planes // 2), range(planes // 2, planes)
+            first, second = (ids, slots) if kind == "store" else (slots, ids)
+            getattr(whole, kind)(first, second, planes=halves[0]).wait()
             say("COPYING")
             time.sleep(SLOW_S)
-            return copy(transfer, first, second, planes=range(half, len(transfer.layout.planes)))
+            return getattr(whole, kind)(first, second, planes=halves[1])
 
         return slow
 

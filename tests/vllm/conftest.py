@@ -3,18 +3,19 @@
 # ruff: noqa: PLC0415 - vLLM and the models are not there where only the halves are tested
 import sys
 import warnings
-from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-with suppress(ImportError), warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # theirs, not ours to mend
-    import harness  # noqa: F401 - sets what vLLM reads when it is imported
-    import vllm.distributed.kv_transfer  # noqa: F401
-    from vllm import LLM  # noqa: F401
+if find_spec("vllm") is not None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs, not ours to mend
+        import harness  # noqa: F401 - sets what vLLM reads when it is imported
+        import vllm.distributed.kv_transfer  # noqa: F401
+        from vllm import LLM  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ def registered(epoch=1, record=False):
         member=epoch,
         chunk_tokens=CHUNK,
         chunk_pages=PAGES,
-        shard_bytes=1,
+        shard_bytes=CHUNK * 10,
         arena_path="",
         page_bytes=4096,
         pages=1000,
@@ -47,7 +47,8 @@ class Line:
         self.at_once = True
         self.recorded = []
 
-    def lookup(self, request, chunks, *, computed_chunks=0, **_):
+    def lookup(self, request, chunks, *, computed_chunks=0, queued_bytes=0, **_):
+        self.queued_bytes = queued_bytes
         if self.registered is None:
             return MISS
         if self.pending:

@@ -32,6 +32,8 @@ class Answer:
 
 
 def connector_config(connector, **extra):
+    """The JSON of `--kv-transfer-config`; patient, so that a busy machine does not change what is stored."""
+    extra.setdefault("grant_wait_ms", 1000)
     return {
         "kv_connector": connector,
         "kv_connector_module_path": "kvcore.vllm",
@@ -46,6 +48,7 @@ def engine(model: Path, kv_transfer_config=None, **options):
     import vllm
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
     settings = {
         "model": str(model),
@@ -57,15 +60,18 @@ def engine(model: Path, kv_transfer_config=None, **options):
         "disable_log_stats": False,
         "enable_prefix_caching": True,
     }
-    llm = LLM(**{**settings, **options}, kv_transfer_config=kv_transfer_config)
-    if vllm.__version__.startswith("0.26."):
-        _count_every_step(llm.llm_engine)
+    llm = None
     try:
+        llm = LLM(**{**settings, **options}, kv_transfer_config=kv_transfer_config)
+        if vllm.__version__.startswith("0.26."):
+            _count_every_step(llm.llm_engine)
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+        ensure_kv_transfer_shutdown()  # a start that failed leaves the worker's connector behind
         cleanup_dist_env_and_memory()
 
 

@@ -54,7 +54,8 @@ class Queue:
 
 @pytest.fixture(scope="module")
 def rig(tiny_model, reference, tmp_path_factory):
-    server = ServerProcess(tmp_path_factory.mktemp("server"), *FLAGS)
+    journal = tmp_path_factory.mktemp("journal")
+    server = ServerProcess(tmp_path_factory.mktemp("server"), *FLAGS, "--journal", str(journal))
     config = harness.connector_config("KVCoreMPConnector", endpoint=server.endpoint)
     with harness.engine(tiny_model, config, max_num_batched_tokens=512) as llm:
         yield server, llm, Timed(harness.scheduler(llm).connector, get_kv_transfer_group())
@@ -76,12 +77,12 @@ def hits_come(llm):
 
 
 @pytest.mark.parametrize("fault", ["kill", "pause"])
-def test_server_lost_with_100_requests_queued(rig, reference, fault):
+def test_server_lost_with_100_requests_queued(rig, reference, fault, record_property):
     server, llm, timed = rig
     alone, queued = reference
     assert_same(hits_come(llm), [alone])
     assert llm.reset_prefix_cache()
-    timed.seconds = 0.0
+    timed.seconds = timed.longest = 0.0
     queue = Queue(llm)
     time.sleep(0.5)
     assert queue.answers is None, "the queue was empty before the fault"
@@ -90,10 +91,26 @@ def test_server_lost_with_100_requests_queued(rig, reference, fault):
         time.sleep(5)
         server.go_on()
     assert_same(queue.wait(), queued)
+    record_property("connector_seconds", timed.seconds)
+    record_property("longest_call_seconds", timed.longest)
     assert timed.seconds < STALL_S
     if fault == "kill":
         server.start()
     assert_same(hits_come(llm), [alone])
+
+
+def test_server_with_a_journal_that_is_killed_keeps_what_was_stored(rig, reference):
+    server, llm, _ = rig
+    generate(llm, [PROMPT])
+    assert llm.reset_prefix_cache()
+    server.kill()
+    server.start()
+    link = harness.scheduler(llm).connector._scheduler._link
+    wait_for(lambda: link.registered is not None and link.registered.epoch == status(server.endpoint)["epoch"])
+    wait_for(lambda: all(member["here"] for one in status(server.endpoint)["instances"] for member in one["members"]))
+    before = metrics(llm)["vllm:external_prefix_cache_hits"]
+    assert_same(generate(llm, [PROMPT]), reference[:1])
+    assert metrics(llm)["vllm:external_prefix_cache_hits"] - before == 3 * CHUNK
 
 
 def test_engine_killed_in_the_middle_of_a_store(tiny_model, tmp_path):

@@ -12,11 +12,12 @@ pytest.importorskip("vllm")
 
 from harness import BLOCK, CHUNK, assert_same, generate, metrics
 from servers import ServerInThread, counters, environment, status, wait_for
-from tiny_model import build_sliding_model
+from tiny_model import build_mixed_model, build_sliding_model
 
 from kvcore.live.client import RegistrationRefused
 from kvcore.policy.hashing import block_hashes, trace_ids
 from kvcore.vllm.compat import UnsupportedModelError
+from kvcore.vllm.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.vllm
 SMALL = {"l1_size_gb": 1 / 32, "page_size": "512KiB", "chunk_size": CHUNK}
@@ -112,6 +113,21 @@ def test_model_that_forgets_tokens_is_refused(tmp_path):
         pass
 
 
+def test_model_that_mixes_sliding_and_full_attention(tmp_path):
+    """With a connector vLLM keeps every token in every layer of such a model, so that it is reused as any other."""
+    model = build_mixed_model(tmp_path / "mixed")
+    with harness.engine(model) as llm:
+        assert len(harness.scheduler(llm).kv_cache_config.kv_cache_groups) > 1
+        expected = generate(llm, [FIRST])
+    server = ServerInThread(tmp_path, **{**SMALL, "page_size": "1MiB"})
+    with harness.engine(model, mp(server.endpoint)) as llm:
+        assert_same(generate(llm, [FIRST]), expected)
+        assert llm.reset_prefix_cache()
+        assert_same(generate(llm, [FIRST]), expected)
+        assert metrics(llm)["vllm:external_prefix_cache_hits"] == 5 * CHUNK
+    server.stop()
+
+
 def test_two_tensor_parallel_ranks_keep_a_shard_each(tiny_model, reference, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
@@ -131,10 +147,28 @@ def test_two_tensor_parallel_ranks_keep_a_shard_each(tiny_model, reference, tmp_
     server.stop()
 
 
+def test_what_a_killed_embedded_server_left_is_removed_by_the_next(tmp_path):
+    code = (
+        "import os, signal, sys; from kvcore.vllm.embedded import EmbeddedServer;"
+        "server = EmbeddedServer('first', {'arena_dir': sys.argv[1], 'l1_size_gb': 1 / 64});"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment(), check=False)
+    assert killed.returncode == -9
+    assert len(list(tmp_path.glob("*.arena"))) == 1
+    alive = EmbeddedServer("second", {"arena_dir": str(tmp_path), "l1_size_gb": 1 / 64})
+    third = EmbeddedServer("third", {"arena_dir": str(tmp_path), "l1_size_gb": 1 / 64})
+    assert len(list(tmp_path.glob("*.arena"))) == 2
+    alive.stop()
+    third.stop()
+    assert not list(tmp_path.iterdir())
+
+
 def test_embedded_server_ends_with_its_engine(tiny_model, reference, tmp_path):
     config = harness.connector_config("KVCoreConnector", arena_dir=str(tmp_path), **SMALL)
     with harness.engine(tiny_model, config) as llm:
-        assert list(tmp_path.glob("*.arena"))
+        assert list(tmp_path.glob("*.ipc"))
+        assert not list(tmp_path.glob("*.arena"))
         assert_same(generate(llm, [FIRST]), reference[:1])
     assert not list(tmp_path.iterdir())
 

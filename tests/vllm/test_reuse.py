@@ -2,7 +2,6 @@
 
 import re
 from collections import defaultdict
-from pathlib import Path
 
 import harness
 import numpy as np
@@ -13,10 +12,11 @@ pytest.importorskip("vllm")
 from harness import BLOCK, CHUNK, assert_same, generate, metrics
 from servers import ServerInThread, counters, status, wait_for
 from vllm import SamplingParams
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-from kvcore.live.arena import Arena
 from kvcore.live.client import Client
-from kvcore.live.wire import Clear
+from kvcore.live.wire import Clear, Where
+from kvcore.policy.hashing import block_hashes, chunk_names
 from kvcore.vllm.mover import Mover
 
 pytestmark = pytest.mark.vllm
@@ -214,6 +214,12 @@ def test_load_that_fails_is_computed_and_poisons_nothing(setup, monkeypatch):
         gained = setup.ask("first")
     assert gained["vllm:kvcore_failed_tokens"] == 4 * CHUNK
     assert gained["loaded_tokens"] == 0
+    hasher = harness.scheduler(setup.llm).connector._scheduler._hasher
+    root = hasher.namespace.digest()
+    names = chunk_names(block_hashes(PROMPTS["first"], BLOCK, root), CHUNK // BLOCK)
+    with Client(setup.endpoint) as client:
+        assert client.call(Where(names[:3])).tiers == (0, 0, 0)
+        assert client.call(Where(names[4:])).tiers == (-1,)
     setup.clear()
     assert hits(setup.ask("first")) == 0
     setup.forget_locally()
@@ -267,16 +273,10 @@ def test_zeros_in_l1_change_the_answer(setup):
     setup.clear()
     setup.ask("first")
     setup.forget_locally()
-    arena = Arena.attach(_arena_path(setup.endpoint))
-    arena.data[:] = 0
-    arena.close()
+    get_kv_transfer_group()._worker._mover.arena.data[:] = 0
     before = metrics(setup.llm)
     (answer,) = generate(setup.llm, [PROMPTS["first"]])
     assert metrics(setup.llm)["vllm:external_prefix_cache_hits"] > before["vllm:external_prefix_cache_hits"]
     expected = setup.reference["first"]
     assert answer.tokens != expected.tokens
     setup.clear()
-
-
-def _arena_path(endpoint):
-    return Path(status(endpoint)["arena"]["path"])

@@ -90,6 +90,20 @@ def test_asynchronous_full_hit_loads_everything_and_survives_the_second_allocati
     assert not line.named("drop_load")
 
 
+def test_bytes_of_loads_under_way_are_told_with_a_lookup():
+    line, side = make(load_mode="async")
+    first, second = EngineRequest("a", prompt(200)), EngineRequest("b", prompt(200, seed=1))
+    line.resident.update(names(first))
+    external, _ = side.matched(first, 0)
+    assert line.queued_bytes == 0
+    side.allocated(first, blocks(200), external)
+    side.matched(second, 0)
+    assert line.queued_bytes == 192 * 10
+    side.reported(None, (), {"a"})
+    side.matched(EngineRequest("c", prompt(200, seed=2)), 0)
+    assert line.queued_bytes == 0
+
+
 def test_hit_that_starts_inside_a_chunk_skips_blocks_that_others_read():
     line, side = make()
     request = EngineRequest("a", prompt(200))
@@ -283,6 +297,32 @@ def test_abort_before_allocation_gives_the_hit_back():
     side.finished(request)
     assert line.named("drop_load") == [("drop_load", "a", 3)]
     assert line.named("end") == [("end", "a")]
+
+
+def test_abort_while_the_lookup_is_under_way_gives_the_late_hit_back():
+    line, side = make()
+    line.pending = 2
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request))
+    assert side.matched(request, 0) == (None, False)
+    side.finished(request)
+    assert not line.named("end")
+    side.plan(step())
+    assert not line.named("end")
+    side.plan(step())
+    assert line.named("drop_load") == [("drop_load", "a", 3)]
+    assert line.named("end") == [("end", "a")]
+
+
+def test_lookup_is_made_again_where_the_engine_has_lost_what_it_held():
+    line, side = make()
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request))
+    assert side.matched(request, CHUNK) == (128, False)
+    assert side.matched(request, 0) == (192, False)
+    side.allocated(request, blocks(200), 192)
+    plan = side.plan(step(new=[("a", blocks(200), 192, 8)]))
+    assert plan.loads[0].tokens == 192
 
 
 def test_abort_during_an_asynchronous_load_leaves_the_blocks_to_vllm():

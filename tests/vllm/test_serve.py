@@ -10,26 +10,26 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from servers import ServerProcess, counters, environment
+
+pytest.importorskip("vllm")
+
+from servers import ServerProcess, counters, environment, wait_for
+
+from kvcore.vllm.embedded import remove_leftovers
 
 pytestmark = pytest.mark.vllm
 
 PORTS = (18021, 18022)
 CHUNK = 128
 TEXT = "the cache holds keys and values of every token that a prompt shares with another " * 40
-BLOCK_DEFAULT = 128
 
 
 class Serve:
     """One `vllm serve`, until `stop`."""
 
-    def __init__(self, model, endpoint, port, log):
+    def __init__(self, model, port, log, connector="KVCoreMPConnector", **settings):
         self.port, self.log = port, Path(log)
-        config = {
-            "kv_connector": "KVCoreMPConnector",
-            "kv_connector_module_path": "kvcore.vllm",
-            "kv_role": "kv_both",
-        }
+        config = {"kv_connector": connector, "kv_connector_module_path": "kvcore.vllm", "kv_role": "kv_both"}
         command = [
             str(Path(sys.executable).with_name("vllm")), "serve", str(model),
             "--host", "127.0.0.1", "--port", str(port),
@@ -37,7 +37,6 @@ class Serve:
             "--kv-transfer-config", json.dumps(config),
         ]  # fmt: skip
         env = environment() | {
-            "KVCORE_ENDPOINT": endpoint,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
             "VLLM_LOGGING_LEVEL": "INFO",
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -45,6 +44,7 @@ class Serve:
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
+            **settings,
         }
         self.process = subprocess.Popen(command, env=env, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
         until = time.monotonic() + 180
@@ -62,13 +62,17 @@ class Serve:
 
     def ask(self, text, count=8):
         body = {"model": "tiny", "prompt": text, "max_tokens": count, "temperature": 0, "ignore_eos": True}
+        return self._post("/v1/completions", body)["choices"][0]["text"]
+
+    def _post(self, path, body):
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=60) as reply:
-            return json.load(reply)["choices"][0]["text"]
+            return json.load(reply)
+
+    def tokens(self, text):
+        return self._post("/tokenize", {"model": "tiny", "prompt": text})["tokens"]
 
     def metric(self, name):
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as reply:
@@ -97,19 +101,21 @@ def server(tmp_path_factory):
 
 
 def test_two_instances_share_one_server(tiny_model, server, tmp_path):
-    first = Serve(tiny_model, server.endpoint, PORTS[0], tmp_path / "first.log")
+    first = Serve(tiny_model, PORTS[0], tmp_path / "first.log", KVCORE_ENDPOINT=server.endpoint)
     try:
         alone = first.ask(TEXT + "one")
         other = first.ask(TEXT + "two")
         assert first.metric("vllm:external_prefix_cache_hits_total") == 0
+        whole = len(first.tokens(TEXT + "one")) // CHUNK * CHUNK
+        wait_for(lambda: counters(server.endpoint)["stored_tokens"] >= whole)
         stored = counters(server.endpoint)["stored_tokens"]
-        assert stored > 0
-        assert first.metric("vllm:kvcore_stored_tokens_total") == first.logged("Stored") == stored
-        second = Serve(tiny_model, server.endpoint, PORTS[1], tmp_path / "second.log")
+        wait_for(lambda: first.metric("vllm:kvcore_stored_tokens_total") == stored)
+        assert first.logged("Stored") == stored
+        second = Serve(tiny_model, PORTS[1], tmp_path / "second.log", KVCORE_ENDPOINT=server.endpoint)
         try:
             assert second.ask(TEXT + "one") == alone
             hits = second.metric("vllm:external_prefix_cache_hits_total")
-            assert hits >= 2 * CHUNK
+            assert hits >= whole - CHUNK
             assert second.ask(TEXT + "two") == other
             assert second.metric("vllm:kvcore_loaded_tokens_total") == hits
             assert second.logged("Retrieved") == hits
@@ -119,3 +125,19 @@ def test_two_instances_share_one_server(tiny_model, server, tmp_path):
             second.stop()
     finally:
         first.stop()
+
+
+def test_server_inside_vllm_serve_ends_with_it(tiny_model, tmp_path):
+    arena = tmp_path / "arena"
+    arena.mkdir()
+    settings = {"KVCORE_CHUNK_SIZE": str(CHUNK), "KVCORE_L1_SIZE_GB": "0.125", "KVCORE_ARENA_DIR": str(arena)}
+    one = Serve(tiny_model, PORTS[0], tmp_path / "one.log", "KVCoreConnector", **settings)
+    try:
+        assert not list(arena.glob("*.arena"))  # it has no name, so that it ends with vLLM, however that ends
+        answer = one.ask(TEXT)
+        wait_for(lambda: one.metric("vllm:kvcore_stored_tokens_total") > 0)
+        assert one.ask(TEXT) == answer
+    finally:
+        one.stop()
+    remove_leftovers(arena)
+    assert not list(arena.iterdir())

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 torch = pytest.importorskip("torch")
 
@@ -215,6 +216,15 @@ def test_asynchronous_load_is_reported_when_it_has_ended(rig, monkeypatch):
     drained.join(5)
     assert not drained.is_alive()
     assert rig.step(StepPlan()) == {"r"}
+    assert rig.equal(stored, range(20, 24))
+
+
+def test_registered_anew_with_the_same_server_the_arena_needs_no_name(rig):
+    stored = rig.rows(range(4))
+    rig.step(StepPlan(stores=[rig.copy(range(4))]))
+    rig.arena.path.unlink()
+    rig.line.registered = structs.replace(rig.registered, member=2)
+    rig.step(StepPlan(loads=[rig.copy(range(20, 24))]))
     assert rig.equal(stored, range(20, 24))
 
 

@@ -82,6 +82,30 @@ def build_big_model(folder: Path) -> Path:
     return build_model(folder, layers=8, hidden=1024, heads=16, kv_heads=8)
 
 
+def build_mixed_model(folder: Path) -> Path:
+    """Write a Gemma 3 of six layers, five of which attend to 128 tokens only."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        sliding_window=128,
+        max_position_embeddings=8192,
+        initializer_range=0.08,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    build_tokenizer(folder)
+    Gemma3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
 def build_sliding_model(folder: Path) -> Path:
     """Write a Mistral of two layers that attend to 256 tokens only."""
     import torch

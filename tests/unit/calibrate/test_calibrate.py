@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from kvsim.calibrate import (
+from kvsim.calibration import (
     CalibrationError,
     EndpointError,
     Facts,
@@ -17,7 +17,7 @@ from kvsim.calibrate import (
     calibrate,
     make_plan,
 )
-from kvsim.calibrate.endpoint import step_s
+from kvsim.calibration.endpoint import step_s
 from kvsim.profiles import Part, TransferCurve, load
 from kvsim.profiles.load import to_json
 

@@ -1,5 +1,6 @@
 """`import kvsim` is light, and what is slow to load is loaded when it is used."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -41,5 +42,10 @@ def test_every_public_name_is_there():
         assert getattr(kvsim, name) is not None
         assert name in dir(kvsim)
     assert kvsim.sweep.lru_curve
-    assert callable(kvsim.tune)
-    assert callable(kvsim.simulate)
+
+
+def test_a_function_is_not_hidden_by_the_module_it_lives_in():
+    for module in ("api", "calibration.measure", "runner", "tuner.run", "validation"):
+        importlib.import_module(f"kvsim.{module}")
+    for name in ("calibrate", "run", "simulate", "tune", "validate"):
+        assert callable(getattr(kvsim, name))

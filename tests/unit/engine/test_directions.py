@@ -7,7 +7,7 @@ import pytest
 
 from kvsim.engine.settings import RunSettings
 from kvsim.profiles import TransferCurve, lookup
-from kvsim.run import run
+from kvsim.runner import run
 from kvtraces import Chat, Poisson, Spread, generate
 
 PROFILE = lookup("qwen3-8b", "h100")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvsim.engine.settings import SettingsError
-from kvsim.run import run
+from kvsim.runner import run
 
 GIB = 2**30
 

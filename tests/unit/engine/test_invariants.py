@@ -13,7 +13,7 @@ from kvsim.engine.settings import GIB, RunSettings
 from kvsim.engine.shell import OUTPUT
 from kvsim.engine.simulation import prepare, simulate
 from kvsim.profiles import TransferCurve, lookup
-from kvsim.run import run
+from kvsim.runner import run
 from kvtraces import Chat, Log, Poisson, generate
 
 PROFILE = lookup("qwen3-8b", "h100")

@@ -9,7 +9,7 @@ import pytest
 
 from kvsim.engine.settings import RunSettings
 from kvsim.profiles import lookup
-from kvsim.run import run
+from kvsim.runner import run
 from kvtraces import Log
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvsim.run import run
+from kvsim.runner import run
 
 
 def lindley(arrivals: np.ndarray, services: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 from kvsim.engine.settings import RunSettings, SettingsError
 from kvsim.engine.timeline import TimelineError, write_requests, write_trace
 from kvsim.profiles import lookup
-from kvsim.run import run, run_many
+from kvsim.runner import run, run_many
 from kvtraces import Chat, generate
 
 LOG = generate(Chat(requests=60, seed=4, block_tokens=16))

@@ -71,6 +71,15 @@ def test_a_failed_slice_ends_registration_and_is_told():
     assert registrar.ranges == {}
 
 
+def test_a_device_that_cannot_be_used_is_told():
+    def enter():
+        raise RuntimeError("CUDA error: no CUDA-capable device is detected")
+
+    progress = RegisteredArena(np.zeros(SLICE, np.uint8), Registrar(), enter_thread=enter).wait(10)
+    assert progress.pinned_bytes == 0
+    assert "no CUDA-capable device" in progress.error
+
+
 def test_registration_holds_off_while_transfers_are_under_way_but_not_for_ever():
     registrar = Registrar(permits=0)
     arena = RegisteredArena(np.zeros(40 * SLICE, np.uint8), registrar, slice_bytes=SLICE, rest=0)

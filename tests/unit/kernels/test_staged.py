@@ -179,7 +179,8 @@ def test_a_store_sees_the_engines_earlier_work(lazy_runtime, make, seed):
 
 @pytest.mark.parametrize("make", [staged, batched])
 @pytest.mark.parametrize("seed", range(12))
-def test_a_layer_is_whole_once_waited_for_and_not_before_earlier_work(lazy_runtime, make, seed):
+def test_a_layer_is_whole_once_waited_for_and_not_before_earlier_work(lazy_runtime, monkeypatch, make, seed):
+    monkeypatch.setattr("kvkernels.staged._PLANNED_PIECES", 1 + seed % 3)  # a layer's pieces are planned in batches
     case, ids, slots, arena = setting(seed)
     runtime = lazy_runtime(seed)
     make(runtime, case.layout, case.tensors, arena).store(ids, slots).wait()
@@ -267,6 +268,27 @@ def test_a_failure_half_way_is_told_and_spoils_nothing_later(lazy_runtime, make,
     assert later.done()
     assert stored_right(case, ids, slots, arena)
     transfer.close()
+
+
+def test_copies_that_a_failed_load_left_queued_do_not_reach_the_next_ones_staging(lazy_runtime):
+    failed = 0
+    for seed in range(60):
+        case, ids, slots, arena = setting(seed)
+        runtime = lazy_runtime(seed)
+        source = staged(runtime, case.layout, case.tensors, arena)
+        source.store(ids, slots).wait()
+        empty = case.emptied()
+        transfer = staged(runtime, case.layout, empty.tensors, arena, lanes=5, rows=2 + seed % 4)
+        runtime.copies_left = 1 + seed % 5
+        first = transfer.load(slots[::-1], ids)
+        runtime.submitters[-1].until(lambda first=first: first._ended)
+        failed += first._error is not None
+        runtime.copies_left = None
+        transfer.load(slots, ids).wait()
+        transfer.close()
+        runtime.run_all()
+        assert loaded_right(case, empty, ids)
+    assert failed > 20
 
 
 @pytest.mark.parametrize("make", [staged, batched])

@@ -43,7 +43,7 @@ def test_round_trip(interpreted, form, seed, dtype, programs):
     staging = 2 * 3 * row * int(rng.integers(1, 12))
 
     def make(layout, tensors, arena):
-        options = {"programs": programs, "staging_bytes": staging, "copy_bytes": 4 * row}
+        options = {"programs": programs, "staging_bytes": staging, "copy_bytes": 4 * row, "group_bytes": row}
         return interpreted.triton_transfer(layout, tensors, arena, HostRuntime(), **options)
 
     assert round_trip_faults(case, make, rng) == []

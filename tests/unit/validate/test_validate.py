@@ -6,8 +6,8 @@ import pytest
 
 from kvsim.engine.settings import RunSettings, SettingsError
 from kvsim.profiles import lookup
-from kvsim.run import run
-from kvsim.validate import mean_by_length, validate
+from kvsim.runner import run
+from kvsim.validation import mean_by_length, validate
 from kvtraces import Chat, Poisson, generate
 
 PROFILE = lookup("qwen3-8b", "h100")

@@ -1,11 +1,12 @@
 """One setting in full detail: TTFT under load, hits by tier, and what every resource was doing."""
 
+import signal
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +15,11 @@ from kvcore.policy.driver import Observer
 from kvsim.engine.columns import Columns, columns_of, copied_bytes, utilisation
 from kvsim.engine.load import Load, offered_load
 from kvsim.engine.settings import RunSettings
-from kvsim.engine.simulation import Workload, prepare, simulate
+from kvsim.engine.simulation import Progress, Workload, prepare, simulate
 from kvtraces import Log
 
 PERCENTILES = (50, 90, 95, 99)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,7 +35,7 @@ class RunResult:
             but not above, whatever L0 held), `loaded_tokens` (copied beyond L0). Also `engine`, `preemptions` and
             `refused`.
         load: What was offered against what was served.
-        ttft_s: Percentiles of TTFT, `p50` to `p99`; None each where the engines cannot sustain the load.
+        ttft_s: Percentiles of TTFT, `p50` to `p99`, and `mean`; None each where the engines cannot sustain the load.
         ttft_no_cache_s: The same of a run without L1 and L2, with L0 as vLLM has it; None where it was not asked for.
         load_no_cache: What that run was offered and served.
         utilisation: Busy share of each resource between the first arrival and the end, 0 to 1, averaged over engines.
@@ -116,6 +118,7 @@ def run(
     workload: Workload | None = None,
     observe: Observer | None = None,
     workers: int = 1,
+    progress: Progress | None = None,
 ) -> RunResult:
     """Simulate one setting.
 
@@ -128,6 +131,7 @@ def run(
         observe: Sees every event of the core with its decisions.
         workers: With 2, the baseline runs in a process beside this one (which must be importable: a script needs its
             `if __name__ == "__main__"`).
+        progress: Told of the requests that have ended, and of all; not of the baseline's.
 
     Raises:
         SettingsError: A setting that cannot be run, with this log or at all.
@@ -136,13 +140,15 @@ def run(
     cached = settings.l1_gb != 0
     if workload is None:
         workload = prepare(log, settings.chunk_tokens, reuse=cached)
+    if cached and workload.chunk_tokens is not None:
+        settings.core_config(workload.chunk_tokens)  # what it refuses is refused before a process is started
     without = load_without = None
     with ExitStack() as stack:
         beside = None
         if baseline and cached and workers > 1:
-            pool = stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
-            beside = pool.submit(_no_cache, log, None, settings)
-        finished = simulate(workload, settings, observe=observe, timeline=timeline)
+            pool = stack.enter_context(_processes(1))
+            beside = _submit(pool, _no_cache, log, None, settings)
+        finished = simulate(workload, settings, observe=observe, timeline=timeline, progress=progress)
         columns = columns_of(log, finished, workload.chunk_tokens)
         load = offered_load(columns, settings.engines)
         if baseline:
@@ -199,9 +205,8 @@ def run_many(
             results.append(run(log, chosen, baseline=baseline))
             report(len(results), total)
         return results
-    # Processes start afresh: a fork would copy the threads' locks of whatever library has any.
-    with ProcessPoolExecutor(min(workers, total), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(run, log, chosen, baseline=baseline) for chosen in settings]
+    with _processes(min(workers, total)) as pool:
+        futures = [_submit(pool, run, log, chosen, baseline=baseline) for chosen in settings]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -211,6 +216,26 @@ def run_many(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         return [future.result() for future in futures]
+
+
+def _processes(count: int) -> ProcessPoolExecutor:
+    """Return a pool whose processes start afresh: a fork would copy the locks of whatever library has threads."""
+    return ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_end_on_interrupt)
+
+
+def _submit(pool: ProcessPoolExecutor, work: Callable[..., _T], *arguments: Any, **options: Any) -> "Future[_T]":
+    """Give a pool work; a process that this starts begins with Ctrl-C held back, until it can end by it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(work, *arguments, **options)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_on_interrupt() -> None:
+    """Let Ctrl-C, which the whole process group gets, end this process at once and without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _no_cache(log: Log, workload: Workload | None, settings: RunSettings) -> tuple[dict[str, float | None], Load]:
@@ -224,4 +249,6 @@ def _no_cache(log: Log, workload: Workload | None, settings: RunSettings) -> tup
 
 def _ttft(columns: Columns, load: Load) -> dict[str, float | None]:
     values = columns["ttft_s"].astype(np.float64)
-    return percentiles(values) if load.sustained else dict.fromkeys(f"p{p}" for p in PERCENTILES)
+    known = load.sustained and bool(np.isfinite(values).any())
+    spread = percentiles(values) if known else dict.fromkeys(f"p{p}" for p in PERCENTILES)
+    return {**spread, "mean": float(np.nanmean(values)) if known else None}

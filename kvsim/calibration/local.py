@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kvsim.calibrate import child
-from kvsim.calibrate.endpoint import EndpointError, step_s
+from kvsim.calibration import child
+from kvsim.calibration.endpoint import EndpointError, step_s
 
 
 class LocalEndpoint:

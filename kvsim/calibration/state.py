@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvsim.calibrate.endpoint import EndpointError
+from kvsim.calibration.endpoint import EndpointError
 from kvsim.errors import UsageError
 
 Point = tuple[str, int, int]

@@ -1,6 +1,6 @@
 """Grids composed from the operator tables of NVIDIA's aiconfigurator-core (Apache-2.0).
 
-How the shipped profiles were made: `python -m kvsim.calibrate.tables OUT_FOLDER`, in an environment that has
+How the shipped profiles were made: `python -m kvsim.calibration.tables OUT_FOLDER`, in an environment that has
 `aiconfigurator-core`. That package measured operators (matrix products, attention, all-reduce) of vLLM on each GPU; a
 step is their sum. Nothing here is needed to use a profile.
 """

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvsim.engine.settings import RunSettings, SettingsError
-from kvsim.run import PERCENTILES, RunResult, run
+from kvsim.engine.simulation import Progress
+from kvsim.runner import PERCENTILES, RunResult, run
 from kvtraces import Log
 
 Floats = NDArray[np.float64]
@@ -140,6 +141,7 @@ def validate(
     fit_share: float = 0.3,
     handling: bool = False,
     resamples: int = 500,
+    progress: Progress | None = None,
 ) -> Validation:
     """Simulate a recorded log and compare.
 
@@ -154,12 +156,13 @@ def validate(
         handling: Whether the recorded TTFT was taken in front of the server (its handling time included), not inside
             the engine.
         resamples: Of the bootstrap.
+        progress: As in `run`.
 
     Raises:
         SettingsError: The log has too few requests with a recorded TTFT, or cannot be run under the settings.
     """
     recorded = 1e-3 * _recorded(log, "ttft_ms")
-    result = run(log, settings, baseline=False)
+    result = run(log, settings, baseline=False, progress=progress)
     predicted = result.columns["ttft_s"].astype(np.float64)
     if not handling:
         predicted = predicted - result.columns["handling_s"].astype(np.float64)

@@ -81,13 +81,31 @@ class HttpEndpoint:
             arrivals = list(pool.map(lambda prompt: list(self._stream(prompt, steps)), prompts))
         return step_s(arrivals)
 
+    def max_model_len(self) -> int | None:
+        """Ask for the longest prompt and output together; None where the server does not say, as vLLM does.
+
+        Raises:
+            EndpointError: It cannot be reached.
+        """
+        entry = next((entry for entry in self._models() if entry.get("id") == self.model), {})
+        length = entry.get("max_model_len")
+        return length if isinstance(length, int) and length > 0 else None
+
     def _first_model(self) -> str:
+        try:
+            return str(self._models()[0]["id"])
+        except LookupError:
+            raise EndpointError(f"{self.where}: /v1/models lists no model; name one with --served-model") from None
+
+    def _models(self) -> list[dict[str, Any]]:
         with closing(self._connect()) as connection:
             answer = self._answer(connection, "GET", "/v1/models", None)
             try:
-                return str(json.loads(answer.read())["data"][0]["id"])
+                return [dict(entry) for entry in json.loads(answer.read())["data"]]
+            except (OSError, http.client.HTTPException) as error:
+                raise EndpointError(f"{self.where}: {type(error).__name__}: {error}") from None
             except (ValueError, LookupError, TypeError):
-                raise EndpointError(f"{self.where}: /v1/models lists no model; name one with --model") from None
+                raise EndpointError(f"{self.where}/v1/models: the answer is no list of models") from None
 
     def _connect(self) -> http.client.HTTPConnection:
         if self._secure:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kvsim.calibrate.endpoint import Endpoint, EndpointError
-from kvsim.calibrate.fitting import decode_grid, fit_prefill, handling, prefill_grid, spread
-from kvsim.calibrate.plan import Plan
-from kvsim.calibrate.state import CalibrationError, Point, State
+from kvsim.calibration.endpoint import Endpoint, EndpointError
+from kvsim.calibration.fitting import decode_grid, fit_prefill, handling, prefill_grid, spread
+from kvsim.calibration.plan import Plan
+from kvsim.calibration.state import CalibrationError, Point, State
 from kvsim.profiles import Part, Profile, TransferCurve
 
 __all__ = ["CalibrationError", "Facts", "Progress", "calibrate"]
@@ -142,6 +142,7 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
     grid = prefill_grid(prefill, fit)
     misses = [abs(fit.at(n, c) / seconds - 1) for (n, c), seconds in prefill.items()]
     share = spread(kept.seconds)
+    told = "one measurement a point" if np.isnan(share) else f"repeats of a point spread by {100 * share:.1f}% (median)"
     today = dt.datetime.now(tz=dt.UTC).date().isoformat()
     source = f"kvsim calibrate, {endpoint.where}, {endpoint.model}, {today}"
     filled = len(grid.x) * len(grid.y) - len(prefill)
@@ -166,7 +167,7 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
             "prefill": Part(
                 kind="measured",
                 source=source,
-                error=f"repeats of a point spread by {100 * share:.1f}% (median); {filled} points follow the fit",
+                error=f"{told}; {filled} points follow the fit",
             ),
             "prefill_fit": Part(
                 kind="fitted",
@@ -176,7 +177,7 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
             "decode": Part(
                 kind="measured",
                 source=source,
-                error=f"repeats as above; {len(kept.failed)} points could not be measured and follow a linear form",
+                error=f"as above; {len(kept.failed)} points could not be measured and follow a linear form",
             ),
             "pcie": facts.transfers_from,
             "handling": Part(

@@ -1,0 +1,157 @@
+"""Options of a simulated server, shared by `run`, `validate` and `tune`, and the settings that they make."""
+
+import re
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+import typer
+
+if TYPE_CHECKING:
+    from kvsim.engine.settings import RunSettings
+    from kvsim.tuner import Costs
+
+_ENGINES, _CACHE, _TRAFFIC = "Engines", "Cache", "Traffic"
+
+Engines: TypeAlias = Annotated[int, typer.Option(help="Engine instances that share one L1.", rich_help_panel=_ENGINES)]
+RoutingName: TypeAlias = Annotated[
+    Literal["round-robin", "least-loaded", "prefix-aware", "recorded"],
+    typer.Option(help="Which engine a request goes to; recorded: the log's instance.", rich_help_panel=_ENGINES),
+]
+MaxModelLen: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        help="Longest prompt and output; default the profile's.", show_default=False, rich_help_panel=_ENGINES
+    ),
+]
+MaxBatchedTokens: TypeAlias = Annotated[
+    int, typer.Option("--max-num-batched-tokens", help="Token budget of a step.", rich_help_panel=_ENGINES)
+]
+MaxSeqs: TypeAlias = Annotated[
+    int, typer.Option("--max-num-seqs", help="Most requests running at once.", rich_help_panel=_ENGINES)
+]
+ChunkedPrefill: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--chunked-prefill/--no-chunked-prefill",
+        help="Compute a prompt over several steps where it does not fit.",
+        rich_help_panel=_ENGINES,
+    ),
+]
+L0Gb: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        help="GPU memory for KV in GiB, an engine; default 90% less the weights and 2 GiB.",
+        show_default=False,
+        rich_help_panel=_CACHE,
+    ),
+]
+L0BlockTokens: TypeAlias = Annotated[int, typer.Option(help="Tokens of an engine block.", rich_help_panel=_CACHE)]
+L0PrefixCaching: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--l0-prefix-caching/--no-l0-prefix-caching",
+        help="Whether the engine reuses its own blocks.",
+        rich_help_panel=_CACHE,
+    ),
+]
+ChunkTokens: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of an L1 chunk, a multiple of the log's block; default that block.",
+        show_default=False,
+        rich_help_panel=_CACHE,
+    ),
+]
+L1SizeGb: TypeAlias = Annotated[
+    float,
+    typer.Option(help="L1 in GiB, all ranks together; 0: no cache but the engine's; inf.", rich_help_panel=_CACHE),
+]
+Policy: TypeAlias = Annotated[
+    str,
+    typer.Option(help="L1's eviction: lru, fifo, lfu, sieve, s3fifo, arc, gdsf, w-tinylfu.", rich_help_panel=_CACHE),
+]
+L2SizeGb: TypeAlias = Annotated[
+    float, typer.Option(help="The tier below L1 in GiB; 0: there is none; inf.", rich_help_panel=_CACHE)
+]
+L2Kind: TypeAlias = Annotated[Literal["disk", "network"], typer.Option(help="What L2 is.", rich_help_panel=_CACHE)]
+L2Policy: TypeAlias = Annotated[str, typer.Option(help="L2's eviction.", rich_help_panel=_CACHE)]
+PlacementName: TypeAlias = Annotated[
+    Literal["write-through", "write-back"],
+    typer.Option(help="How chunks reach L2: when stored, or when evicted from L1.", rich_help_panel=_CACHE),
+]
+PromoteOnHit: TypeAlias = Annotated[
+    bool,
+    typer.Option("--promote-on-hit/--no-promote-on-hit", help="Whether L2's hits stay in L1.", rich_help_panel=_CACHE),
+]
+AdmissionName: TypeAlias = Annotated[
+    Literal["always", "second-use"],
+    typer.Option(help="Store a chunk at once, or when it is missed again.", rich_help_panel=_CACHE),
+]
+TtlS: TypeAlias = Annotated[
+    float | None,
+    typer.Option(help="Drop chunks unused for so many seconds.", show_default=False, rich_help_panel=_CACHE),
+]
+LoadOrRecompute: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--load-or-recompute", help="Leave hits that are faster computed than loaded.", rich_help_panel=_CACHE
+    ),
+]
+StoreOutput: TypeAlias = Annotated[
+    bool,
+    typer.Option("--store-output", help="Store outputs' KV too; the log needs its hashes.", rich_help_panel=_CACHE),
+]
+LoadName: TypeAlias = Annotated[
+    Literal["layerwise", "sync", "async"],
+    typer.Option("--load", help="How an engine loads: overlapped, before compute, beside.", rich_help_panel=_CACHE),
+]
+LookupS: TypeAlias = Annotated[
+    float, typer.Option(help="Seconds that a lookup holds up the scheduler.", rich_help_panel=_CACHE)
+]
+RateScale: TypeAlias = Annotated[
+    float, typer.Option(help="Traffic this many times as fast as recorded.", rich_help_panel=_TRAFFIC)
+]
+ArrivalsName: TypeAlias = Annotated[
+    Literal["recorded", "poisson", "uniform"], typer.Option(help="When requests arrive.", rich_help_panel=_TRAFFIC)
+]
+RatePerS: TypeAlias = Annotated[
+    float | None,
+    typer.Option(help="Requests a second of the latter two.", show_default=False, rich_help_panel=_TRAFFIC),
+]
+Seed: TypeAlias = Annotated[int, typer.Option(help="Of everything drawn by chance.", rich_help_panel=_TRAFFIC)]
+
+_FLAGS = {"l1_gb": "--l1-size-gb", "l2_gb": "--l2-size-gb"}
+
+
+def build(costs: "Costs", *, l1_size_gb: float = 0.0, l2_size_gb: float = 0.0, **given: Any) -> "RunSettings":
+    """Return the settings of a simulated server; sizes may be infinite. Raises SettingsError."""
+    from kvsim.engine.settings import RunSettings  # noqa: PLC0415 - loaded when a command runs
+
+    lowered = {name: value.lower() if name in {"policy", "l2_policy"} else value for name, value in given.items()}
+    return RunSettings(profile=costs.run_profile, l1_gb=_size(l1_size_gb), l2_gb=_size(l2_size_gb), **lowered)
+
+
+def _size(value: float) -> float | None:
+    return None if value == float("inf") else value
+
+
+def plain(settings: "RunSettings") -> dict[str, Any]:
+    """Return settings as JSON values: the profile by its names, an unbounded size as null."""
+    values = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "profile"}
+    profile = settings.profile
+    named = {"profile": profile.name, "model": profile.model, "gpu": profile.gpu}
+    return {**named, "tensor_parallel": profile.tensor_parallel, **values}
+
+
+def in_flags(message: str) -> str:
+    """Return a settings error with the names of the flags in the place of the fields'."""
+    return re.sub(r"\b[a-z0-9]+(?:_[a-z0-9]+)+\b", _flag, message)
+
+
+def _flag(found: "re.Match[str]") -> str:
+    from kvsim.engine.settings import RunSettings  # noqa: PLC0415
+
+    name = found.group()
+    if name not in RunSettings.__dataclass_fields__:
+        return name
+    return _FLAGS.get(name, "--" + name.replace("_", "-"))

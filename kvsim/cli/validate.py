@@ -1,0 +1,186 @@
+"""`kvsim validate`: predicted against recorded."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvsim.cli.engine_options import (
+    AdmissionName,
+    ChunkedPrefill,
+    ChunkTokens,
+    Engines,
+    L0Gb,
+    L0PrefixCaching,
+    L1SizeGb,
+    L2Kind,
+    L2Policy,
+    L2SizeGb,
+    LoadName,
+    LoadOrRecompute,
+    LookupS,
+    MaxBatchedTokens,
+    MaxModelLen,
+    MaxSeqs,
+    PlacementName,
+    Policy,
+    PromoteOnHit,
+    RoutingName,
+    Seed,
+    StoreOutput,
+    TtlS,
+)
+from kvsim.cli.options import (
+    BlockSize,
+    GpuName,
+    Json,
+    KvDtype,
+    Model,
+    ProfilePath,
+    ShowProgress,
+    SkipBad,
+    TensorParallel,
+    Traces,
+)
+from kvsim.errors import UsageError
+
+
+def validate(  # noqa: PLR0913, PLR0917 - a command's options
+    trace: Traces,
+    model: Model = None,
+    gpu: GpuName = None,
+    profile: ProfilePath = None,
+    tensor_parallel: TensorParallel = None,
+    kv_dtype: KvDtype = "auto",
+    block_size: BlockSize = None,
+    skip_bad: SkipBad = False,
+    seed: Seed = 0,
+    engines: Engines = 1,
+    routing: RoutingName = "round-robin",
+    max_model_len: MaxModelLen = None,
+    max_num_batched_tokens: MaxBatchedTokens = 8192,
+    max_num_seqs: MaxSeqs = 256,
+    chunked_prefill: ChunkedPrefill = True,
+    l0_gb: L0Gb = None,
+    l0_block_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of an engine block; default the log's block.", rich_help_panel="Cache"),
+    ] = None,
+    l0_prefix_caching: L0PrefixCaching = True,
+    chunk_tokens: ChunkTokens = None,
+    l1_size_gb: L1SizeGb = 0.0,
+    policy: Policy = "lru",
+    l2_size_gb: L2SizeGb = 0.0,
+    l2_kind: L2Kind = "disk",
+    l2_policy: L2Policy = "lru",
+    placement: PlacementName = "write-through",
+    promote_on_hit: PromoteOnHit = True,
+    admission: AdmissionName = "always",
+    ttl_s: TtlS = None,
+    load_or_recompute: LoadOrRecompute = False,
+    store_output: StoreOutput = False,
+    load: LoadName = "layerwise",
+    lookup_s: LookupS = 0.0,
+    fit_share: Annotated[
+        float,
+        typer.Option(
+            help="Share of the requests that fit the baseline; the others are compared.", rich_help_panel="Output"
+        ),
+    ] = 0.3,
+    handling: Annotated[
+        bool,
+        typer.Option(
+            "--handling",
+            help="The recorded TTFT was taken outside the engine: with the server's own handling.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
+    journal: Annotated[
+        Path | None,
+        typer.Option(help="The server's journal: decide it again, too, as kvsim verify does.", rich_help_panel="Log"),
+    ] = None,
+    json: Json = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Write an HTML report (extra 'report').", rich_help_panel="Output")
+    ] = None,
+    progress: ShowProgress = None,
+) -> None:
+    """Simulate a recorded log and compare: hits by tier, TTFT with the error's interval, where it is worst and why.
+
+    The log needs ttft_ms, as `kvcore serve --record` writes it; hits and parts of TTFT are compared where recorded.
+    The profile must not be calibrated on this log. An error, however large, is reported: the exit code is 0.
+
+    Example: kvsim validate --trace prod.jsonl --profile mine.json --chunk-tokens 256 --l1-size-gb 20 --report out.html
+    """
+    from dataclasses import replace  # noqa: PLC0415 - loaded when it runs, not for --help
+
+    from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415
+    from kvsim.cli.engine_options import build, plain  # noqa: PLC0415
+    from kvsim.cli.verify import as_json, replay  # noqa: PLC0415
+    from kvsim.files import check_writable  # noqa: PLC0415
+    from kvsim.tuner.grid import check_log_chunk  # noqa: PLC0415
+    from kvsim.tuner.pricing import costs  # noqa: PLC0415
+    from kvsim.validation import validate as compared  # noqa: PLC0415
+
+    settings = build(
+        costs(model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype),
+        seed=seed,
+        engines=engines,
+        routing=routing,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        chunked_prefill=chunked_prefill,
+        l0_gb=l0_gb,
+        l0_prefix_caching=l0_prefix_caching,
+        chunk_tokens=chunk_tokens,
+        l1_size_gb=l1_size_gb,
+        policy=policy,
+        l2_size_gb=l2_size_gb,
+        l2_kind=l2_kind,
+        l2_policy=l2_policy,
+        placement=placement,
+        promote_on_hit=promote_on_hit,
+        admission=admission,
+        ttl_s=ttl_s,
+        load_or_recompute=load_or_recompute,
+        store_output=store_output,
+        load=load,
+        lookup_s=lookup_s,
+        l0_block_tokens=16 if l0_block_tokens is None else l0_block_tokens,
+    )
+    if report is not None:
+        from kvsim.report import check_available  # noqa: PLC0415
+
+        check_available()
+        check_writable(report)
+    if not 0 < fit_share < 1:
+        raise UsageError(f"--fit-share {fit_share:g}: a fraction between 0 and 1")
+    replayed = None if journal is None else replay(journal)
+    with stages(progress) as shown:
+        log = read_log(trace, block_size, skip_bad, shown)
+        check_log_chunk(chunk_tokens, log.block_tokens)
+        if l0_block_tokens is None and log.block_tokens is not None:
+            settings = replace(settings, l0_block_tokens=log.block_tokens)
+        found = compared(
+            log,
+            settings,
+            fit_share=fit_share,
+            handling=handling,
+            progress=lambda done, total: shown.update("running", done, total),
+        )
+    if report is not None:
+        from kvsim.report.validated import write_validation  # noqa: PLC0415
+
+        write_validation(found, report, title=", ".join(trace))
+    if json:
+        from kvsim.report.validation_words import notes  # noqa: PLC0415
+
+        told = {} if replayed is None else {"journal": as_json(replayed)}
+        print_json({"settings": plain(settings), "notes": notes(found), **told, **found.as_dict()})
+        return
+    from kvsim.cli.validated import show  # noqa: PLC0415
+
+    show(found)
+    if replayed is not None:
+        typer.echo(f"* By the journal: {replayed}")

@@ -1,0 +1,109 @@
+"""Every example runs as a user runs it: by its path, in a process of its own."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from kvsim.profiles import load
+from kvtraces import Chat, Poisson, generate, write
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def run(name, *arguments, folder):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-W", "error", str(EXAMPLES / name), *map(str, arguments)]
+    done = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_tested():
+    tested = {"tune_a_log.py", "run_under_load.py", "what_if.py", "validate_a_prediction.py", "calibrate_a_server.py"}
+    kvsim = {path.name for path in EXAMPLES.glob("*.py") if "import kvsim\n" in path.read_text()}
+    assert kvsim == tested
+
+
+@pytest.fixture
+def log(tmp_path):
+    path = tmp_path / "log.jsonl.gz"
+    write(generate(Chat(requests=300, seed=4, arrivals=Poisson(sessions_per_s=1.0))), path)
+    return path
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_tune_a_log(tmp_path, log, given):
+    printed = run("tune_a_log.py", *([log] if given else []), folder=tmp_path)
+    assert ("300 requests" if given else "2,000 requests") in printed
+    assert "recommended: chunks of" in printed
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_run_under_load(tmp_path, log, given):
+    printed = run("run_under_load.py", *([log] if given else []), folder=tmp_path)
+    assert "requests/s" in printed
+    assert "ms on average" in printed
+    assert "hit tokens: {'l0':" in printed
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_what_if(tmp_path, log, given):
+    printed = run("what_if.py", *([log] if given else []), folder=tmp_path)
+    assert printed.count("GPU busy") == 6
+    assert "within 0.5 s" in printed
+
+
+def test_validate_a_prediction(tmp_path):
+    printed = run("validate_a_prediction.py", folder=tmp_path)
+    assert printed.count("predicted") >= 7
+    assert "mostly in prefill" in printed
+    assert "by prompt length: True" in printed
+
+
+class Engine(http.server.BaseHTTPRequestHandler):
+    """Streams a token every 2 ms."""
+
+    protocol_version = "HTTP/1.0"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"data": [{"id": "served", "max_model_len": 2048}]}).encode())
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        self.end_headers()
+        for number in range(body["max_tokens"]):
+            time.sleep(0.002)
+            message = {"choices": [{"text": "x"}], "usage": {"completion_tokens": number + 1}}
+            self.wfile.write(b"data: " + json.dumps(message).encode() + b"\n\n")
+            self.wfile.flush()
+        self.wfile.write(b"data: [DONE]\n\n")
+
+
+def test_calibrate_a_server(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Engine)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        printed = run("calibrate_a_server.py", url, "qwen3-8b", "h100", "mine.json", folder=tmp_path)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert "mine.json: h100-qwen3-8b" in printed
+    assert load(tmp_path / "mine.json").max_model_len == 2048
