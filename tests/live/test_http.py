@@ -64,11 +64,18 @@ def test_health_fails_while_the_loop_hangs(folder):
     with Server(settings) as server:
         server.url = f"http://127.0.0.1:{port}"
         assert ask(server, "/healthz")[0] == 200
-        hang = threading.Event()
-        server.service._handlers[wire.Where] = lambda _: hang.wait(10) and wire.Places(())
+        hanging_now, hang = threading.Event(), threading.Event()
+
+        def handler(_):
+            hanging_now.set()
+            hang.wait(20)
+            return wire.Places((-1,))
+
+        server.service._handlers[wire.Where] = handler
         hanging = threading.Thread(target=ask, args=(server, "/chunks/00"))
         hanging.start()
         try:
+            assert hanging_now.wait(10)
             status, text = ask(server, "/healthz")
             assert status == 503
             assert "did not answer" in text
