@@ -3,7 +3,7 @@
     python benchmarks/run.py --trace mooncake_conversation.jsonl [--only core,sweep]
 
 The log is Mooncake's conversation trace (kvcache-ai/Mooncake, FAST25-release/traces). The big log of `read_log` and
-`sweep` is made from it in a temporary folder. Run it on an idle machine: the load average is written beside the figures.
+`sweep` is made from it in a temporary folder. Run it on an idle machine: the load average is noted too.
 """
 
 import argparse
