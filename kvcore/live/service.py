@@ -6,7 +6,7 @@ No socket, no thread, no wall clock here: a message in, a reply out.
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, TypeAlias
@@ -23,6 +23,7 @@ from kvcore.live.pretouch import Pretouch
 from kvcore.live.ranks import Acknowledgements
 from kvcore.live.recorder import Recorder, Seen
 from kvcore.live.settings import Settings
+from kvcore.live.status import kept_elsewhere, status
 from kvcore.live.stores.pool import StorePool
 from kvcore.live.takeover import State
 from kvcore.live.transport import QUARANTINE, LiveTransport, Shape
@@ -113,7 +114,7 @@ class Service:
         """What is to be done after the replies are out."""
         self.strays: deque[bytes] = deque()
         """Chunks that were found in L2 at the start; another thread appends."""
-        self._works: dict[str, Work] = {}
+        self.works: dict[str, Work] = {}
         self._stores = Acknowledgements()
         self._loads = Acknowledgements()
         self._quarantined: list[Chunk] = []
@@ -131,9 +132,9 @@ class Service:
             wire.Leave: self._leave,
             wire.Renew: self._renew,
             wire.Record: self._record,
-            wire.Status: lambda _: wire.Report(self.status()),
+            wire.Status: lambda _: wire.Report(status(self)),
             wire.GetConfig: lambda _: wire.Report(msgspec.to_builtins(self.settings)),
-            wire.GetMetrics: lambda _: wire.Report(self.metrics.report(self._kept_elsewhere())),
+            wire.GetMetrics: lambda _: wire.Report(self.metrics.report(kept_elsewhere(self))),
             wire.Clear: self._clear,
             wire.Pin: self._pin,
             wire.Unpin: self._unpin,
@@ -295,11 +296,11 @@ class Service:
         _refuse_duplicates(message.chunks)
         now_ns = self.clock.now_ns()
         name = instance.prefix + message.request
-        work = self._works.get(name)
+        work = self.works.get(name)
         fresh = work is None or work.ended
         if work is None or work.ended:  # that came back, preempted: to the core another request of that name
             work = Work(name, instance, message.chunks, message.salt, message.computed_chunks)
-            self._works[name] = instance.works[name] = work
+            self.works[name] = instance.works[name] = work
         event = LookedUp(
             now_ns=now_ns,
             request=name,
@@ -354,7 +355,7 @@ class Service:
 
     def _poll(self, message: wire.Poll) -> wire.Found:
         member = self._heard(message.member)
-        work = self._works.get(member.instance.prefix + message.request)
+        work = self.works.get(member.instance.prefix + message.request)
         if work is None:
             return wire.Found(epoch=self.parts.arena.epoch)
         self._take_run(work)
@@ -382,7 +383,7 @@ class Service:
         member = self._heard(message.member)
         instance, epoch = member.instance, self.parts.arena.epoch
         name = instance.prefix + message.request
-        if name not in self._works or not instance.ready:
+        if name not in self.works or not instance.ready:
             return wire.Granted(refused={"unknown": len(message.chunks)}, epoch=epoch)
         _refuse_duplicates(message.chunks)
         self._feed(RoomAsked(now_ns=self.clock.now_ns(), request=name, chunks=message.chunks))
@@ -401,7 +402,7 @@ class Service:
     def _committed(self, message: wire.Committed) -> wire.Done:
         member = self._rank(message)
         name = member.instance.prefix + message.request
-        work = self._works.get(name)
+        work = self.works.get(name)
         self.metrics.stored(
             member.instance.register.namespace.get("model", ""),
             tokens=message.tokens if message.rank == 0 else 0,
@@ -431,7 +432,7 @@ class Service:
         member = self._rank(message)
         name = member.instance.prefix + message.request
         tokens = message.tokens if message.rank == 0 else 0
-        work = self._works.get(name)
+        work = self.works.get(name)
         self.metrics.loaded(
             work,
             member.instance.register.namespace.get("model", ""),
@@ -468,7 +469,7 @@ class Service:
 
     def _end(self, message: wire.End) -> wire.Done:
         name = self._heard(message.member).instance.prefix + message.request
-        work = self._works.get(name)
+        work = self.works.get(name)
         if work is not None:
             work.ended = True
         self._feed(RequestEnded(now_ns=self.clock.now_ns(), request=name))
@@ -483,12 +484,12 @@ class Service:
         return _DONE
 
     def _forget_if_over(self, name: str) -> None:
-        work = self._works.get(name)
+        work = self.works.get(name)
         if work is not None and work.ended and not self._loads.waits(name) and not self._stores.waits(name):
             self._forget(name)
 
     def _forget(self, name: str) -> None:
-        work = self._works.pop(name, None)
+        work = self.works.pop(name, None)
         if work is not None:
             work.instance.works.pop(name, None)
             self.transport.runs.pop(name, None)
@@ -541,86 +542,8 @@ class Service:
         self.metrics.observe(event, decisions)
 
     def _shape_of(self, request: str) -> Shape:
-        instance = self._works[request].instance
+        instance = self.works[request].instance
         return Shape(instance.chunk_pages, instance.chunk_bytes, instance.writer)
-
-    # Status
-
-    def status(self) -> dict[str, Any]:
-        """Return the server's state, to be shown."""
-        arena, allocator, core = self.parts.arena, self.parts.allocator, self.parts.state.core
-        tiers = [
-            {
-                "name": tier.name,
-                "chunks": len(tier.resident),
-                "pages": tier.used,
-                "capacity_pages": tier.capacity,
-                "idle_pages": tier.idle,
-                "bytes": tier.used * arena.page_bytes,
-            }
-            for tier in core.tiers
-        ]
-        recorder, journal = self.parts.recorder, self.parts.journal
-        return {
-            "epoch": arena.epoch,
-            "pid": os.getpid(),
-            "uptime_s": (self.clock.now_ns() - self.started_ns) / 1e9,
-            "arena": {
-                "path": str(arena.path),
-                "page_bytes": arena.page_bytes,
-                "pages": arena.pages,
-                "free_pages": allocator.free,
-                "quarantined_pages": allocator.quarantined,
-                "taken_over": arena.taken_over,
-                "touched_bytes": None if self.pretouch is None else self.pretouch.done_bytes,
-                "huge_bytes": None if self.pretouch is None else self.pretouch.huge_bytes,
-            },
-            "chunk_tokens": self.settings.chunk_size,
-            "tiers": tiers,
-            "requests": len(self._works),
-            "instances": [_shown(instance) for instance in self.members.instances.values()],
-            "recorder": None
-            if recorder is None
-            else {"path": str(recorder.path), "rows": recorder.rows, "dropped": recorder.dropped},
-            "journal": None if journal is None else {"path": str(journal.folder), "bytes": journal.written_bytes},
-        }
-
-    def _kept_elsewhere(self) -> Iterable[tuple[tuple[str, ...], float]]:
-        """Yield the gauges and the counters that other parts keep."""
-        allocator, core, page_bytes = self.parts.allocator, self.parts.state.core, self.parts.arena.page_bytes
-        yield ("kvcore_pages", "free"), allocator.free
-        yield ("kvcore_pages", "used"), allocator.used
-        yield ("kvcore_pages", "quarantined"), allocator.quarantined
-        for index, tier in enumerate(core.tiers, 1):
-            yield ("kvcore_bytes_in_use", f"l{index}"), tier.used * page_bytes
-            yield ("kvcore_chunks", f"l{index}"), len(tier.resident)
-        yield ("kvcore_requests_at_work",), len(self._works)
-        yield ("kvcore_uptime_seconds",), (self.clock.now_ns() - self.started_ns) / 1e9
-        yield ("kvcore_l2_dropped_chunks",), self.transport.dropped_l2_chunks
-        if self.parts.recorder is not None:
-            yield ("kvcore_recorder_rows",), self.parts.recorder.rows
-            yield ("kvcore_recorder_dropped",), self.parts.recorder.dropped
-        if self.parts.journal is not None:
-            yield ("kvcore_journal_bytes",), self.parts.journal.written_bytes
-
-
-def _shown(instance: Instance) -> dict[str, Any]:
-    register = instance.register
-    return {
-        "name": instance.name,
-        "ready": instance.ready,
-        "requests": len(instance.works),
-        "world": register.world,
-        "shards": register.shards,
-        "block_tokens": register.block_tokens,
-        "chunk_bytes": instance.chunk_bytes,
-        "chunk_pages": instance.chunk_pages,
-        "namespace": register.namespace,
-        "members": [
-            {"role": member.role, "rank": member.rank, "pid": member.pid, "here": member.here}
-            for member in instance.members.values()
-        ],
-    }
 
 
 def _refuse_duplicates(chunks: tuple[bytes, ...]) -> None:

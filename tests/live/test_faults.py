@@ -237,6 +237,37 @@ def test_a_server_away_at_the_start_is_a_warning(folder, start, caplog):
         scheduler.leave()
 
 
+def test_a_server_that_comes_back_otherwise_refuses_and_the_client_stays_away(start, caplog):
+    server = start()
+    with clients(server) as (scheduler, worker):
+        store(scheduler, worker, "1", PROMPTS[0])
+        server.kill()
+        server.command += ["--chunk-size", "24"]  # no multiple of the engine's block
+        server.start()
+        wait_for(lambda: "no multiple" in caplog.text)
+        assert scheduler.away
+        assert lookup(scheduler, "2", PROMPTS[0])[0] is MISS
+        time.sleep(1.5)
+        assert caplog.text.count("no multiple") == 2, "said once by each member, not at every try"
+        server.kill()
+        server.command[-1] = "512"
+        server.start()
+        wait_for(lambda: scheduler.registered is not None and worker.registered is not None)
+        assert scheduler.registered.chunk_tokens == 512
+
+
+def test_a_server_stopped_for_longer_than_the_leases_believes_the_living(start):
+    server = start("--lease-s", "0.6")
+    with SyncEngine(server.endpoint) as engine, heartbeat(engine):
+        engine.serve("1", PROMPTS[0])
+        engine.lookup("2", PROMPTS[0])
+        server.process.send_signal(signal.SIGSTOP)
+        time.sleep(2)
+        server.process.send_signal(signal.SIGCONT)
+        time.sleep(1)
+        assert server.counters()["kvcore_requests_at_work"] == 1, "its lease was renewed while nobody could listen"
+
+
 def test_a_worker_drains_before_it_registers_again(start):
     server = start()
     draining, drained = threading.Event(), threading.Event()

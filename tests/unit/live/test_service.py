@@ -238,9 +238,9 @@ class World:
 
     def a_work(self):
         """Return a request at work: its engine, name and chunks; None where there is none."""
-        if not self.service._works:
+        if not self.service.works:
             return None
-        work = self.rng.choice([*self.service._works.values()])
+        work = self.rng.choice([*self.service.works.values()])
         engine = next(engine for engine in self.engines if engine.name == work.instance.name)
         return engine, work.name.removeprefix(f"{engine.name}/"), work.chunks
 
@@ -347,7 +347,7 @@ class World:
                     self.service.gone(known)
         self.check()
         assert not self.service.parts.state.book.writes, "engines that are gone hold nothing"
-        assert not self.service._works
+        assert not self.service.works
         self.journal.close()
         found = verify(self.folder / "journal")
         assert isinstance(found, Equal), str(found)
@@ -430,7 +430,7 @@ def test_chunks_of_another_size_under_the_same_names_are_misses():
         assert "another size" in str(found)
         assert world.ask_for(two, "b", chunks) is None
         world.call(wire.End(two.members["scheduler", 0], "b"))
-        assert not world.service._works
+        assert not world.service.works
         assert world.service.parts.state.core.tiers[0].idle == 3
         world.close()
     finally:
@@ -463,7 +463,7 @@ def test_a_request_that_comes_back_is_told_of_nothing_from_its_earlier_life():
         world.call(wire.Aborted(worker, "r", 0, (b,)))
         world.call(wire.End(scheduler, "r"))
         world.check()
-        assert not world.service._works
+        assert not world.service.works
         assert world.service.parts.allocator.free == PAGES
         world.close()
     finally:
