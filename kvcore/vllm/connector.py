@@ -185,12 +185,16 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
 
     def wait_for_save(self) -> None:
         """Begin this step's stores; on the CPU backend they end here."""
-        if self._worker is not None and (plan := self._plan()) is not None:
+        if self._worker is not None and (plan := self._plan()) is not None and plan.computes:
             self._worker.finish_step(plan)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Return no requests whose blocks were held for stores, and those whose asynchronous loads have ended."""
-        return None, (None if self._worker is None else self._worker.received() or None)
+        if self._worker is None:
+            return None, None
+        if (plan := self._plan()) is not None and not plan.computes:
+            self._worker.finish_step(plan)
+        return None, self._worker.received() or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return blocks that were to be loaded and were not."""

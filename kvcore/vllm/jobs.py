@@ -43,6 +43,8 @@ class StepPlan:
     stores: list[Copy] = field(default_factory=list)
     handed_out: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     """Blocks that this step may write: what still reads one of them for a store is waited for on the device."""
+    computes: bool = True
+    """Whether the step runs the model. vLLM 0.26 does not call `wait_for_save` in one that does not."""
     failures_seen: dict[int, int] = field(default_factory=dict)
     """How many failed loads of each rank the scheduler knew of. What was computed before it knew of one may rest on
     blocks that were not loaded, so a rank that has had more does not store."""

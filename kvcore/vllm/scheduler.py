@@ -147,6 +147,7 @@ class SchedulerSide:
         self._hand_out(self._options.grant_wait_s if completes else 0.0)
         plan, self._plan = self._plan, StepPlan()
         plan.handed_out = written
+        plan.computes = bool(output.num_scheduled_tokens)
         plan.failures_seen = dict(self._failures)
         return plan
 
@@ -190,6 +191,7 @@ class SchedulerSide:
         current = life.session is self._link.registered
         if current and life.found is None:
             self._abandoned.append(tracked)  # what the answer says is to be loaded must be given back
+            self._end_abandoned()  # now, if it has come: there may be no step for a long time
             return
         if current and not life.allocated:
             self._drop_found(life)

@@ -198,6 +198,7 @@ def test_a_grant_that_comes_after_the_request_is_used_while_its_blocks_are_untou
     line.deliver()
     plan = side.plan(step())
     assert plan.stores[0].tokens == 192
+    assert not plan.computes
 
 
 def test_a_grant_that_comes_after_the_blocks_were_handed_out_again_is_given_back():
@@ -301,7 +302,7 @@ def test_abort_before_allocation_gives_the_hit_back():
 
 def test_abort_while_the_lookup_is_under_way_gives_the_late_hit_back():
     line, side = make()
-    line.pending = 2
+    line.pending = 3
     request = EngineRequest("a", prompt(200))
     line.resident.update(names(request))
     assert side.matched(request, 0) == (None, False)
