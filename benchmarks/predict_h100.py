@@ -3,7 +3,8 @@
     python benchmarks/predict_h100.py --log conversation.jsonl --out OUT_DIR
     python benchmarks/predict_h100.py --log conversation.jsonl --out OUT_DIR --settings
 
-The first requests of a Mooncake log are replayed with its structure: each of its blocks becomes `--block-tokens` tokens
+The first requests of a Mooncake log (of one conversation in `--every`, so that conversations come back within the
+replay as they do in the log) are replayed with its structure: each of its blocks becomes `--block-tokens` tokens
 that follow from the block's id, so equal prefixes stay equal; prompts and outputs shrink alike. Arrivals of one
 timestamp are spread until the next one, and all are scaled to take `--seconds`. Every replay starts from empty caches
 and a new server; vLLM stays up. Without --log a generated chat workload is replayed.
@@ -16,6 +17,7 @@ instead, for the order in which a simulator ranks them. About 60 s to start, the
 import argparse
 import asyncio
 import gzip
+import hashlib
 import json
 import shlex
 import tarfile
@@ -33,7 +35,7 @@ from kvtraces import Chat, Poisson, Segment, read, segment_tokens, workload
 from kvtraces.journal import Equal, JournalError, verify
 
 LOG_BLOCK = 512
-SETTINGS = "large:l1=40 small:l1=6 none:l1=0.25 busy:l1=40,rate=1.25"
+SETTINGS = "large:l1=40 none:l1=0.25 busy:l1=40,rate=1.6 busy-none:l1=0.25,rate=1.6"
 REGISTER_S = 40.0
 
 
@@ -74,6 +76,8 @@ def from_log(given):
     with opened(given.log, "rt") as lines:
         for line in lines:
             row = json.loads(line)
+            if conversation(row["hash_ids"]) % given.every:
+                continue
             tokens = max(1, round(row["input_length"] * given.block_tokens / LOG_BLOCK))
             output = max(1, round(row["output_length"] * given.block_tokens / LOG_BLOCK))
             if tokens + output > given.max_model_len - 1:
@@ -86,6 +90,11 @@ def from_log(given):
             if len(rows) == given.requests:
                 break
     return rows
+
+
+def conversation(names):
+    """A number of the conversation that a prompt belongs to: of its second block, for many share the first."""
+    return int.from_bytes(hashlib.sha256(str(names[:2][-1:]).encode()).digest()[:4], "little")
 
 
 def generated(given):
@@ -264,6 +273,7 @@ def arguments():
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     parser.add_argument("--log", type=Path, help="a Mooncake log with blocks of 512 tokens; else a generated one")
     parser.add_argument("--requests", type=int, default=550)
+    parser.add_argument("--every", type=int, default=4, help="keep one conversation of the log in so many, whole")
     parser.add_argument("--seconds", type=float, default=115.0, help="of a replay's arrivals")
     parser.add_argument("--replays", type=int, default=3)
     parser.add_argument("--settings", nargs="?", const=SETTINGS, help="replay these once instead: " + SETTINGS)
