@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, get_origin
@@ -157,8 +158,15 @@ def clear(
     show(_ask(lambda: ask(server or _default_endpoint(), digests, timeout)), as_json, title="clear")
 
 
-@app.command()
+bench_app = typer.Typer(
+    invoke_without_command=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback()
 def bench(
+    context: typer.Context,
     server: Annotated[str, typer.Option("--server", help="A running server; none starts one for the benchmark.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Prompt length of the lookups.")] = 100_000,
     clients: Annotated[int, typer.Option(min=1, max=64, help="Client processes.")] = 2,
@@ -173,11 +181,27 @@ def bench(
       kvcore bench
 
       kvcore bench --server ipc:///dev/shm/kvcore-5555.ipc --tokens 32000 --json
+
+      kvcore bench ttft --model Qwen/Qwen3-8B
     """
+    if context.invoked_subcommand is not None:
+        return
     from kvcore.live.bench import Load, run  # noqa: PLC0415
 
     load_ = Load(tokens=tokens, clients=clients, seconds=seconds, copy_bytes=copy_mb << 20, chunk_tokens=chunk_size)
     show(_ask(lambda: run(server or None, load_)), as_json, title="bench")
+
+
+@bench_app.command(
+    "ttft", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def bench_ttft(context: typer.Context) -> None:
+    """Measure TTFT with vLLM: cold and with hits, beside no connector, vLLM's offloading and LMCache; --help for more.
+
+    Example: kvcore bench ttft --model Qwen/Qwen3-8B
+    """
+    # The server's half never imports the engine's: this process becomes the one that does, and gets its signals.
+    os.execv(sys.executable, [sys.executable, "-m", "kvcore.vllm.ttft", *context.args])  # noqa: S606 - no shell needed
 
 
 @app.command()

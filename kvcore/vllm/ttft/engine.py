@@ -1,0 +1,129 @@
+"""An engine under measurement, from the outside: the process, its commands, and its end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+_END_S = 20.0
+
+
+class EngineError(RuntimeError):
+    """An engine that did not start, or ended; the message has its last words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One request's tokens.
+
+    Attributes:
+        ttft_s: Seconds from the request to its first token.
+        arrivals_s: Seconds from the request to each of its tokens.
+        tokens: Their ids.
+    """
+
+    ttft_s: float
+    arrivals_s: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+
+class Engine:
+    """A vLLM engine in a child process and a session of its own; a context manager, which ends it with all it started.
+
+    Args:
+        arguments: vLLM's engine arguments.
+        environment: Variables beside this process's.
+        log: The file that takes what vLLM prints.
+
+    Raises:
+        EngineError: It does not start.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> None:
+        self._log_path = log
+        with log.open("a") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "kvcore.vllm.ttft.child"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
+        try:
+            self.facts = self._ask(dict(arguments))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Engine":
+        """Return the engine."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End it."""
+        self.close()
+
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Answer]:
+        """Have all prompts answered at once, greedily, by `tokens` tokens each."""
+        reply = self._ask({"do": "run", "prompts": [list(prompt) for prompt in prompts], "tokens": tokens})
+        return [
+            Answer(ttft_s=times[0], arrivals_s=tuple(times), tokens=tuple(ids))
+            for times, ids in zip(reply["arrivals"], reply["outputs"], strict=True)
+        ]
+
+    def reset(self) -> None:
+        """Empty the engine's own prefix cache. Raises EngineError where it holds on to blocks."""
+        if not self._ask({"do": "reset"})["reset"]:
+            raise EngineError("the engine does not let go of its prefix cache: blocks are held for stores under way")
+
+    def counters(self) -> dict[str, float]:
+        """Return vLLM's counters by name."""
+        return self._ask({"do": "counters"})
+
+    def close(self) -> None:
+        """End the engine: by the end of its input, then with its whole process group by force."""
+        process = self._process
+        with suppress(BrokenPipeError):
+            if process.stdin is not None:
+                process.stdin.close()
+        try:
+            process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+    def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        if stdin is None or stdout is None:
+            raise EngineError("an engine without pipes")
+        with suppress(BrokenPipeError):
+            stdin.write(json.dumps(message) + "\n")
+            stdin.flush()
+        line = stdout.readline()
+        if not line:
+            raise EngineError(f"the engine ended: {last_words(self._log_path)} (all of it: {self._log_path})")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+
+def last_words(log: Path) -> str:
+    """Return the last line of a log that names an error, or else its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    named = [line for line in lines if "Error" in line]
+    return (named or lines or ["it said nothing"])[-1][:500]

@@ -1,0 +1,122 @@
+"""`kvcore bench ttft` on the CPU: small, without peers, hits checked, and a hit that was none found out."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from servers import ROOT, environment
+
+from kvcore.vllm.ttft import report
+from kvcore.vllm.ttft.engine import Answer, EngineError
+from kvcore.vllm.ttft.measure import Sample, prompt, token_s
+
+SMALL = [
+    "--dtype", "float32", "--eager", "--in-process", "--rounds", "1", "--repeats", "1", "--hits", "1", "--cold", "0",
+    "--settle-s", "0.1", "--max-num-batched-tokens", "2048", "--engine-arg", "block_size=32",
+]  # fmt: skip
+
+
+def bench(model, folder, *flags):
+    env = environment() | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    env.pop("CUDA_VISIBLE_DEVICES", None)
+    command = [sys.executable, "-m", "kvcore.live.cli", "bench", "ttft", "--model", str(model), *SMALL, *flags]
+    done = subprocess.run(
+        [*command, "--out", str(folder / "ttft.json"), "--logs", str(folder / "logs"), "--json"],
+        env=env, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    return done, json.loads(done.stdout) if done.stdout.startswith("{") else None
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_cold_and_every_hit_beside_no_connector(tiny_model, tmp_path):
+    pytest.importorskip("vllm")
+    done, result = bench(
+        tiny_model, tmp_path, "--systems", "none,kvcore", "--lengths", "512,1500", "--l1-size-gb", "0.125",
+        "--decode-tokens", "16", "--decode-batch", "2", "--decode-repeats", "1",
+        "--l2", f"files:{tmp_path}/l2", "--l2-size-gb", "0.5",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert result["failures"] == []
+    found = {(row["system"], row["situation"], row["tokens"]) for row in result["figures"]}
+    hits = {"none": ("cold", "gpu"), "kvcore": ("cold", "gpu", "l1"), "kvcore-l2": ("cold", "l2")}
+    expected = {(name, hit, tokens) for name, all_ in hits.items() for hit in all_ for tokens in (512, 1500)}
+    assert found == expected | {("none", "decode", 1024), ("kvcore", "decode", 1024)}
+    assert {(row["system"], row["situation"]): row["equal"] for row in result["outputs"]} == {
+        ("none", "cold"): 2, ("none", "gpu"): 2, ("kvcore", "cold"): 2, ("kvcore", "gpu"): 2, ("kvcore", "l1"): 2,
+        ("kvcore-l2", "cold"): 2, ("kvcore-l2", "l2"): 2,
+    }  # fmt: skip
+    assert result["command"].startswith("kvcore bench ttft --model")
+    assert result["device"] == "cpu"
+    saved = json.loads((tmp_path / "ttft.json").read_text())
+    assert all(sample["fault"] == "" and len(sample["output"]) in (0, 8) for sample in saved["samples"])
+    cold, l1 = (
+        next(row for row in result["figures"] if (row["system"], row["situation"]) == ("kvcore", hit))
+        for hit in ("cold", "l1")
+    )
+    assert cold["samples"] == l1["samples"] == 1
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_hit_that_was_none_is_an_error_and_the_rest_goes_on(tiny_model, tmp_path):
+    pytest.importorskip("vllm")
+    l1_of_one_chunk = str(2 / 1024)
+    done, result = bench(
+        tiny_model, tmp_path, "--systems", "lmcache,kvcore", "--lengths", "1500", "--l1-size-gb", l1_of_one_chunk,
+        "--decode-tokens", "0",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert any("LMCache is not installed" in line for line in result["failures"])
+    assert any("kvcore, run 1, l1, 1500 tokens" in line and "not 1248" in line for line in result["failures"])
+    assert {row["situation"] for row in result["figures"]} == {"cold", "gpu"}  # the false hit counts nowhere
+
+
+def test_an_unknown_system_is_refused_in_a_line():
+    command = [sys.executable, "-m", "kvcore.vllm.ttft", "--model", "x", "--systems", "nope"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "no system nope" in done.stderr
+
+
+def sample(system, situation, seconds, *, output=(1, 2), fault="", name="a", tokens=512):
+    return Sample(
+        system=system, run=0, situation=situation, tokens=tokens, prompt=name, seconds=seconds, output=output,
+        fault=fault,
+    )  # fmt: skip
+
+
+def test_ratios_are_to_the_better_peer_and_to_no_connector():
+    samples = [
+        sample("kvcore", "l1", 0.4), sample("offloading", "l1", 0.8), sample("lmcache", "l1", 0.5),
+        sample("kvcore", "cold", 1.01), sample("none", "cold", 1.0),
+        sample("kvcore", "l1", 9.0, fault="none of it hit"),
+    ]  # fmt: skip
+    found = {(row["situation"], row["against"]): row["ratio"] for row in report.ratios(samples)}
+    assert found == {("l1", "lmcache"): pytest.approx(0.8), ("cold", "none"): pytest.approx(1.01)}
+
+
+def test_an_answer_that_differs_is_a_failure_of_ours_only():
+    samples = [
+        sample("none", "gpu", 1.0), sample("none", "cold", 1.0, output=(5, 6)),
+        sample("kvcore", "l1", 1.0), sample("lmcache", "l1", 1.0, output=(1, 3)),
+    ]  # fmt: skip
+    assert report.faults(samples) == []
+    samples.append(sample("kvcore", "l1", 1.0, output=(5, 6)))
+    assert report.faults(samples) == ["kvcore, l1: 1 of 2 answers differ from those of vLLM alone"]
+
+
+def test_prompts_follow_from_their_names():
+    assert prompt("a", 50, 4096) == prompt("a", 50, 4096)
+    assert prompt("a", 50, 4096) != prompt("b", 50, 4096)
+    assert all(100 <= word < 4096 for word in prompt("a", 5000, 4096))
+
+
+def test_decoding_is_timed_while_all_requests_take_part():
+    def answer(*times):
+        return Answer(ttft_s=times[0], arrivals_s=times, tokens=tuple(range(len(times))))
+
+    assert token_s([answer(1.0, 2.0, 3.0, 4.0), answer(2.0, 3.0, 4.0, 5.0)]) == pytest.approx(1.0)
+    with pytest.raises(EngineError, match="never decoded together"):
+        token_s([answer(1.0, 2.0), answer(3.0, 4.0)])
