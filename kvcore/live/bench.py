@@ -29,6 +29,8 @@ _BLOCK_TOKENS = 16
 _COPY_CHUNKS = 32
 _COPY_ROUNDS = 5
 _START_S = 60.0
+_PATIENCE_S = 10.0
+"""A busy machine may stop a process for longer than an engine would wait; here that is measured, not fled from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,11 +156,12 @@ class Engine:
             self.block_tokens = chunk_tokens
         block_bytes = max(1, self.chunk_bytes * self.block_tokens // chunk_tokens)
         names = {"model": "bench"}
+        sizes = (self.block_tokens, block_bytes)
         self.scheduler = SchedulerClient(
-            self.endpoint, Register(self._name, "scheduler", self.block_tokens, block_bytes, namespace=names)
+            self.endpoint, Register(self._name, "scheduler", *sizes, namespace=names), deadline_s=_PATIENCE_S
         )
         self.worker = WorkerClient(
-            self.endpoint, Register(self._name, "worker", self.block_tokens, block_bytes, namespace=names)
+            self.endpoint, Register(self._name, "worker", *sizes, namespace=names), deadline_s=_PATIENCE_S
         )
         registered = self.scheduler.register()
         if registered is None or self.worker.register() is None:

@@ -169,8 +169,8 @@ def test_an_evicted_chunk_that_is_missed_is_told_apart(start):
 def test_the_asynchronous_clients_do_the_same(start):
     server = start()
     prompt = chain("a", 40)
-    scheduler = SchedulerClient(server.endpoint, Register("e", "scheduler", 16, 256))
-    worker = WorkerClient(server.endpoint, Register("e", "worker", 16, 256))
+    scheduler = SchedulerClient(server.endpoint, Register("e", "scheduler", 16, 256), deadline_s=10)
+    worker = WorkerClient(server.endpoint, Register("e", "worker", 16, 256), deadline_s=10)
     registered = scheduler.register()
     assert worker.register().epoch == registered.epoch
     try:
