@@ -7,7 +7,7 @@ import sys
 import pytest
 from servers import ROOT, environment
 
-from kvcore.vllm.ttft import measure, report
+from kvcore.vllm.ttft import engine, measure, report
 from kvcore.vllm.ttft.engine import Answer, EngineError
 from kvcore.vllm.ttft.measure import Sample, prompt, token_s
 from kvcore.vllm.ttft.systems import Running
@@ -72,6 +72,16 @@ def test_a_hit_that_was_none_is_an_error_and_the_rest_goes_on(tiny_model, tmp_pa
     assert any("LMCache is not installed" in line for line in result["failures"])
     assert any("kvcore, run 1, l1, 1500 tokens" in line and "not 1248" in line for line in result["failures"])
     assert {row["situation"] for row in result["figures"]} == {"cold", "gpu"}  # the false hit counts nowhere
+
+
+def test_an_engine_that_hangs_is_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(engine, "_PATIENCE_S", 0.5)
+    hangs = tmp_path / "python"
+    hangs.write_text("#!/bin/sh\necho 'some Error: stuck' >&2\nsleep 100 & wait\n")
+    hangs.chmod(0o755)
+    monkeypatch.setattr(engine.sys, "executable", str(hangs))
+    with pytest.raises(EngineError, match="some Error: stuck"):
+        engine.Engine({}, {}, tmp_path / "log")
 
 
 def test_an_unknown_system_is_refused_in_a_line():
@@ -141,18 +151,18 @@ class FakeEngine:
 )
 def test_a_request_has_to_meet_what_it_is_called(monkeypatch, situation, gpu, external, said):
     monkeypatch.setattr(measure, "_ARRIVE_S", 0.0)
-    engine = FakeEngine({"vllm:prefix_cache_hits": gpu, "vllm:external_prefix_cache_hits": external})
+    fake = FakeEngine({"vllm:prefix_cache_hits": gpu, "vllm:external_prefix_cache_hits": external})
     running = Running(arguments={}, chunk_tokens=64, loaded=lambda counters, _bytes: {})
-    measured = measure.Measurement(engine, running, measure.Plan(), "x", 0, lambda _line: None)
+    measured = measure.Measurement(fake, running, measure.Plan(), "x", 0, lambda _line: None)
     measured._hit("a", 512, situation)
     assert [(one.fault, one.seconds) for one in measured.samples] == [(said, 0.5)]
 
 
 def test_what_a_system_counts_itself_has_to_agree(monkeypatch):
     monkeypatch.setattr(measure, "_ARRIVE_S", 0.0)
-    engine = FakeEngine({"vllm:external_prefix_cache_hits": 496, "loaded": 100})
+    fake = FakeEngine({"vllm:external_prefix_cache_hits": 496, "loaded": 100})
     running = Running(arguments={}, chunk_tokens=64, loaded=lambda counters, size: {"l1": counters["loaded"] / size})
-    measured = measure.Measurement(engine, running, measure.Plan(), "x", 0, lambda _line: None)
+    measured = measure.Measurement(fake, running, measure.Plan(), "x", 0, lambda _line: None)
     measured._hit("a", 512, "l1")
     assert measured.samples[0].fault == "50 tokens of 512 loaded (l1), not 432"
 
