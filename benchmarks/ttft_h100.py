@@ -20,13 +20,13 @@ from pathlib import Path
 
 from vllm_gpu import facts, interrupt_on_term, model_folder, say, write
 
-HITS = "--rounds 1 --repeats 3 --hits 3 --cold 0 --decode-tokens 0 --settle-s 1"
+HITS = "--rounds 1 --repeats 3 --hits 3 --cold 0 --decode-tokens 0 --settle-s 1 --l1-size-gb 24"
 QUESTIONS = {
-    "overhead": "--eager --systems none,kvcore-mp,none,kvcore-mp --rounds 1 --lengths 2048,8192,32000 --repeats 1 "
-    "--hits 2 --cold 6 --decode-repeats 5 --l1-size-gb 40",
-    "hits": f"--eager --systems none,kvcore-mp,kvcore,offloading,lmcache {HITS} --l1-size-gb 24",
-    "graphs": f"--graphs --systems none,kvcore-mp,offloading,lmcache {HITS} --l1-size-gb 24",
-    "l2": f"--eager --systems none --l2 files:/var/tmp/kvcore-ttft-l2 --l2-size-gb 30 {HITS} --repeats 1 --hits 2",
+    "overhead": "--eager --systems none,kvcore-mp,none,kvcore-mp --rounds 1 --repeats 1 --hits 2 --cold 5 "
+    "--decode-tokens 128 --decode-repeats 5 --settle-s 0.6 --l1-size-gb 24",
+    "hits": f"--eager --systems none,kvcore-mp,offloading,lmcache {HITS}",
+    "graphs": f"--graphs --systems kvcore-mp,lmcache,offloading,none {HITS}",
+    "l2": f"--eager --systems kvcore-l2 --l2 files:/var/tmp/kvcore-ttft-l2 --l2-size-gb 30 {HITS} --repeats 1 --hits 2",
 }
 L1_TARGETS_S = {8192: 0.043, 32_000: 0.110}
 OF_BEST_PEER = 0.8

@@ -7,9 +7,10 @@ import sys
 import pytest
 from servers import ROOT, environment
 
-from kvcore.vllm.ttft import report
+from kvcore.vllm.ttft import engine, measure, report
 from kvcore.vllm.ttft.engine import Answer, EngineError
 from kvcore.vllm.ttft.measure import Sample, prompt, token_s
+from kvcore.vllm.ttft.systems import Running
 
 SMALL = [
     "--dtype", "float32", "--eager", "--in-process", "--rounds", "1", "--repeats", "1", "--hits", "1", "--cold", "0",
@@ -73,6 +74,16 @@ def test_a_hit_that_was_none_is_an_error_and_the_rest_goes_on(tiny_model, tmp_pa
     assert {row["situation"] for row in result["figures"]} == {"cold", "gpu"}  # the false hit counts nowhere
 
 
+def test_an_engine_that_hangs_is_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(engine, "_PATIENCE_S", 0.5)
+    hangs = tmp_path / "python"
+    hangs.write_text("#!/bin/sh\necho 'some Error: stuck' >&2\nsleep 100 & wait\n")
+    hangs.chmod(0o755)
+    monkeypatch.setattr(engine.sys, "executable", str(hangs))
+    with pytest.raises(EngineError, match="some Error: stuck"):
+        engine.Engine({}, {}, tmp_path / "log")
+
+
 def test_an_unknown_system_is_refused_in_a_line():
     command = [sys.executable, "-m", "kvcore.vllm.ttft", "--model", "x", "--systems", "nope"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
@@ -105,6 +116,55 @@ def test_an_answer_that_differs_is_a_failure_of_ours_only():
     assert report.faults(samples) == []
     samples.append(sample("kvcore", "l1", 1.0, output=(5, 6)))
     assert report.faults(samples) == ["kvcore, l1: 1 of 2 answers differ from those of vLLM alone"]
+
+
+class FakeEngine:
+    """Answers at once, and counts what it is told to."""
+
+    facts = {"kv_bytes_per_token": 2, "block_tokens": 16, "vocabulary": 4096}  # noqa: RUF012 - never changed
+
+    def __init__(self, grows):
+        self.grows, self.counted = grows, dict.fromkeys(grows, 0.0)
+
+    def counters(self):
+        return dict(self.counted)
+
+    def generate(self, prompts, tokens):
+        self.counted = {name: value + self.grows[name] for name, value in self.counted.items()}
+        return [Answer(ttft_s=0.5, arrivals_s=(0.5,), tokens=(1,)) for _ in prompts]
+
+
+@pytest.mark.parametrize(
+    ("situation", "gpu", "external", "said"),
+    [
+        ("cold", 0, 0, ""),
+        ("cold", 16, 0, "16 tokens of 512 hit in the engine's own cache, not 0"),
+        ("cold", 0, 512, "512 tokens of 512 loaded (external), not none"),
+        ("gpu", 496, 0, ""),
+        ("gpu", 496, 16, ""),  # one that loads the last block too
+        ("gpu", 480, 0, "480 tokens of 512 hit in the engine's own cache, not 496"),
+        ("gpu", 496, 512, "512 tokens of 512 loaded (external), not none"),
+        ("l1", 0, 496, ""),
+        ("l1", 0, 128, "128 tokens of 512 loaded (external), not 432"),
+        ("l1", 496, 0, "496 tokens of 512 hit in the engine's own cache, not 0"),
+    ],
+)
+def test_a_request_has_to_meet_what_it_is_called(monkeypatch, situation, gpu, external, said):
+    monkeypatch.setattr(measure, "_ARRIVE_S", 0.0)
+    fake = FakeEngine({"vllm:prefix_cache_hits": gpu, "vllm:external_prefix_cache_hits": external})
+    running = Running(arguments={}, chunk_tokens=64, loaded=lambda counters, _bytes: {})
+    measured = measure.Measurement(fake, running, measure.Plan(), "x", 0, lambda _line: None)
+    measured._hit("a", 512, situation)
+    assert [(one.fault, one.seconds) for one in measured.samples] == [(said, 0.5)]
+
+
+def test_what_a_system_counts_itself_has_to_agree(monkeypatch):
+    monkeypatch.setattr(measure, "_ARRIVE_S", 0.0)
+    fake = FakeEngine({"vllm:external_prefix_cache_hits": 496, "loaded": 100})
+    running = Running(arguments={}, chunk_tokens=64, loaded=lambda counters, size: {"l1": counters["loaded"] / size})
+    measured = measure.Measurement(fake, running, measure.Plan(), "x", 0, lambda _line: None)
+    measured._hit("a", 512, "l1")
+    assert measured.samples[0].fault == "50 tokens of 512 loaded (l1), not 432"
 
 
 def test_prompts_follow_from_their_names():

@@ -22,6 +22,8 @@ class Worker:
         self._vllm = vllm = importlib.import_module("vllm")
         self._llm = vllm.LLM(**arguments)
         self._engine = self._llm.llm_engine
+        if vllm.__version__.startswith("0.26."):
+            _count_every_step(self._engine)
         self._requests = 0
         self.start_s = time.perf_counter() - started
 
@@ -87,6 +89,19 @@ class Worker:
     def close(self) -> None:
         """End the engine."""
         self._engine.engine_core.shutdown()
+
+
+def _count_every_step(engine: Any) -> None:
+    """Mend vLLM 0.26, whose `LLM` loses the counts of steps without output, such as those that begin a load."""
+    step = engine.engine_core.get_output
+
+    def get_output() -> Any:
+        outputs = step()
+        if outputs.scheduler_stats is not None and not outputs.outputs:
+            engine.logger_manager.record(scheduler_stats=outputs.scheduler_stats, iteration_stats=None)
+        return outputs
+
+    engine.engine_core.get_output = get_output
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from types import TracebackType
 from typing import Any
 
 _END_S = 20.0
+_PATIENCE_S = 400.0
+"""An engine that takes longer to start, or to answer, is taken to hang."""
 
 
 class EngineError(RuntimeError):
@@ -102,20 +105,29 @@ class Engine:
         except subprocess.TimeoutExpired:
             pass
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            self._kill()
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
+
+    def _kill(self) -> None:
+        """Kill the child and all it started; where they are gone already it does nothing."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:
             raise EngineError("an engine without pipes")
-        with suppress(BrokenPipeError):
-            stdin.write(json.dumps(message) + "\n")
-            stdin.flush()
-        line = stdout.readline()
+        watch = threading.Timer(_PATIENCE_S, self._kill)
+        watch.start()
+        try:
+            with suppress(BrokenPipeError):
+                stdin.write(json.dumps(message) + "\n")
+                stdin.flush()
+            line = stdout.readline()
+        finally:
+            watch.cancel()
         if not line:
             raise EngineError(f"the engine ended: {last_words(self._log_path)} (all of it: {self._log_path})")
         reply: dict[str, Any] = json.loads(line)

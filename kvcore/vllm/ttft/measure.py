@@ -172,8 +172,9 @@ class Measurement:
             tiers["external"] = least
         if grown["gpu"] != own:
             return f"{grown['gpu']:.0f} tokens of {tokens} hit in the engine's own cache, not {own}"
+        most = max(block, chunk) if situation == "gpu" else 0  # one that loads the last block too, to compute less
         for tier, wanted in tiers.items():
-            if grown[tier] < wanted or (not wanted and grown[tier] > 0):
+            if grown[tier] < wanted or (not wanted and grown[tier] > most):
                 return f"{grown[tier]:.0f} tokens of {tokens} loaded ({tier}), not {wanted or 'none'}"
         return ""
 

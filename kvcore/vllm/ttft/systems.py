@@ -157,7 +157,8 @@ def _lmcache(sizes: Sizes, folder: Path) -> Iterator[Running]:
 
         def loaded(_counters: Mapping[str, float], _bytes: int) -> Loaded:
             chunks = prometheus_sum(f"http://127.0.0.1:{http_port}/metrics", "lmcache_mp_num_chunks_loaded")
-            return {"l1": chunks * _LMCACHE_CHUNK}
+            # Counted where the server copies, which is on a GPU; elsewhere what vLLM counts has to do.
+            return {} if chunks is None else {"l1": chunks * _LMCACHE_CHUNK}
 
         yield Running(arguments={"kv_transfer_config": config}, chunk_tokens=_LMCACHE_CHUNK, loaded=loaded)
 
@@ -264,13 +265,16 @@ def wait_until_touched(endpoint: str) -> None:
     raise EngineError(f"the arena was not faulted in within {_START_S:g} s")
 
 
-def prometheus_sum(url: str, prefix: str) -> float:
-    """Return the sum over labels of the counter whose name begins so. Raises EngineError where there is none."""
+def prometheus_sum(url: str, prefix: str) -> float | None:
+    """Return the sum over labels of the counter whose name begins so, None where nothing was counted yet.
+
+    Raises EngineError where nobody answers.
+    """
     text = _fetch(url)
     if text is None:
         raise EngineError(f"{url} does not answer")
     lines = [line for line in text.splitlines() if line.startswith(prefix) and "_created" not in line]
-    return sum(float(line.rpartition(" ")[2]) for line in lines)
+    return None if not lines else sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
 def free_port() -> int:
