@@ -10,7 +10,6 @@ chunks (a prompt of 100,000 tokens in chunks of 256) and 24 (the conversation lo
 import argparse
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,7 +75,7 @@ def main() -> None:
     parser.add_argument("--policy", default="lru")
     options = parser.parse_args()
     figures = {f"chain_of_{length}": measure(length, options.policy) for length in (391, 24)}
-    result = {"command": " ".join(sys.argv), "policy": options.policy, **figures}
+    result = {"policy": options.policy, **figures}
     print(json.dumps(result, indent=1))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
