@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let the tests of Ctrl-C send it: a shell's background job, and all that it starts, ignores it otherwise."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where everything that tests talk to was installed ($KVCORE_REQUIRE_SERVICES), a skipped test has failed."""
+    report = yield
+    if report.skipped and os.environ.get("KVCORE_REQUIRE_SERVICES"):
+        report.outcome = "failed"
+    return report
