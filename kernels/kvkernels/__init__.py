@@ -8,7 +8,7 @@ that uses them.
 from kvkernels.arena import Arena, HostArena
 from kvkernels.errors import DeviceError, LayoutError, RequestError
 from kvkernels.layouts import PagedLayout, Plane, describe
-from kvkernels.slots import Piece, Slot, slot_range
+from kvkernels.slots import Piece, Slot, Slots, slot_range
 from kvkernels.transfer import Handle, Transfer
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Plane",
     "RequestError",
     "Slot",
+    "Slots",
     "Transfer",
     "describe",
     "slot_range",

@@ -19,7 +19,7 @@ from kvkernels.arena import Arena, Ints
 from kvkernels.errors import DeviceError
 from kvkernels.handles import InFlight, StreamHandle
 from kvkernels.layouts import PagedLayout
-from kvkernels.slots import Slot, merge_copies
+from kvkernels.slots import Slots, merge_copies
 from kvkernels.staged import ready_request
 from kvkernels.streams import Event, Runtime
 from kvkernels.submit import Window, Work
@@ -95,12 +95,12 @@ class BatchTransfer:
         self._in = _Lanes(runtime, f"{name}-load", lanes=lanes, urgent=True, ahead=ahead)
         self._flying = InFlight()
 
-    def store(self, block_ids: BlockIds, slots: Sequence[Slot], *, planes: range | None = None) -> Handle:
+    def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None) -> Handle:
         """Copy blocks into slots after the current stream's work so far."""
         request = ready_request(self.layout, self._arena, self._runtime, block_ids, slots, planes, loading=False)
         return self.start(request, loading=False)
 
-    def load(self, slots: Sequence[Slot], block_ids: BlockIds, *, planes: range | None = None) -> Handle:
+    def load(self, slots: Slots, block_ids: BlockIds, *, planes: range | None = None) -> Handle:
         """Copy slots into blocks, layer after layer, after the current stream's work so far."""
         request = ready_request(self.layout, self._arena, self._runtime, block_ids, slots, planes, loading=True)
         return self.start(request, loading=True)

@@ -31,7 +31,7 @@ from kvkernels.arena import Arena, Ints
 from kvkernels.errors import LayoutError
 from kvkernels.layouts import PagedLayout
 from kvkernels.pieces import StagedPiece, store_pieces
-from kvkernels.slots import Slot
+from kvkernels.slots import Slots
 from kvkernels.streams import move_bytes
 from kvkernels.transfer import BlockIds, DoneHandle, Handle, Request, Tensors, check_request, listed
 
@@ -89,7 +89,7 @@ class JaxTransfer:
             _check_dense(self.layout, taken[index], planes)
         self.arrays = taken
 
-    def store(self, block_ids: BlockIds, slots: Sequence[Slot], *, planes: range | None = None) -> Handle:
+    def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None) -> Handle:
         """Copy blocks into slots; done on return."""
         request = check_request(self.layout, self._arena, block_ids, slots, planes, loading=False)
         waiting: list[tuple[StagedPiece, Any]] = []
@@ -102,7 +102,7 @@ class JaxTransfer:
             self._land(request, piece, rows)
         return DoneHandle()
 
-    def load(self, slots: Sequence[Slot], block_ids: BlockIds, *, planes: range | None = None) -> Handle:
+    def load(self, slots: Slots, block_ids: BlockIds, *, planes: range | None = None) -> Handle:
         """Copy slots into blocks; `arrays` holds the new cache at once, its bytes follow in the device's order."""
         request = check_request(self.layout, self._arena, block_ids, slots, planes, loading=True)
         for tensor, piece in self._pieces(request):

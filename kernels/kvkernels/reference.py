@@ -13,7 +13,7 @@ import torch
 
 from kvkernels.arena import Arena
 from kvkernels.layouts import PagedLayout
-from kvkernels.slots import Slot
+from kvkernels.slots import Slots
 from kvkernels.transfer import BlockIds, DoneHandle, Handle, Request, Tensors, check_request, listed
 
 __all__ = ["ReferenceTransfer", "plane_views", "word_bytes"]
@@ -40,7 +40,7 @@ class ReferenceTransfer:
         self._device = self._views[0].device
         self._starts = layout.plane_starts()
 
-    def store(self, block_ids: BlockIds, slots: Sequence[Slot], *, planes: range | None = None) -> Handle:
+    def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None) -> Handle:
         """Copy blocks into slots; done on return."""
         request = check_request(self.layout, self._arena, block_ids, slots, planes, loading=False)
         for plane, ids, pieces in self._rows(request):
@@ -54,7 +54,7 @@ class ReferenceTransfer:
                 piece.copy_(rows[within : within + len(piece)])
         return DoneHandle()
 
-    def load(self, slots: Sequence[Slot], block_ids: BlockIds, *, planes: range | None = None) -> Handle:
+    def load(self, slots: Slots, block_ids: BlockIds, *, planes: range | None = None) -> Handle:
         """Copy slots into blocks; done on return."""
         request = check_request(self.layout, self._arena, block_ids, slots, planes, loading=True)
         for plane, ids, pieces in self._rows(request):

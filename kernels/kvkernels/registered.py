@@ -22,7 +22,7 @@ import numpy as np
 
 from kvkernels.arena import Arena, Bytes, HostArena, Ints
 from kvkernels.errors import DeviceError
-from kvkernels.slots import Slot, SlotTable
+from kvkernels.slots import Slot, Slots, SlotTable
 from kvkernels.streams import Event, HostCopier, Runtime
 from kvkernels.transfer import BlockIds, Handle, Request, Transfer, check_request
 
@@ -207,11 +207,11 @@ class BounceTransfer:
         self._worker = ThreadPoolExecutor(1, "kv-bounce", runtime.enter_thread)
         self._copier = HostCopier(threads or min(8, max(1, (os.cpu_count() or 1) // 2)))
 
-    def store(self, block_ids: BlockIds, slots: Sequence[Slot], *, planes: range | None = None) -> Handle:
+    def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None) -> Handle:
         """Copy blocks into slots."""
         return self._run(block_ids, slots, planes, loading=False)
 
-    def load(self, slots: Sequence[Slot], block_ids: BlockIds, *, planes: range | None = None) -> Handle:
+    def load(self, slots: Slots, block_ids: BlockIds, *, planes: range | None = None) -> Handle:
         """Copy slots into blocks."""
         return self._run(block_ids, slots, planes, loading=True)
 
@@ -221,13 +221,14 @@ class BounceTransfer:
         self._copier.close()
         self._inner.close()
 
-    def _run(self, block_ids: BlockIds, slots: Sequence[Slot], planes: range | None, *, loading: bool) -> Handle:
+    def _run(self, block_ids: BlockIds, slots: Slots, planes: range | None, *, loading: bool) -> Handle:
         request = check_request(self.layout, self._arena, block_ids, slots, planes, loading=loading)
         if self._arena.pinned(*request.table.pieces):
             self._arena.defer(_DEFERRAL_S)
             return self._inner.start(request, loading=loading)
         after = self._runtime.current().record()
         ids = request.block_ids
+        slots = slots.tolist() if isinstance(slots, np.ndarray) else slots
         reachable = [self._arena.pinned(*_columns(slot)) for slot in slots]
         direct = [i for i, pinned in enumerate(reachable) if pinned]
         rest = [i for i, pinned in enumerate(reachable) if not pinned]
@@ -239,7 +240,7 @@ class BounceTransfer:
         parts = [(slots[i], ids[i]) for i in rest]
         return _BounceHandle(handles, self._worker.submit(job, parts, request.planes, after))
 
-    def _part(self, arena: Arena, ids: Ints, slots: Sequence[Slot], planes: range, *, loading: bool) -> Request:
+    def _part(self, arena: Arena, ids: Ints, slots: Slots, planes: range, *, loading: bool) -> Request:
         return check_request(self.layout, arena, ids.ravel(), slots, planes, loading=loading)
 
     def _store(self, parts: list[tuple[Slot, Ints]], planes: range, after: Event) -> list[Handle]:

@@ -16,10 +16,12 @@ import numpy as np
 from kvkernels.arena import Ints
 from kvkernels.errors import RequestError
 
-__all__ = ["Piece", "Segments", "Slot", "SlotTable", "merge_copies", "ordinals", "slot_range"]
+__all__ = ["Piece", "Segments", "Slot", "SlotTable", "Slots", "merge_copies", "ordinals", "slot_range"]
 
 Piece = tuple[int, int]
 Slot = Sequence[Piece]
+Slots = Sequence[Slot] | Ints
+"""One slot a chunk; or all in one int64 array, (chunks, pieces a chunk, 2), which is read without a loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,8 @@ class SlotTable:
     """All slots of one request; slot i covers the virtual range `[i * slot_bytes, (i + 1) * slot_bytes)`.
 
     Args:
-        slots: one list of (offset, length) pieces a chunk, in order. Bytes beyond slot_bytes (a last page's slack)
-            are left alone.
+        slots: (offset, length) pieces of every chunk, in order. Bytes beyond slot_bytes (a last page's slack) are left
+            alone.
         slot_bytes: what one chunk needs.
         arena_bytes: size of the arena.
         split_bytes: pieces are cut at multiples of this arena offset (0: nowhere).
@@ -50,11 +52,10 @@ class SlotTable:
         RequestError: a slot is too small, or a piece is negative or outside the arena.
     """
 
-    def __init__(self, slots: Sequence[Slot], *, slot_bytes: int, arena_bytes: int, split_bytes: int = 0) -> None:
+    def __init__(self, slots: Slots, *, slot_bytes: int, arena_bytes: int, split_bytes: int = 0) -> None:
         self.slot_bytes = slot_bytes
         self.count = len(slots)
-        counts = np.fromiter((len(slot) for slot in slots), np.int64, len(slots))
-        flat = np.fromiter(chain.from_iterable(chain.from_iterable(slots)), np.int64).reshape(-1, 2)
+        flat, counts = _flat(slots)
         offset, length = flat[:, 0], flat[:, 1]
         if flat.size and (flat.min() < 0 or bool((offset + length > arena_bytes).any())):
             raise RequestError(f"a slot piece lies outside the arena of {arena_bytes} bytes")
@@ -68,6 +69,7 @@ class SlotTable:
         used = length > 0
         offset, length = offset[used], length[used]
         virtual = owner[used] * slot_bytes + start[used]
+        offset, virtual, length = _joined(offset, virtual, length)
         offset, virtual, length = _split(offset, virtual, length, split_bytes)
         self._virtual = np.append(virtual, self.count * slot_bytes)
         self._offset = offset
@@ -150,6 +152,14 @@ def ordinals(counts: Ints) -> Ints:
     return np.arange(total, dtype=np.int64) - np.repeat(ends - counts, counts)
 
 
+def _flat(slots: Slots) -> tuple[Ints, Ints]:
+    """All pieces one below the other, (pieces, 2), and how many are each slot's."""
+    if isinstance(slots, np.ndarray):
+        return slots.reshape(-1, 2), np.full(len(slots), slots.shape[1], np.int64)
+    counts = np.fromiter((len(slot) for slot in slots), np.int64, len(slots))
+    return np.fromiter(chain.from_iterable(chain.from_iterable(slots)), np.int64).reshape(-1, 2), counts
+
+
 def _starts_within(length: Ints, counts: Ints) -> Ints:
     """Where each piece begins in its own slot."""
     before = np.cumsum(length) - length
@@ -158,6 +168,14 @@ def _starts_within(length: Ints, counts: Ints) -> Ints:
     filled = counts > 0
     base[filled] = before[firsts[filled]]
     return before - np.repeat(base, counts)
+
+
+def _joined(offset: Ints, virtual: Ints, length: Ints) -> tuple[Ints, Ints, Ints]:
+    """The same pieces, neighbours in the arena as one: they are neighbours in the virtual range anyway."""
+    if len(length) < 2:
+        return offset, virtual, length
+    heads = np.flatnonzero(np.concatenate(([True], offset[1:] != offset[:-1] + length[:-1])))
+    return offset[heads], virtual[heads], np.add.reduceat(length, heads)
 
 
 def _split(offset: Ints, virtual: Ints, length: Ints, split_bytes: int) -> tuple[Ints, Ints, Ints]:

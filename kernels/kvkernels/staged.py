@@ -22,7 +22,7 @@ from kvkernels.errors import DeviceError, LayoutError, RequestError
 from kvkernels.handles import InFlight, StreamHandle
 from kvkernels.layouts import PagedLayout
 from kvkernels.pieces import StagedPiece, in_batches, load_pieces, piece_copies, store_pieces
-from kvkernels.slots import Slot
+from kvkernels.slots import Slots
 from kvkernels.streams import Event, Runtime
 from kvkernels.submit import Window, Work
 from kvkernels.transfer import BlockIds, Handle, Request, check_request
@@ -151,12 +151,12 @@ class StagedTransfer:
         self._in = direction("load", urgent=True)
         self._flying = InFlight()
 
-    def store(self, block_ids: BlockIds, slots: Sequence[Slot], *, planes: range | None = None) -> Handle:
+    def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None) -> Handle:
         """Copy blocks into slots after the current stream's work so far."""
         request = ready_request(self.layout, self._arena, self._runtime, block_ids, slots, planes, loading=False)
         return self.start(request, loading=False)
 
-    def load(self, slots: Sequence[Slot], block_ids: BlockIds, *, planes: range | None = None) -> Handle:
+    def load(self, slots: Slots, block_ids: BlockIds, *, planes: range | None = None) -> Handle:
         """Copy slots into blocks, layer after layer; blocks are written after the current stream's work so far."""
         request = ready_request(self.layout, self._arena, self._runtime, block_ids, slots, planes, loading=True)
         return self.start(request, loading=True)
@@ -241,7 +241,7 @@ def ready_request(
     arena: Arena,
     runtime: Runtime,
     block_ids: BlockIds,
-    slots: Sequence[Slot],
+    slots: Slots,
     planes: range | None,
     *,
     loading: bool,

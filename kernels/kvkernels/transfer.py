@@ -11,7 +11,7 @@ import numpy as np
 from kvkernels.arena import Arena, Ints
 from kvkernels.errors import RequestError
 from kvkernels.layouts import PagedLayout
-from kvkernels.slots import Slot, SlotTable
+from kvkernels.slots import Slots, SlotTable
 
 __all__ = ["BlockIds", "DoneHandle", "Handle", "Request", "Tensors", "Transfer", "check_request", "listed"]
 
@@ -68,11 +68,11 @@ class Transfer(Protocol):
         """What it was built for."""
         ...
 
-    def store(self, block_ids: BlockIds, slots: Sequence[Slot], *, planes: range | None = None) -> Handle:
+    def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None) -> Handle:
         """Copy blocks into slots. Raises RequestError before anything is copied."""
         ...
 
-    def load(self, slots: Sequence[Slot], block_ids: BlockIds, *, planes: range | None = None) -> Handle:
+    def load(self, slots: Slots, block_ids: BlockIds, *, planes: range | None = None) -> Handle:
         """Copy slots into blocks. Raises RequestError before anything is copied; repeated ids are refused."""
         ...
 
@@ -116,7 +116,7 @@ def check_request(
     layout: PagedLayout,
     arena: Arena,
     block_ids: BlockIds,
-    slots: Sequence[Slot],
+    slots: Slots,
     planes: range | None,
     *,
     loading: bool,

@@ -168,7 +168,12 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         return KVCoreHandshake(fingerprint, block_bytes, self._worker.warm_up())
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
-        """Nothing: blocks that are free from this step on are guarded like any others that are handed out again."""
+        """Begin this step's loads: vLLM calls this first, and prepares the step's input before `start_load_kv`.
+
+        Blocks that are free from this step on are guarded like any others that are handed out again.
+        """
+        if self._worker is not None and isinstance(kv_connector_metadata, KVCoreMetadata):
+            self._worker.step_begins(kv_connector_metadata.plan)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Begin this step's loads."""

@@ -43,6 +43,9 @@ class StepPlan:
     stores: list[Copy] = field(default_factory=list)
     handed_out: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     """Blocks that this step may write: what still reads one of them for a store is waited for on the device."""
+    load_at_once: bool = False
+    """Whether the loads may begin before the engine has prepared the step: nothing else that it does there writes their
+    blocks."""
     computes: bool = True
     """Whether the step runs the model. vLLM 0.26 does not call `wait_for_save` in one that does not."""
     failures_seen: dict[int, int] = field(default_factory=dict)

@@ -7,10 +7,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcore.live.arena import Arena, pieces
+from kvcore.live.arena import Arena
 from kvcore.live.wire import Registered
 from kvcore.vllm.transfers import TransferFactory
-from kvkernels import Handle, PagedLayout, Slot, describe, slot_range
+from kvkernels import Handle, PagedLayout, describe
 
 Tensors: TypeAlias = Mapping[str, Any]
 
@@ -69,7 +69,8 @@ class Mover:
         except BaseException:
             self.arena.close()
             raise
-        self._planes = tuple(zip(layout.plane_starts(), (plane.row_bytes for plane in layout.planes), strict=False))
+        self._row_bytes = np.array([plane.row_bytes for plane in layout.planes], np.int64)
+        self._row_starts = self._start + np.array(layout.plane_starts()[:-1], np.int64)
 
     def serves(self, registered: Registered) -> bool:
         """Return whether this can go on under another registration, as it can with the same server's same arena."""
@@ -86,13 +87,12 @@ class Mover:
         """Copy chunks from the arena; blocks that are -1 are left as they are, since they are others' and live."""
         slots = self._slots(pages)
         whole: NDArray[np.bool_] = np.all(blocks >= 0, axis=1)
+        rows, columns = np.nonzero((blocks >= 0) & ~whole[:, None])
+        parts = self._rows(pages[rows], columns)  # before another thread goes on with the first transfer
         handles = []
         if whole.any():
-            chosen = [slot for slot, want in zip(slots, whole, strict=True) if want]
-            handles.append(self._transfers.whole.load(chosen, blocks[whole].ravel()))
-        if not whole.all():
-            rows, columns = np.nonzero((blocks >= 0) & ~whole[:, None])
-            parts = [self._block_slot(slots[row], int(column)) for row, column in zip(rows, columns, strict=True)]
+            handles.append(self._transfers.whole.load(slots[whole], blocks[whole].ravel()))
+        if len(rows):
             handles.append(self._transfers.single.load(parts, blocks[rows, columns]))
         return handles[0] if len(handles) == 1 else _Both(handles)
 
@@ -105,16 +105,33 @@ class Mover:
         self._transfers.close()
         self.arena.close()
 
-    def _slots(self, pages: NDArray[np.uint32]) -> list[Slot]:
-        size, length = self.registered.page_bytes, self.registered.shard_bytes
-        return [pieces(row, size, self._start, length) for row in pages]
+    def _slots(self, pages: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """Return this shard's part of every chunk as `kvkernels.Slots`, (chunks, pieces, 2)."""
+        size = self.registered.page_bytes
+        first, stop = self._start // size, -(-(self._start + self.registered.shard_bytes) // size)
+        begin = np.maximum(np.arange(first, stop) * size, self._start)
+        end = np.minimum(np.arange(first + 1, stop + 1) * size, self._start + self.registered.shard_bytes)
+        slots = np.empty((len(pages), stop - first, 2), np.int64)
+        slots[:, :, 0] = pages[:, first:stop].astype(np.int64) * size + begin % size
+        slots[:, :, 1] = end - begin
+        return slots
 
-    def _block_slot(self, slot: Slot, block: int) -> Slot:
-        """Return where one block of a chunk lies: a row in every plane."""
-        parts: list[tuple[int, int]] = []
-        for start, row_bytes in self._planes:
-            parts += slot_range(slot, start + block * row_bytes, row_bytes)
-        return parts
+    def _rows(self, pages: NDArray[np.uint32], columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where single blocks lie, a row in every plane, as `kvkernels.Slots`: (blocks, pieces, 2).
+
+        `pages` holds the pages of each block's chunk, `columns` its place in the chunk. A row has as many pieces as it
+        can have pages; those that it does not need are empty.
+        """
+        size = self.registered.page_bytes
+        start = self._row_starts + columns[:, None] * self._row_bytes
+        most = (int(self._row_bytes.max()) - 2) // size + 2
+        page = start[:, :, None] // size + np.arange(most)
+        begin = np.maximum(start[:, :, None], page * size)
+        length = np.maximum(np.minimum((start + self._row_bytes)[:, :, None], (page + 1) * size) - begin, 0)
+        shape = (len(columns), -1)
+        page, begin, length = page.reshape(shape), begin.reshape(shape), length.reshape(shape)
+        found = np.take_along_axis(pages.astype(np.int64), np.minimum(page, pages.shape[1] - 1), axis=1)
+        return np.stack([np.where(length > 0, found * size + begin - page * size, 0), length], axis=2)
 
 
 class _Both:

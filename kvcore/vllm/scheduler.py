@@ -148,6 +148,9 @@ class SchedulerSide:
         plan, self._plan = self._plan, StepPlan()
         plan.handed_out = written
         plan.computes = bool(output.num_scheduled_tokens)
+        # vLLM zeroes the new blocks of some models while it prepares the step, which must not overtake a load.
+        zeroed = bool(getattr(output, "new_block_ids_to_zero", None))
+        plan.load_at_once = not zeroed and any(not copy.asynchronous for copy in plan.loads)
         plan.failures_seen = dict(self._failures)
         return plan
 

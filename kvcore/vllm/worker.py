@@ -79,6 +79,8 @@ class WorkerSide:
         self._thread = ThreadPoolExecutor(1, "kvcore-load" if in_step else "kvcore-store")
         self._loading: list[_Running] = []
         self._storing: list[_Running] = []
+        self._begun: StepPlan | None = None
+        """The plan whose loads were begun last."""
         self._received: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._failed_steps = 0
@@ -98,19 +100,30 @@ class WorkerSide:
 
     # A step, in this order
 
+    def step_begins(self, plan: StepPlan) -> None:
+        """Begin the step's loads already now where that is safe: the engine takes milliseconds to prepare its input."""
+        if plan.load_at_once:
+            self._begin(plan)
+
     def start_loads(self, plan: StepPlan, *, one_graph: bool = False) -> None:
-        """Begin the step's loads, behind the stores that still read a block which this step writes.
+        """Begin the step's loads, if they are not under way yet, behind stores that read a block which it writes.
 
         With `one_graph` nothing can be ordered between the step's layers: all loads come before the first.
         """
-        self._guard(plan)
-        for copy in plan.loads:
-            self._begin_load(copy)
+        self._begin(plan)
         self._end_loads()
         if one_graph or not self._layerwise:
             for one in self._loading:
                 if not one.copy.asynchronous:
                     self._order(one, one.mover.layout.num_layers)
+
+    def _begin(self, plan: StepPlan) -> None:
+        if plan is self._begun:
+            return
+        self._begun = plan
+        self._guard(plan)
+        for copy in plan.loads:
+            self._begin_load(copy)
 
     def _guard(self, plan: StepPlan) -> None:
         """Make this step wait, on the device, for stores that have not yet read a block which it may write."""

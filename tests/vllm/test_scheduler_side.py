@@ -57,10 +57,24 @@ def test_hit_loads_and_stores_the_rest():
     external, asynchronous, plan = admit(side, request)
     assert (external, asynchronous) == (128, False)
     (load,) = plan.loads
+    assert plan.load_at_once
     assert load.tokens == 128
     assert load.blocks.tolist() == [[10, 11, 12, 13], [14, 15, 16, 17]]
     (store,) = plan.stores
     assert store.chunks == names(request)[2:]
+
+
+def test_a_load_does_not_overtake_the_zeroing_of_its_blocks():
+    line, side = make()
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request)[:2])
+    external, _ = side.matched(request, 0)
+    side.allocated(request, blocks(200), external)
+    output = step(new=[("a", blocks(200), external, 200 - external)])
+    output.new_block_ids_to_zero = blocks(200)
+    plan = side.plan(output)
+    assert plan.loads
+    assert not plan.load_at_once
 
 
 def test_exact_multiple_leaves_a_block_to_compute():
@@ -82,6 +96,7 @@ def test_asynchronous_full_hit_loads_everything_and_survives_the_second_allocati
     side.allocated(request, blocks(2 * CHUNK), external)
     plan = side.plan(step())
     assert plan.loads[0].asynchronous
+    assert not plan.load_at_once
     assert plan.loads[0].tokens == 2 * CHUNK
     side.reported(None, (), {"a"})
     side.allocated(request, blocks(2 * CHUNK), 0)

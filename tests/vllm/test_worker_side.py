@@ -336,6 +336,18 @@ def test_attention_waits_for_its_layer_and_one_graph_for_all(device):
     assert not device.side.bad_blocks()
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_load_begins_once_and_before_the_step_is_prepared_where_that_is_safe(device, at_once):
+    device.side.warm_up()
+    plan = StepPlan(loads=[device.copy(range(20, 28))], load_at_once=at_once)
+    device.side.step_begins(plan)
+    assert len(device.devices[-1].handles) == int(at_once)
+    load_in_thread(device, plan, layers=len(device.tensors))
+    assert len(device.devices[-1].handles) == 1
+    device.side.step_begins(StepPlan(loads=[device.copy(range(28, 32))], load_at_once=True))
+    assert len(device.devices[-1].handles) == 2
+
+
 def test_a_load_that_attention_did_not_wait_for_has_failed(device):
     device.side.warm_up()
     load_in_thread(device, StepPlan(loads=[device.copy(range(20, 28))]), layers=1)

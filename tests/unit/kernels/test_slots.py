@@ -21,6 +21,8 @@ def tables(draw):
         slots.append(pieces)
         behind.append(bytes_behind[:slot_bytes])
     split = draw(st.sampled_from([0, 7, 64]))
+    if slots and len({len(pieces) for pieces in slots}) == 1 and draw(st.booleans()):
+        slots = np.array(slots, np.int64)
     return SlotTable(slots, slot_bytes=slot_bytes, arena_bytes=300, split_bytes=split), behind, split
 
 
@@ -64,6 +66,13 @@ def test_merged_copies_move_the_same_bytes(copies):
 def test_bad_slots_are_refused(slot, words):
     with pytest.raises(RequestError, match=words):
         SlotTable([[(0, 10)], slot], slot_bytes=10, arena_bytes=100)
+
+
+def test_slots_may_come_in_one_array_and_neighbours_are_one_piece():
+    slots = [[(40, 10), (50, 10)], [(0, 10), (20, 10)], [(30, 10), (10, 10)]]
+    tables = [SlotTable(form, slot_bytes=20, arena_bytes=100) for form in (slots, np.array(slots, np.int64))]
+    for table in tables:
+        assert [column.tolist() for column in table.pieces] == [[40, 0, 20, 10], [20, 10, 20, 10]]
 
 
 def test_overlap():
