@@ -9,7 +9,7 @@ calling thread checks the request and makes the first driver calls, a thread for
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Self
 

@@ -6,7 +6,7 @@ per plane and chunk, over words of eight bytes (over single bytes torch's CPU ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
