@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import vllm
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -39,6 +40,7 @@ __all__ = [
     "log_with_vllm",
     "runs_as_one_graph",
     "transfer_factory",
+    "worker_connector",
 ]
 
 TESTED = ("0.26", "0.32")
@@ -153,6 +155,11 @@ def runs_as_one_graph(forward_context: Any) -> bool:
     """Return whether the step at hand is one CUDA graph, in which nothing can be ordered between two layers."""
     mode = getattr(forward_context, "cudagraph_runtime_mode", None)
     return getattr(mode, "name", "") == "FULL"
+
+
+def worker_connector() -> Any:
+    """Return the worker's connector where a worker runs in this process, else None."""
+    return get_kv_transfer_group() if has_kv_transfer_group() else None
 
 
 def block_ids(blocks: Any) -> list[int]:

@@ -1,7 +1,9 @@
 """The connectors as vLLM sees them: one object in the scheduler's process, and one in each worker's."""
 
 import logging
+from collections.abc import Callable, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -32,13 +34,21 @@ class KVCoreMetadata(compat.KVConnectorMetadata):  # type: ignore[misc]  # vLLM 
 
 @dataclass
 class KVCoreWorkerMetadata(compat.KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """A step's report, from the workers to the scheduler."""
+    """A step's report, from the workers to the scheduler; it is known when the step's loads are over."""
 
-    report: StepReport
+    report: Callable[[], StepReport]
 
     def aggregate(self, other: "KVCoreWorkerMetadata") -> "KVCoreWorkerMetadata":
         """Merge two ranks' reports."""
-        return KVCoreWorkerMetadata(self.report.merge(other.report))
+        return KVCoreWorkerMetadata(partial(_same, self.report().merge(other.report())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Wait for the report before it is sent to another process."""
+        return KVCoreWorkerMetadata, (partial(_same, self.report()),)
+
+
+def _same(report: StepReport) -> StepReport:
+    return report
 
 
 @dataclass
@@ -201,7 +211,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             self._worker.finish_step(plan)
         return None, self._worker.received() or None
 
-    def get_block_ids_with_load_errors(self) -> set[int]:
+    def get_block_ids_with_load_errors(self) -> Set[int]:
         """Return blocks that were to be loaded and were not."""
         return set() if self._worker is None else self._worker.bad_blocks()
 
@@ -257,15 +267,21 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             self._scheduler.allocated(request, compat.block_ids(blocks), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVCoreMetadata:
-        """Plan the step."""
-        return KVCoreMetadata(StepPlan() if self._scheduler is None else self._scheduler.plan(scheduler_output))
+        """Plan the step; a worker in this process begins its loads right away."""
+        if self._scheduler is None:
+            return KVCoreMetadata(StepPlan())
+        plan = self._scheduler.plan(scheduler_output)
+        here = compat.worker_connector() if plan.load_at_once else None
+        if isinstance(here, KVCoreMPConnector) and here._worker is not None:
+            here._worker.step_begins(plan)
+        return KVCoreMetadata(plan)
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Take in what the workers report."""
         if self._scheduler is not None:
             meta = connector_output.kv_connector_worker_meta
             self._scheduler.reported(
-                meta.report if isinstance(meta, KVCoreWorkerMetadata) else None,
+                meta.report() if isinstance(meta, KVCoreWorkerMetadata) else None,
                 connector_output.invalid_block_ids or (),
                 connector_output.finished_recving or (),
             )

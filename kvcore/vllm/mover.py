@@ -128,7 +128,7 @@ class Mover:
         page = start[:, :, None] // size + np.arange(most)
         begin = np.maximum(start[:, :, None], page * size)
         length = np.maximum(np.minimum((start + self._row_bytes)[:, :, None], (page + 1) * size) - begin, 0)
-        shape = (len(columns), -1)
+        shape = (len(columns), most * len(self._row_bytes))
         page, begin, length = page.reshape(shape), begin.reshape(shape), length.reshape(shape)
         found = np.take_along_axis(pages.astype(np.int64), np.minimum(page, pages.shape[1] - 1), axis=1)
         return np.stack([np.where(length > 0, found * size + begin - page * size, 0), length], axis=2)

@@ -7,9 +7,10 @@ acknowledgements, when its bytes have arrived and the pages were the chunk's bef
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +37,15 @@ class _Running:
     started: float
     valid: NDArray[np.bool_]
     """Chunks whose pages were of the right generation before the copy, and are copied."""
+    report: StepReport
+    """Of the step in which it was begun, or is told of."""
+    failures_seen: int = 0
+    """How many failed loads of this rank were known to who planned it (stores only)."""
     ordered: int = 0
     """Layers, from the first, that attention was made to wait for."""
+    over: bool = False
+    bad_blocks: set[int] = field(default_factory=set)
+    """Blocks that were to be loaded and were not, known when it is over."""
 
 
 class WorkerSide:
@@ -81,6 +89,9 @@ class WorkerSide:
         self._storing: list[_Running] = []
         self._begun: StepPlan | None = None
         """The plan whose loads were begun last."""
+        self._of_step: list[_Running] = []
+        """The synchronous loads of that plan."""
+        self._engine_thread = 0
         self._received: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._failed_steps = 0
@@ -101,8 +112,11 @@ class WorkerSide:
     # A step, in this order
 
     def step_begins(self, plan: StepPlan) -> None:
-        """Begin the step's loads already now where that is safe: the engine takes milliseconds to prepare its input."""
-        if plan.load_at_once:
+        """Begin the step's loads already now where that is safe: the engine takes milliseconds to prepare its input.
+
+        That is so in the thread which runs the engine's steps: copies are ordered behind its current stream.
+        """
+        if plan.load_at_once and threading.get_ident() == self._engine_thread:
             self._begin(plan)
 
     def start_loads(self, plan: StepPlan, *, one_graph: bool = False) -> None:
@@ -110,6 +124,7 @@ class WorkerSide:
 
         With `one_graph` nothing can be ordered between the step's layers: all loads come before the first.
         """
+        self._engine_thread = threading.get_ident()
         self._begin(plan)
         self._end_loads()
         if one_graph or not self._layerwise:
@@ -120,7 +135,7 @@ class WorkerSide:
     def _begin(self, plan: StepPlan) -> None:
         if plan is self._begun:
             return
-        self._begun = plan
+        self._begun, self._of_step = plan, []
         self._guard(plan)
         for copy in plan.loads:
             self._begin_load(copy)
@@ -151,25 +166,24 @@ class WorkerSide:
         one.ordered = max(one.ordered, layers)
 
     def finish_step(self, plan: StepPlan) -> None:
-        """End the step's synchronous loads and begin its stores."""
-        for one in self._loading:
-            if not one.copy.asynchronous:
-                one.handle.wait()
-                if one.ordered < one.mover.layout.num_layers and one.handle is not _NOTHING:
-                    # The engine did not ask for every layer: what it computed may rest on blocks not there yet.
-                    _LOG.error(
-                        "Request %s: the engine did not wait for its load; set layerwise to false", one.copy.request
-                    )
-                    one.valid[:] = False
+        """Begin the step's stores. Its loads may still be under way: the device waits for them, not this thread.
+
+        So the engine prepares its next step meanwhile; what became of the loads is asked for with the step's tokens.
+        """
+        for one in self._of_step:
+            if one.ordered < one.mover.layout.num_layers and one.handle is not _NOTHING and not one.over:
+                # The engine did not ask for every layer: what it computed may rest on blocks not there yet.
+                _LOG.error("Request %s: the engine did not wait for its load; set layerwise to false", one.copy.request)
+                one.valid[:] = False
         self._end_loads()
-        seen = plan.failures_seen.get(self._rank, 0)
         for copy in plan.stores:
-            self._begin_store(copy, trusted=seen >= self._failed_steps)
+            self._begin_store(copy, plan.failures_seen.get(self._rank, 0))
 
     def received(self) -> set[str]:
         """Return the requests whose asynchronous loads have ended since the last call."""
         self._end_loads()
-        received, self._received = self._received, set()
+        with self._lock:
+            received, self._received = self._received, set()
         return received
 
     def counted(self) -> dict[str, int | float]:
@@ -177,17 +191,47 @@ class WorkerSide:
         with self._lock:
             return self.counters.take()
 
-    def bad_blocks(self) -> set[int]:
-        """Return the blocks that were to be loaded and were not, since the last call."""
-        bad, self._bad_blocks = self._bad_blocks, set()
-        return bad
+    def bad_blocks(self) -> Set[int]:
+        """Return the blocks that were to be loaded in this step and were not.
 
-    def report(self) -> StepReport | None:
-        """Return what the scheduler's half is to know of this step."""
-        report, self._report = self._report, StepReport()
-        if self._failed_steps:
-            report.failures[self._rank] = self._failed_steps
-        return report if report.failures or report.load_seconds else None
+        While loads are under way it is a set that waits for them when it is looked at or sent to another process,
+        which happens with the step's tokens: no token that rests on a failed load is ever given out.
+        """
+        with self._lock:
+            bad, self._bad_blocks = self._bad_blocks, set()
+        loads = list(self._of_step)
+
+        def known() -> set[int]:
+            self._settle(loads)
+            for one in loads:
+                bad.update(one.bad_blocks)
+                one.bad_blocks.clear()
+            return bad
+
+        return known() if all(one.over for one in loads) else LateBlocks(known)
+
+    def report(self) -> Callable[[], StepReport] | None:
+        """Return what tells the scheduler's half of this step, once it is over; None where there is nothing to tell."""
+        with self._lock:
+            report, self._report = self._report, StepReport()
+        loads = list(self._of_step)
+        if not (loads or report.load_seconds or self._failed_steps):
+            return None
+
+        def known() -> StepReport:
+            self._settle(loads)
+            if self._failed_steps:
+                report.failures[self._rank] = self._failed_steps
+            return report
+
+        return known
+
+    def _settle(self, loads: Sequence[_Running]) -> None:
+        """Return when these loads are over, well or not."""
+        for one in loads:
+            if not one.over:
+                _wait(one)
+        self._end_loads()
 
     def close(self) -> None:
         """Wait for what is under way and leave the server."""
@@ -214,9 +258,7 @@ class WorkerSide:
 
     def _let_go(self) -> None:
         """End what is under way in the registration before, and close its arena."""
-        for load in self._loading:
-            load.handle.wait()
-        self._end_loads()
+        self._settle(list(self._loading))
         for store in list(self._storing):
             self._end_store(store)
         if self._mover is not None:
@@ -246,20 +288,23 @@ class WorkerSide:
                     handle = _InThread(self._thread.submit(mover.load, pages, blocks))
                 else:
                     handle = mover.load(pages, blocks)
-            self._loading.append(_Running(copy, handle, mover, started, valid))
+            one = _Running(copy, handle, mover, started, valid, self._report)
+            self._loading = [*self._loading, one]
+            if not copy.asynchronous:
+                self._of_step.append(one)
 
-    def _begin_store(self, copy: Copy, *, trusted: bool) -> None:
+    def _begin_store(self, copy: Copy, failures_seen: int) -> None:
         if not self._stores:
             return
         with self._lock:
-            mover = self._current(copy.epoch) if trusted else None
+            mover = self._current(copy.epoch) if failures_seen >= self._failed_steps else None
             if mover is None:
                 self._store_failed(copy, np.ones(len(copy.chunks), bool))
                 return
             valid = self._generations_hold(mover, copy)
             started = time.perf_counter()
             handle = mover.store(copy.pages[valid], copy.blocks[valid]) if valid.any() else _NOTHING
-            one = _Running(copy, handle, mover, started, valid)
+            one = _Running(copy, handle, mover, started, valid, self._report, failures_seen)
             self._storing.append(one)
         if self._in_step:
             self._end_store(one)
@@ -272,20 +317,28 @@ class WorkerSide:
         return np.asarray((mover.arena.generations[copy.pages] == copy.generations).all(axis=1))
 
     def _end_loads(self) -> None:
-        for one in [one for one in self._loading if one.handle.done()]:
-            self._loading.remove(one)
-            good = one.valid & self._generations_hold(one.mover, one.copy)
-            # What lies behind a chunk that failed is computed anew, whether it arrived or not.
-            good = np.logical_and.accumulate(good)
-            self._loaded(one, good)
-            if not good.all():
-                self._load_failed(one.copy, ~good)
-            if one.copy.asynchronous:
-                self._received.add(one.copy.request)
+        """Count the loads that have ended; called in the engine's thread and where a step's outcome is asked for."""
+        with self._lock:
+            ended = [one for one in self._loading if _over(one)]
+            self._loading = [one for one in self._loading if one not in ended]
+            for one in ended:
+                self._end_load(one)
+
+    def _end_load(self, one: _Running) -> None:
+        good = one.valid & self._generations_hold(one.mover, one.copy)
+        # What lies behind a chunk that failed is computed anew, whether it arrived or not.
+        good = np.logical_and.accumulate(good)
+        self._loaded(one, good)
+        if not good.all():
+            self._load_failed(one.copy, ~good, one)
+        if one.copy.asynchronous:
+            self._received.add(one.copy.request)
+        one.over = True
 
     def _loaded(self, one: _Running, good: NDArray[np.bool_]) -> None:
         copy, seconds = one.copy, time.perf_counter() - one.started
-        self._report.load_seconds[copy.request] = seconds
+        report = self._report if copy.asynchronous else one.report
+        report.load_seconds[copy.request] = seconds
         if self._link is None or not good.any():
             return
         blocks = copy.blocks[good]
@@ -300,10 +353,10 @@ class WorkerSide:
             tokens, copy.request, size, _tiers(copy.tiers), seconds, self._where(),
         )  # fmt: skip
 
-    def _load_failed(self, copy: Copy, failed: NDArray[np.bool_]) -> None:
+    def _load_failed(self, copy: Copy, failed: NDArray[np.bool_], one: _Running | None = None) -> None:
         blocks = copy.blocks[failed]
         bad = blocks[blocks >= 0].tolist()
-        self._bad_blocks.update(bad)
+        (self._bad_blocks if one is None or copy.asynchronous else one.bad_blocks).update(bad)
         self.counters.failed_tokens += self._counted(len(bad) * self._cache.block_tokens)
         if not copy.asynchronous:
             self._failed_steps += 1
@@ -327,6 +380,9 @@ class WorkerSide:
             if one not in self._storing:
                 return
             self._storing.remove(one)
+            self._end_loads()  # those before it have ended: the device read its blocks behind them
+            if one.failures_seen < self._failed_steps:
+                one.valid[:] = False  # it may hold what was computed on blocks that were not loaded
             good = one.valid & self._generations_hold(one.mover, one.copy)
             if good.any():
                 self._stored(one, good)
@@ -361,6 +417,51 @@ class WorkerSide:
 
     def _where(self) -> str:
         return f" (rank {self._rank})" if self._rank else ""
+
+
+class LateBlocks(Set[int]):
+    """Block ids that are known when loads have ended: whoever looks waits for that. Pickled it is a plain set."""
+
+    def __init__(self, known: Callable[[], set[int]]) -> None:
+        self._known = known
+
+    def __contains__(self, block: object) -> bool:
+        """Whether it was not loaded."""
+        return block in self._known()
+
+    def __iter__(self) -> Iterator[int]:
+        """Go through them."""
+        return iter(self._known())
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._known())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Become a plain set."""
+        return set, (list(self._known()),)
+
+
+def _over(one: _Running) -> bool:
+    """Whether a load has ended; one that the device refused has, and nothing of it is valid."""
+    try:
+        return one.handle.done()
+    except DeviceError as error:
+        _refused(one, error)
+        return True
+
+
+def _wait(one: _Running) -> None:
+    try:
+        one.handle.wait()
+    except DeviceError as error:
+        _refused(one, error)
+
+
+def _refused(one: _Running, error: DeviceError) -> None:
+    if one.valid.any():
+        _LOG.error("Request %s: nothing is loaded: %s", one.copy.request, error)
+    one.valid[:] = False
 
 
 class _InThread:

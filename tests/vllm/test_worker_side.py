@@ -1,5 +1,6 @@
 """A worker's half over a real arena and torch tensors: no vLLM, no server."""
 
+import pickle
 import threading
 import time
 
@@ -154,7 +155,7 @@ def test_changed_generation_fails_the_load_from_there_on(rig):
     assert rig.said("load_failed")[0][2] == (b"chunk1", b"chunk2")
     assert rig.side.bad_blocks() == set(range(24, 32))
     assert rig.side.bad_blocks() == set()
-    assert rig.side.report().failures == {0: 1}
+    assert rig.side.report()().failures == {0: 1}
 
 
 def test_generation_that_changes_during_the_copy_fails_the_load(rig, monkeypatch):
@@ -179,7 +180,7 @@ def test_nothing_is_stored_until_the_scheduler_knows_of_a_failed_load(rig):
     rig.step(StepPlan(loads=[load], stores=[rig.copy(range(4), at=10)]))
     assert rig.said("aborted")
     assert not rig.said("committed")
-    rig.step(StepPlan(stores=[rig.copy(range(4), at=10)], failures_seen=rig.side.report().failures))
+    rig.step(StepPlan(stores=[rig.copy(range(4), at=10)], failures_seen=rig.side.report()().failures))
     assert rig.said("committed")
 
 
@@ -341,6 +342,13 @@ def test_a_load_begins_once_and_before_the_step_is_prepared_where_that_is_safe(d
     device.side.warm_up()
     plan = StepPlan(loads=[device.copy(range(20, 28))], load_at_once=at_once)
     device.side.step_begins(plan)
+    assert not device.devices[-1].handles  # no step has told the engine's thread yet
+    device.side.start_loads(StepPlan())
+    other = threading.Thread(target=device.side.step_begins, args=(plan,))
+    other.start()
+    other.join()
+    assert not device.devices[-1].handles
+    device.side.step_begins(plan)
     assert len(device.devices[-1].handles) == int(at_once)
     load_in_thread(device, plan, layers=len(device.tensors))
     assert len(device.devices[-1].handles) == 1
@@ -352,6 +360,62 @@ def test_a_load_that_attention_did_not_wait_for_has_failed(device):
     device.side.warm_up()
     load_in_thread(device, StepPlan(loads=[device.copy(range(20, 28))]), layers=1)
     assert device.side.bad_blocks() == set(range(20, 28))
+
+
+def step_with_load_under_way(device, stores=()):
+    """A step whose load is in its place for every layer and has not ended; returns its handle and chunks' copy."""
+    device.side.warm_up()
+    load = device.copy(range(20, 28))
+    plan = StepPlan(loads=[load], stores=list(stores))
+    device.side.start_loads(plan)
+    handle = device.devices[-1].handles[-1]
+    for layer in range(len(device.tensors)):
+        device.side.wait_for_layer(f"layer.{layer}")
+    device.side.finish_step(plan)
+    return handle, load
+
+
+def test_a_step_does_not_wait_for_its_load_and_its_outcome_does(device):
+    handle, _ = step_with_load_under_way(device)
+    bad, report = device.side.bad_blocks(), device.side.report()
+    device.side.start_loads(StepPlan())  # the next step begins meanwhile
+    seen = []
+    reader = threading.Thread(target=lambda: seen.extend([bool(bad), report().load_seconds.keys()]))
+    reader.start()
+    reader.join(0.1)
+    assert reader.is_alive()
+    assert not device.said("loaded")
+    handle.gate.set()
+    reader.join(5)
+    assert seen == [False, {"r"}]
+    assert len(device.said("loaded")) == 1
+    assert device.side.report() is None
+
+
+def test_a_load_that_fails_after_its_step_is_told_with_that_steps_outcome(device):
+    handle, load = step_with_load_under_way(device)
+    bad, report = device.side.bad_blocks(), device.side.report()
+    device.arena.generations[load.pages[1, 0]] += 1
+    handle.gate.set()
+    device.side.start_loads(StepPlan())  # the next step finds it first, and does not take the news
+    assert device.side.bad_blocks() == set()
+    assert pickle.loads(pickle.dumps(bad)) == set(range(24, 28))
+    assert report().failures == {0: 1}
+    assert {24} <= bad
+    assert 20 not in bad
+
+
+def test_what_is_computed_on_a_load_under_way_is_stored_only_if_it_ends_well(device):
+    handle, load = step_with_load_under_way(device, stores=[device.copy(range(8), at=20)])
+    device.arena.generations[load.pages[0, 0]] += 1
+    handle.gate.set()
+    store = device.devices[-1].handles[-1]
+    store.gate.set()
+    until = time.monotonic() + 5
+    while not device.said("aborted") and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [one[2] for one in device.said("aborted")] == [(b"chunk0", b"chunk1")]
+    assert not device.said("committed")
 
 
 def test_two_ranks_write_their_shards_of_one_chunk(tmp_path):
