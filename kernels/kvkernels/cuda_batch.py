@@ -34,7 +34,7 @@ class _Lanes:
     def __init__(self, runtime: Runtime, name: str, *, lanes: int, urgent: bool, ahead: int) -> None:
         self._streams = [runtime.stream(urgent=urgent) for _ in range(lanes)]
         self._turn = 0
-        self.submitter = runtime.submitter(name)
+        self.submitter = runtime.submitter(name, urgent=urgent)
         self.window = Window(ahead)
 
     def wait(self, event: Event) -> None:

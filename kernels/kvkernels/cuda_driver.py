@@ -1,11 +1,16 @@
-"""The few CUDA driver calls that torch does not offer, with arguments as prepared arrays.
+"""The CUDA driver calls that transfers are made of, with arguments as prepared arrays.
 
 cuda-python's own binding of `cuMemcpyBatchAsync` takes Python lists, and building them costs more than the copies (40
 of 43 ms for 32 KiB pieces on an H100). So cuda-python only looks the function up; it is then called through ctypes
 with the addresses of NumPy arrays.
 
+Calls that only enqueue keep the interpreter's lock. A thread that gives it up at every one of a thousand short calls,
+as torch's streams and events do, makes the engine's thread fight for it at each of its own: launching a step of
+Qwen3-8B beside a load took 128 ms instead of 32.
+
 Source: CUDA driver API reference, "Memory Management": cuMemcpyBatchAsync (12.8; without failIdx since 13.0),
-cuMemcpyAsync, cuMemHostRegister, cuGetProcAddress; "Stream Management": cuThreadExchangeStreamCaptureMode.
+cuMemcpyAsync, cuMemHostRegister, cuGetProcAddress; "Stream Management": cuStreamWaitEvent,
+cuThreadExchangeStreamCaptureMode; "Event Management".
 """
 
 from __future__ import annotations
@@ -21,6 +26,9 @@ from kvkernels.errors import DeviceError
 
 __all__ = ["CudaDriver", "cuda_driver"]
 
+_NOT_READY = 600  # CUDA_ERROR_NOT_READY
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: none is current in the calling thread
+_UNTIMED_SLEEPING_EVENT = 1 | 2  # CU_EVENT_BLOCKING_SYNC: whoever waits leaves its core | CU_EVENT_DISABLE_TIMING
 _REGISTER_PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: pinned for every context of the process
 _CAPTURE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _ACCESS_IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
@@ -44,7 +52,7 @@ class _Attributes(ctypes.Structure):
 
 
 class CudaDriver:
-    """Copies and registrations through libcuda; the calling thread must have a current context.
+    """Copies, events and registrations through libcuda; the calling thread must have a current context.
 
     Raises:
         DeviceError: libcuda cannot be loaded, or a call fails.
@@ -53,9 +61,23 @@ class CudaDriver:
     def __init__(self) -> None:
         try:
             self._lib = ctypes.CDLL("libcuda.so.1")
+            held = ctypes.PyDLL("libcuda.so.1")
         except OSError as error:
             raise DeviceError(f"libcuda.so.1: {error}") from error
-        self._copy = self._lib.cuMemcpyAsync
+        self._create_event = held.cuEventCreate
+        self._create_event.argtypes = [ctypes.c_void_p, ctypes.c_uint]
+        self._record_event, self._query_event, self._destroy_event = (
+            held.cuEventRecord,
+            held.cuEventQuery,
+            held.cuEventDestroy_v2,
+        )
+        self._record_event.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        self._query_event.argtypes = self._destroy_event.argtypes = [ctypes.c_void_p]
+        self._stream_wait = held.cuStreamWaitEvent
+        self._stream_wait.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
+        self._wait_event = self._lib.cuEventSynchronize
+        self._wait_event.argtypes = [ctypes.c_void_p]
+        self._copy = held.cuMemcpyAsync
         self._copy.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
         self._register = self._lib.cuMemHostRegister_v2
         self._register.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
@@ -86,6 +108,36 @@ class CudaDriver:
             code = self._copy(to, origin, size, stream)
             if code:
                 self._check("cuMemcpyAsync", code)
+
+    def record(self, stream: int) -> int:
+        """Return a new event behind everything that is on a stream; `release` it."""
+        event = ctypes.c_void_p()
+        self._check("cuEventCreate", self._create_event(ctypes.byref(event), _UNTIMED_SLEEPING_EVENT))
+        self._check("cuEventRecord", self._record_event(event, stream))
+        return int(event.value or 0)
+
+    def order(self, stream: int, event: int) -> None:
+        """Make what is put on a stream from now on wait for an event."""
+        self._check("cuStreamWaitEvent", self._stream_wait(stream, event, 0))
+
+    def reached(self, event: int) -> bool | None:
+        """Whether an event was reached; None where the calling thread has no context."""
+        return self._answer("cuEventQuery", self._query_event(event))
+
+    def wait(self, event: int) -> bool | None:
+        """Block the calling thread, and no other, until an event is reached; None where it has no context."""
+        return self._answer("cuEventSynchronize", self._wait_event(event))
+
+    def release(self, event: int) -> None:
+        """Let go of an event, reached or not; one that outlives its context is gone already."""
+        self._destroy_event(event)
+
+    def _answer(self, call: str, code: int) -> bool | None:
+        if code == _INVALID_CONTEXT:
+            return None
+        if code != _NOT_READY:
+            self._check(call, code)
+        return code != _NOT_READY
 
     def register(self, address: int, nbytes: int) -> None:
         """Pin host memory for every context of this process."""
@@ -118,13 +170,13 @@ class CudaDriver:
         arrays = (pointer, pointer, pointer, size, pointer, pointer, size)
         address = self._address("cuMemcpyBatchAsync", _WITHOUT_FAIL_INDEX)
         if address:
-            plain = ctypes.CFUNCTYPE(ctypes.c_int, *arrays, pointer)(address)
+            plain = ctypes.PYFUNCTYPE(ctypes.c_int, *arrays, pointer)(address)
             return lambda to, origin, sizes, count, stream: plain(
                 to, origin, sizes, count, attributes, starts, 1, stream
             )
         address = self._address("cuMemcpyBatchAsync", _WITH_FAIL_INDEX)
         if address:
-            older = ctypes.CFUNCTYPE(ctypes.c_int, *arrays, pointer, pointer)(address)
+            older = ctypes.PYFUNCTYPE(ctypes.c_int, *arrays, pointer, pointer)(address)
             failed = ctypes.c_size_t()
             return lambda to, origin, sizes, count, stream: older(
                 to, origin, sizes, count, attributes, starts, 1, ctypes.addressof(failed), stream

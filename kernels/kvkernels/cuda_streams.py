@@ -1,9 +1,9 @@
-"""CUDA streams and memory through torch, copies through the driver."""
+"""CUDA streams and memory of torch's; what is put on the streams goes through the driver."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,37 +17,79 @@ from kvkernels.submit import Submitter, ThreadSubmitter
 __all__ = ["CudaRuntime", "CudaStream"]
 
 _HIGH, _NORMAL = -1, 0
+_INLINE_S, _URGENT_S = 0.001, 0.02
+"""How long whoever submits a transfer hands it over itself. An urgent one is waited for by the engine's next step: a
+thread would hold that up for as long, and lose more in handing the interpreter back and forth."""
+
+
+class CudaEvent:
+    """A point in a stream's work.
+
+    Args:
+        stream: CUDA's handle of the stream.
+        driver: the driver's calls.
+        enter_thread: makes the device usable from a thread: any may ask.
+    """
+
+    __slots__ = ("_driver", "_enter_thread", "handle")
+
+    def __init__(self, stream: int, driver: CudaDriver, enter_thread: Callable[[], None]) -> None:
+        self._driver = driver
+        self._enter_thread = enter_thread
+        self.handle = driver.record(stream)
+
+    def __del__(self) -> None:
+        """Release it; that needs no context."""
+        if hasattr(self, "handle"):
+            self._driver.release(self.handle)
+
+    def query(self) -> bool:
+        """Whether the point has been reached."""
+        return self._ask(self._driver.reached)
+
+    def synchronize(self) -> None:
+        """Sleep until it has been."""
+        self._ask(self._driver.wait)
+
+    def _ask(self, question: Callable[[int], bool | None]) -> bool:
+        answer = question(self.handle)
+        if answer is None:
+            self._enter_thread()
+            answer = question(self.handle)
+        return bool(answer)
 
 
 class CudaStream:
-    """A torch stream whose copies are batched driver calls.
+    """A torch stream on which everything is put by driver calls, copies in batches.
 
     Args:
         stream: the torch stream; not the legacy default stream when copies are put on it.
         driver: the driver's calls.
         batched: one call for all ranges of a copy, or one each.
+        enter_thread: see `CudaEvent`.
     """
 
-    def __init__(self, stream: Any, driver: CudaDriver, *, batched: bool) -> None:
+    def __init__(self, stream: Any, driver: CudaDriver, *, batched: bool, enter_thread: Callable[[], None]) -> None:
         self.torch = stream
+        self._handle = int(stream.cuda_stream)
         self._driver = driver
         self._batched = batched
+        self._enter_thread = enter_thread
 
     def wait(self, event: Event) -> None:
         """Order this stream after an event of any stream of the device."""
-        self.torch.wait_event(event)
+        self._driver.order(self._handle, cast("CudaEvent", event).handle)
 
     def record(self) -> Event:
-        """A CUDA event without timing."""
-        event: Event = self.torch.record_event()
-        return event
+        """An event without timing."""
+        return CudaEvent(self._handle, self._driver, self._enter_thread)
 
     def copy(self, target: Ints, source: Ints, length: Ints) -> None:
         """Enqueue copies; host ranges must be pinned and stay so until an event after them."""
         if self._batched and len(length) > 1:
-            self._driver.copy_batch(target, source, length, self.torch.cuda_stream)
+            self._driver.copy_batch(target, source, length, self._handle)
         else:
-            self._driver.copy_each(target, source, length, self.torch.cuda_stream)
+            self._driver.copy_each(target, source, length, self._handle)
 
     def launch(self, kernel: Callable[[], None]) -> None:
         """Run with this stream as torch's (and so Triton's) current one."""
@@ -107,9 +149,9 @@ class CudaRuntime:
         torch.cuda.set_device(self.device)
         self._driver.relax_capture()
 
-    def submitter(self, name: str) -> Submitter:
-        """A thread of its own for all but the first steps."""
-        return ThreadSubmitter(name, self.enter_thread)
+    def submitter(self, name: str, *, urgent: bool) -> Submitter:
+        """Hands urgent transfers over at once as far as they fit the window, of others only the first steps."""
+        return ThreadSubmitter(name, self.enter_thread, inline_s=_URGENT_S if urgent else _INLINE_S)
 
     def _wrap(self, stream: Any) -> CudaStream:
-        return CudaStream(stream, self._driver, batched=self._batched)
+        return CudaStream(stream, self._driver, batched=self._batched, enter_thread=self.enter_thread)

@@ -65,7 +65,7 @@ class _Direction:
         self._lane = 0
         self.kernels = runtime.stream(urgent=urgent)
         self._lanes = [runtime.stream(urgent=urgent) for _ in range(lanes)]
-        self.submitter = runtime.submitter(name)
+        self.submitter = runtime.submitter(name, urgent=urgent)
         self.window = Window(ahead)
 
     def next(self) -> _Buffer:

@@ -89,7 +89,7 @@ class Runtime(Protocol):
         """Make the device usable from the calling thread."""
         ...
 
-    def submitter(self, name: str) -> Submitter:
+    def submitter(self, name: str, *, urgent: bool) -> Submitter:
         """What hands transfers to the device; those of one submitter keep their order."""
         ...
 
@@ -192,7 +192,7 @@ class HostRuntime:
     def enter_thread(self) -> None:
         """Nothing to do."""
 
-    def submitter(self, name: str) -> Submitter:
+    def submitter(self, name: str, *, urgent: bool) -> Submitter:
         """Everything happens in the call."""
         return InlineSubmitter()
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["InlineSubmitter", "Submitter", "ThreadSubmitter", "Window", "Work"]
 
-_POLL_S = 0.0002
-
 
 @dataclass(slots=True)
 class Work:
@@ -182,8 +180,8 @@ class ThreadSubmitter:
     def _run_to_end(self, work: Work, before: Event | None) -> None:
         more = True
         while more:
-            while before is not None and not before.query():
-                time.sleep(_POLL_S)  # synchronize() would keep a core busy
+            if before is not None:
+                before.synchronize()
             more, before = work.step()
             self._tell()
 
@@ -195,7 +193,8 @@ class ThreadSubmitter:
 class Window:
     """The last so many points that were enqueued, so that no more is in the device's queues at a time.
 
-    A full queue blocks whoever enqueues next, the engine's own thread included.
+    A full queue blocks whoever enqueues next, the engine's own thread included. Half of a full window is waited for at
+    once: every time that whoever waits wakes up, the engine's thread has to share the interpreter with it.
     """
 
     def __init__(self, size: int) -> None:
@@ -208,4 +207,7 @@ class Window:
 
     def full(self) -> Event | None:
         """What must be reached before another may be enqueued."""
-        return self._points.popleft() if len(self._points) >= self._size else None
+        if len(self._points) < self._size:
+            return None
+        oldest = [self._points.popleft() for _ in range(-(-self._size // 2))]
+        return oldest[-1]

@@ -171,7 +171,7 @@ class LazyRuntime:
     def enter_thread(self):
         pass
 
-    def submitter(self, name):
+    def submitter(self, name, *, urgent):
         self.submitters.append(LazySubmitter(self))
         return self.submitters[-1]
 

@@ -57,6 +57,26 @@ CUresult cuMemHostRegister_v2(void *p, size_t n, unsigned flags) {
         if (!slices[i].n) { slices[i].start = (uintptr_t)p; slices[i].n = n; return 0; }
     return 1;
 }
+struct event { CUstream stream; int recorded, queries; };
+static int events, ordered, no_context;
+CUresult cuEventCreate(struct event **e, unsigned flags) {
+    if (flags != 3) return 1;
+    *e = calloc(1, sizeof **e); events++; return 0;
+}
+CUresult cuEventRecord(struct event *e, CUstream s) { e->stream = s; e->recorded = 1; return 0; }
+CUresult cuEventQuery(struct event *e) {
+    if (no_context) return 201;
+    return e->recorded ? (e->queries++ ? 0 : 600) : 1; /* reached when asked for the second time */
+}
+CUresult cuEventSynchronize(struct event *e) { return no_context ? 201 : e->recorded ? 0 : 1; }
+CUresult cuEventDestroy_v2(struct event *e) { free(e); events--; return 0; }
+CUresult cuStreamWaitEvent(CUstream s, struct event *e, unsigned flags) {
+    if (flags || s == e->stream) return 1;
+    ordered++; return 0;
+}
+int stand_in_events(void) { return events; }
+int stand_in_ordered(void) { return ordered; }
+void stand_in_context(int missing) { no_context = missing; }
 static int capture_mode;
 CUresult cuThreadExchangeStreamCaptureMode(int *mode) {
     int before = capture_mode; capture_mode = *mode; *mode = before; return 0;
@@ -106,6 +126,21 @@ for copy in [driver.copy_each] + [driver.copy_batch] * driver.has_batch:
         raise SystemExit("a copy across two registered ranges was not refused")
     except DeviceError as error:
         assert "CUDA_ERROR_INVALID_VALUE (1)" in str(error)
+event = driver.record(77)
+assert [driver.reached(event), driver.reached(event), driver.wait(event)] == [False, True, True]
+driver.order(78, event)
+stand_in = ctypes.CDLL("libcuda.so.1")
+assert (stand_in.stand_in_events(), stand_in.stand_in_ordered()) == (1, 1)
+try:
+    driver.order(77, event)
+    raise SystemExit("an error code was not raised")
+except DeviceError as error:
+    assert "cuStreamWaitEvent" in str(error)
+stand_in.stand_in_context(1)
+assert [driver.reached(event), driver.wait(event)] == [None, None]
+stand_in.stand_in_context(0)
+driver.release(event)
+assert stand_in.stand_in_events() == 0
 driver.relax_capture()
 assert ctypes.CDLL("libcuda.so.1").stand_in_capture_mode() == 2
 try:

@@ -317,7 +317,7 @@ class ThreadedRuntime(HostRuntime):
         super().__init__()
         self.slow_s = slow_s
 
-    def submitter(self, name):
+    def submitter(self, name, *, urgent):
         return ThreadSubmitter(name, self.enter_thread, inline_s=self.slow_s)
 
 

@@ -134,12 +134,17 @@ def test_many_threads_submit():
         assert [number for who, number, _ in log if who == name] == list(range(100))
 
 
-def test_a_window_names_the_oldest_of_too_many():
-    window, points = Window(2), [Point() for _ in range(3)]
-    assert window.full() is None
-    window.add(points[0])
-    assert window.full() is None
-    window.add(points[1])
-    assert window.full() is points[0]
-    window.add(points[2])
+def test_a_full_window_waits_for_its_older_half():
+    window, points = Window(4), [Point() for _ in range(7)]
+    for point in points[:4]:
+        assert window.full() is None
+        window.add(point)
     assert window.full() is points[1]
+    window.add(points[4])
+    assert window.full() is None
+    window.add(points[5])
+    assert window.full() is points[3]
+    single = Window(1)
+    single.add(points[0])
+    assert single.full() is points[0]
+    assert single.full() is None
