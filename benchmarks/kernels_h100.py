@@ -600,7 +600,6 @@ def triton_sections(bench, arguments, small, big):
 def triton_variants(bench, big):
     """One choice changed at a time."""
     variants = (
-        ("1 lane", {"lanes": 1}),
         ("copies of 2 MiB", {"copy_bytes": 2 * MIB}),
         ("copies of 8 MiB", {"copy_bytes": 8 * MIB}),
         ("a driver call a copy", {"batched": False}),

@@ -158,7 +158,7 @@ def _candidates(layout: PagedLayout, tensors: Tensors) -> tuple[Runtime, dict[st
     if layout.device == "cpu":
         host = HostRuntime(threads=min(_HOST_THREADS, os.cpu_count() or 1))
         makers["memmove"] = lambda arena: BatchTransfer(
-            layout, tensors, arena, host, batch_rows=1024, call_copies=1 << 20, lanes=1, name="memmove"
+            layout, tensors, arena, host, batch_rows=1024, call_copies=1 << 20, name="memmove"
         )
         return host, makers
     if layout.device != "cuda":

@@ -28,29 +28,13 @@ from kvkernels.transfer import BlockIds, Handle, Request, Tensors, listed
 __all__ = ["BatchTransfer"]
 
 
-class _Lanes:
-    """One direction's streams, and what enqueues on them."""
+class _Direction:
+    """One direction's stream, and what enqueues on it."""
 
-    def __init__(self, runtime: Runtime, name: str, *, lanes: int, urgent: bool, ahead: int) -> None:
-        self._streams = [runtime.stream(urgent=urgent) for _ in range(lanes)]
-        self._turn = 0
+    def __init__(self, runtime: Runtime, name: str, *, urgent: bool, ahead: int) -> None:
+        self.stream = runtime.stream(urgent=urgent)
         self.submitter = runtime.submitter(name, urgent=urgent)
         self.window = Window(ahead)
-
-    def wait(self, event: Event) -> None:
-        for stream in self._streams:
-            stream.wait(event)
-
-    def copy(self, target: Ints, source: Ints, length: Ints) -> None:
-        """Copies on the next lane."""
-        self._turn = (self._turn + 1) % len(self._streams)
-        stream = self._streams[self._turn]
-        stream.copy(target, source, length)
-        self.window.add(stream.record())
-
-    def record(self) -> list[Event]:
-        """Reached when everything so far is done."""
-        return [stream.record() for stream in self._streams]
 
 
 class BatchTransfer:
@@ -63,13 +47,12 @@ class BatchTransfer:
         runtime: the device.
         batch_rows: the fewest rows that an event is recorded for, but for the last: small loads still get an event
             a layer, large ones do not wait for planning.
-        call_copies: the most copies of one driver call; calls are dealt out to the lanes.
-        lanes: streams in each direction.
+        call_copies: the most copies of one driver call.
         ahead: the most driver calls of a direction that are in the device's queues at a time.
         name: the backend's name.
     """
 
-    def __init__(  # noqa: PLR0913  (each is a measured choice of its own)
+    def __init__(
         self,
         layout: PagedLayout,
         tensors: Tensors,
@@ -78,7 +61,6 @@ class BatchTransfer:
         *,
         batch_rows: int = 256,
         call_copies: int = 256,
-        lanes: int = 2,
         ahead: int = 16,
         name: str = "cuda_batch",
     ) -> None:
@@ -91,8 +73,8 @@ class BatchTransfer:
         self._call_copies = call_copies
         self._bases = np.array([self._tensors[p.tensor].data_ptr() + p.offset for p in layout.planes], np.int64)
         self._starts = layout.plane_starts()
-        self._out = _Lanes(runtime, f"{name}-store", lanes=lanes, urgent=False, ahead=ahead)
-        self._in = _Lanes(runtime, f"{name}-load", lanes=lanes, urgent=True, ahead=ahead)
+        self._out = _Direction(runtime, f"{name}-store", urgent=False, ahead=ahead)
+        self._in = _Direction(runtime, f"{name}-load", urgent=True, ahead=ahead)
         self._flying = InFlight()
 
     def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None) -> Handle:
@@ -107,13 +89,13 @@ class BatchTransfer:
 
     def start(self, request: Request, *, loading: bool, after: Event | None = None) -> Handle:
         """Carry out a checked request after the current stream's work so far, or after a given event."""
-        lanes = self._in if loading else self._out
-        handle = StreamHandle(self.layout, self._runtime, lanes.submitter)
-        handle.keep(lanes, self._arena, self._tensors)
+        side = self._in if loading else self._out
+        handle = StreamHandle(self.layout, self._runtime, side.submitter)
+        handle.keep(side, self._arena, self._tensors)
         after = after or self._runtime.current().record()
         self._flying.add(handle)
-        steps = self._steps(request, lanes, after, handle, loading=loading)
-        lanes.submitter.submit(Work(steps, partial(_give_up, lanes, handle)))
+        steps = self._steps(request, side, after, handle, loading=loading)
+        side.submitter.submit(Work(steps, partial(_give_up, side, handle)))
         return handle
 
     def over(self, arena: Arena) -> Self:
@@ -125,22 +107,23 @@ class BatchTransfer:
     def close(self) -> None:
         """Wait for what is under way."""
         self._flying.drain()
-        for lanes in (self._out, self._in):
-            lanes.submitter.close()
+        for side in (self._out, self._in):
+            side.submitter.close()
 
     def _steps(
-        self, request: Request, lanes: _Lanes, after: Event, handle: StreamHandle, *, loading: bool
+        self, request: Request, side: _Direction, after: Event, handle: StreamHandle, *, loading: bool
     ) -> Iterator[Event | None]:
-        lanes.wait(after)
+        side.stream.wait(after)
         last: list[Event] = []
         for group in self._groups(request):
             host, device, length = self._copies(request, group)
             target, source = (device, host) if loading else (host, device)
             for at in range(0, len(length), self._call_copies):
-                yield lanes.window.full()
+                yield side.window.full()
                 mine = slice(at, at + self._call_copies)
-                lanes.copy(target[mine], source[mine], length[mine])
-            last = lanes.record()
+                side.stream.copy(target[mine], source[mine], length[mine])
+                last = [side.stream.record()]
+                side.window.add(last[0])
             handle.arrived(group.stop, last)
         handle.ended(last, last)
 
@@ -168,9 +151,9 @@ class BatchTransfer:
         return self._arena.address + host, device, length
 
 
-def _give_up(lanes: _Lanes, handle: StreamHandle, error: Exception) -> None:
+def _give_up(side: _Direction, handle: StreamHandle, error: Exception) -> None:
     try:
-        over = lanes.record()
+        over: list[Event] = [side.stream.record()]
     except (DeviceError, RuntimeError):  # a device that takes no events any more has nothing to be waited for
         over = []
     handle.failed(error, over)

@@ -10,7 +10,7 @@ Qwen3-8B beside a load took 128 ms instead of 32.
 
 Source: CUDA driver API reference, "Memory Management": cuMemcpyBatchAsync (12.8; without failIdx since 13.0),
 cuMemcpyAsync, cuMemHostRegister, cuGetProcAddress; "Stream Management": cuStreamWaitEvent,
-cuThreadExchangeStreamCaptureMode; "Event Management".
+cuThreadExchangeStreamCaptureMode; "Event Management"; "Execution Control": cuLaunchKernel.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -66,17 +67,17 @@ class CudaDriver:
             raise DeviceError(f"libcuda.so.1: {error}") from error
         self._create_event = held.cuEventCreate
         self._create_event.argtypes = [ctypes.c_void_p, ctypes.c_uint]
-        self._record_event, self._query_event, self._destroy_event = (
-            held.cuEventRecord,
-            held.cuEventQuery,
-            held.cuEventDestroy_v2,
-        )
+        self._record_event, self._query_event = held.cuEventRecord, held.cuEventQuery
         self._record_event.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-        self._query_event.argtypes = self._destroy_event.argtypes = [ctypes.c_void_p]
+        self._query_event.argtypes = [ctypes.c_void_p]
         self._stream_wait = held.cuStreamWaitEvent
         self._stream_wait.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
         self._wait_event = self._lib.cuEventSynchronize
         self._wait_event.argtypes = [ctypes.c_void_p]
+        self._launch = held.cuLaunchKernel
+        sizes = [ctypes.c_uint] * 7  # grid and block in three dimensions, shared memory
+        self._launch.argtypes = [ctypes.c_void_p, *sizes, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        self._spare_events: list[int] = []
         self._copy = held.cuMemcpyAsync
         self._copy.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
         self._register = self._lib.cuMemHostRegister_v2
@@ -111,9 +112,13 @@ class CudaDriver:
 
     def record(self, stream: int) -> int:
         """Return a new event behind everything that is on a stream; `release` it."""
+        event = self._spare_events.pop() if self._spare_events else self._new_event()
+        self._check("cuEventRecord", self._record_event(event, stream))
+        return event
+
+    def _new_event(self) -> int:
         event = ctypes.c_void_p()
         self._check("cuEventCreate", self._create_event(ctypes.byref(event), _UNTIMED_SLEEPING_EVENT))
-        self._check("cuEventRecord", self._record_event(event, stream))
         return int(event.value or 0)
 
     def order(self, stream: int, event: int) -> None:
@@ -129,8 +134,13 @@ class CudaDriver:
         return self._answer("cuEventSynchronize", self._wait_event(event))
 
     def release(self, event: int) -> None:
-        """Let go of an event, reached or not; one that outlives its context is gone already."""
-        self._destroy_event(event)
+        """Let go of an event, reached or not: what was ordered behind it stays so when it is recorded again."""
+        self._spare_events.append(event)
+
+    def launch(self, function: int, blocks: int, threads: int, shared: int, stream: int, arguments: Any) -> None:
+        """Launch a CUfunction in one dimension; `arguments` is a ctypes array of its arguments' addresses."""
+        code = self._launch(function, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(arguments), None)
+        self._check("cuLaunchKernel", code)
 
     def _answer(self, call: str, code: int) -> bool | None:
         if code == _INVALID_CONTEXT:

@@ -96,6 +96,10 @@ class CudaStream:
         with torch.cuda.stream(self.torch):
             kernel()
 
+    def launch_compiled(self, function: int, programs: int, threads: int, shared: int, arguments: Any) -> None:
+        """Launch a kernel by the driver."""
+        self._driver.launch(function, programs, threads, shared, self._handle, arguments)
+
 
 class CudaRuntime:
     """One CUDA device.

@@ -18,7 +18,7 @@ from kvkernels.errors import LayoutError
 from kvkernels.layouts import PagedLayout
 from kvkernels.slots import SlotTable, merge_copies, ordinals
 
-__all__ = ["PieceCopies", "StagedPiece", "in_batches", "load_pieces", "piece_copies", "plane_groups", "store_pieces"]
+__all__ = ["PieceCopies", "StagedPiece", "load_pieces", "piece_copies", "plane_groups", "store_pieces"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +67,6 @@ def load_pieces(
             yield from _pieces(layout, group, chunks, capacity)
 
 
-def in_batches(pieces: Iterator[StagedPiece], *, most: int) -> Iterator[tuple[list[StagedPiece], bool]]:
-    """Up to `most` pieces of the same planes together, and whether they are the last of these planes."""
-    for _, same in groupby(pieces, key=lambda piece: piece.planes):
-        batch: list[StagedPiece] = []
-        for piece in same:
-            if len(batch) == most:
-                yield batch, False
-                batch = []
-            batch.append(piece)
-        yield batch, True
-
-
 @dataclass(frozen=True, slots=True)
 class PieceCopies:
     """The host copies of one piece: arena offsets, offsets in its staging buffer, lengths."""
@@ -91,7 +79,7 @@ class PieceCopies:
 def piece_copies(
     layout: PagedLayout, table: SlotTable, pieces: Sequence[StagedPiece], *, split_bytes: int
 ) -> list[PieceCopies]:
-    """The copies of several pieces of the same planes, resolved at once: a call a piece costs more than the pieces.
+    """The copies of several pieces, resolved at once: a call a piece costs more than the pieces.
 
     No copy crosses a multiple of `split_bytes` in the arena.
     """

@@ -1,9 +1,7 @@
 """The pipeline shared by backends that gather into device staging and let the copy engine do the rest.
 
 Store: gather piece i + 1 while piece i is copied out. Load: copy piece i + 1 in while piece i is scattered. Staging is
-a ring of a few buffers for each direction; events alone keep a buffer from being filled before it was emptied. Copies
-go over two lanes (streams): the copy engine needs a few microseconds between two copies of one stream, and the other
-lane's copy fills that gap.
+a ring of a few buffers for each direction; events alone keep a buffer from being filled before it was emptied.
 
 The calling thread checks the request and enqueues the first pieces; a thread for each direction enqueues the rest (see
 `submit.py`). What side streams read (block ids, staging) is held until their last event, whatever the caller does with
@@ -15,33 +13,34 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise, zip_longest
 from typing import Any, Protocol, Self
 
-from kvkernels.arena import Arena, Ints
+from kvkernels.arena import Arena
 from kvkernels.errors import DeviceError, LayoutError, RequestError
 from kvkernels.handles import InFlight, StreamHandle
 from kvkernels.layouts import PagedLayout
-from kvkernels.pieces import StagedPiece, in_batches, load_pieces, piece_copies, store_pieces
+from kvkernels.pieces import PieceCopies, StagedPiece, load_pieces, piece_copies, store_pieces
 from kvkernels.slots import Slots
-from kvkernels.streams import Event, Runtime
+from kvkernels.streams import Event, Runtime, Stream
 from kvkernels.submit import Window, Work
 from kvkernels.transfer import BlockIds, Handle, Request, check_request
 
 __all__ = ["Mover", "StagedTransfer", "ready_request"]
 
 MIB = 1 << 20
-_PLANNED_PIECES = 32
-"""Pieces planned at once: the plan's fixed cost is shared, and the first piece need not wait for many others."""
+_PLANNED_PIECES = 4, 32
+"""Pieces planned at once: few at first, so that the bus need not wait, then many, for a plan has a fixed cost."""
 
 
 class Mover(Protocol):
-    """Moves rows between paged blocks and a staging buffer on the device's current stream."""
+    """Moves rows between paged blocks and a staging buffer, on a stream."""
 
-    def gather(self, ids: Any, piece: StagedPiece, staging: Any) -> None:
+    def gather(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any) -> None:
         """Rows of the piece's blocks into staging; `ids` holds the whole request's block ids, chunk after chunk."""
         ...
 
-    def scatter(self, ids: Any, piece: StagedPiece, staging: Any) -> None:
+    def scatter(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any) -> None:
         """The way back."""
         ...
 
@@ -50,21 +49,18 @@ class _Buffer:
     def __init__(self, memory: Any) -> None:
         self.memory = memory
         self.address = int(memory.data_ptr())
-        self.emptied: Sequence[Event] = ()
+        self.emptied: Event | None = None
 
 
 class _Direction:
-    """One direction's staging ring, kernel stream, copy lanes, and what enqueues on them."""
+    """One direction's staging ring, its streams for kernels and copies, and what enqueues on them."""
 
-    def __init__(
-        self, runtime: Runtime, name: str, *, nbytes: int, buffers: int, lanes: int, urgent: bool, ahead: int
-    ) -> None:
+    def __init__(self, runtime: Runtime, name: str, *, nbytes: int, buffers: int, urgent: bool, ahead: int) -> None:
         self.capacity = nbytes // buffers
         self._buffers = [_Buffer(runtime.staging(self.capacity)) for _ in range(buffers)]
         self._turn = 0
-        self._lane = 0
         self.kernels = runtime.stream(urgent=urgent)
-        self._lanes = [runtime.stream(urgent=urgent) for _ in range(lanes)]
+        self.copies = runtime.stream(urgent=urgent)
         self.submitter = runtime.submitter(name, urgent=urgent)
         self.window = Window(ahead)
 
@@ -72,27 +68,13 @@ class _Direction:
         self._turn = (self._turn + 1) % len(self._buffers)
         return self._buffers[self._turn]
 
-    def copy(self, after: Sequence[Event], target: Ints, source: Ints, length: Ints) -> dict[int, Event]:
-        """Deal the copies out, from the lane after the last one used; done when every lane's event is reached."""
-        done: dict[int, Event] = {}
-        count = min(len(self._lanes), len(length))
-        for part in range(count):
-            number = (self._lane + part) % len(self._lanes)
-            lane = self._lanes[number]
-            for event in after:
-                lane.wait(event)
-            mine = slice(part * len(length) // count, (part + 1) * len(length) // count)
-            lane.copy(target[mine], source[mine], length[mine])
-            done[number] = lane.record()
-        self._lane = (self._lane + count) % len(self._lanes)
-        return done
-
     def give_up(self) -> list[Event]:
         """After a failure half-way: what was enqueued is over, and every buffer is empty, at these events."""
-        over = [stream.record() for stream in (self.kernels, *self._lanes)]
+        self.kernels.wait(self.copies.record())
+        over = self.kernels.record()
         for buffer in self._buffers:
             buffer.emptied = over
-        return over
+        return [over]
 
 
 class StagedTransfer:
@@ -106,7 +88,6 @@ class StagedTransfer:
         name: the backend's name.
         staging_bytes: device memory for staging over both directions, all buffers.
         buffers: staging buffers in each direction's ring.
-        lanes: copy streams in each direction.
         copy_bytes: layers are loaded in groups until one copy is this long (see `load_pieces`).
         group_bytes: the fewest bytes of a group of layers.
         ahead: the most pieces of a direction that are in the device's queues at a time.
@@ -125,7 +106,6 @@ class StagedTransfer:
         name: str,
         staging_bytes: int = 240 * MIB,
         buffers: int = 3,
-        lanes: int = 2,
         copy_bytes: int = 4 * MIB,
         group_bytes: int = 8 * MIB,
         ahead: int = 64,
@@ -143,9 +123,7 @@ class StagedTransfer:
             raise LayoutError(f"a row of this layout does not fit a staging buffer of {half // buffers} bytes")
 
         def direction(way: str, *, urgent: bool) -> _Direction:
-            return _Direction(
-                runtime, f"kv-{way}", nbytes=half, buffers=buffers, lanes=lanes, urgent=urgent, ahead=ahead
-            )
+            return _Direction(runtime, f"kv-{way}", nbytes=half, buffers=buffers, urgent=urgent, ahead=ahead)
 
         self._out = direction("store", urgent=False)
         self._in = direction("load", urgent=True)
@@ -185,55 +163,58 @@ class StagedTransfer:
             side.submitter.close()
 
     def _store(self, request: Request, side: _Direction, after: Event, handle: StreamHandle) -> Iterator[Event | None]:
-        side.kernels.wait(after)
-        ids = self._runtime.upload(request.block_ids.ravel(), side.kernels)
-        handle.keep(ids, side, self._arena, self._mover)
-        gathered: list[Event] = []
-        last: dict[int, Event] = {}
-        pieces = store_pieces(self.layout, request.chunks, request.planes, side.capacity)
-        for batch, _ in in_batches(pieces, most=_PLANNED_PIECES):
-            copies = piece_copies(self.layout, request.table, batch, split_bytes=self._arena.split_bytes)
-            for piece, ranges in zip(batch, copies, strict=True):
-                yield side.window.full()
-                buffer = side.next()
-                for event in buffer.emptied:
-                    side.kernels.wait(event)
-                side.kernels.launch(partial(self._mover.gather, ids, piece, buffer.memory))
-                gathered = [side.kernels.record()]
-                host, device = self._arena.address + ranges.host, buffer.address + ranges.staged
-                copied = side.copy(gathered, host, device, ranges.length)
-                buffer.emptied = list(copied.values())
-                side.window.add(buffer.emptied[-1])
-                last.update(copied)  # a lane's later event covers its earlier ones
-        handle.ended(list(last.values()), gathered)
+        ids = self._begin(request, side, after, handle)
+        pieces = list(store_pieces(self.layout, request.chunks, request.planes, side.capacity))
+        gathered = copied = after
+        for piece, ranges in self._planned(request, pieces):
+            yield side.window.full()
+            buffer = side.next()
+            if buffer.emptied is not None:
+                side.kernels.wait(buffer.emptied)
+            self._mover.gather(side.kernels, ids, piece, buffer.memory)
+            gathered = side.kernels.record()
+            side.copies.wait(gathered)
+            side.copies.copy(self._arena.address + ranges.host, buffer.address + ranges.staged, ranges.length)
+            copied = buffer.emptied = side.copies.record()
+            side.window.add(copied)
+        handle.ended([copied], [gathered])
 
     def _load(self, request: Request, side: _Direction, after: Event, handle: StreamHandle) -> Iterator[Event | None]:
+        ids = self._begin(request, side, after, handle)
+        sizes = {"copy_bytes": self._copy_bytes, "group_bytes": self._group_bytes}
+        pieces = list(load_pieces(self.layout, request.chunks, request.planes, side.capacity, **sizes))
+        followers = [piece.planes for piece in pieces[1:]]
+        scattered = after
+        for (piece, ranges), planes_after in zip_longest(self._planned(request, pieces), followers):
+            yield side.window.full()
+            buffer = side.next()
+            if buffer.emptied is not None:
+                side.copies.wait(buffer.emptied)
+            side.copies.copy(buffer.address + ranges.staged, self._arena.address + ranges.host, ranges.length)
+            side.kernels.wait(side.copies.record())
+            self._mover.scatter(side.kernels, ids, piece, buffer.memory)
+            scattered = buffer.emptied = side.kernels.record()
+            side.window.add(scattered)
+            if planes_after != piece.planes:
+                handle.arrived(piece.planes.stop, [scattered])
+        handle.ended([scattered], [scattered])
+
+    def _begin(self, request: Request, side: _Direction, after: Event, handle: StreamHandle) -> Any:
+        """Order both streams behind the engine's work so far; return the block ids on the device."""
         side.kernels.wait(after)
+        side.copies.wait(after)
         ids = self._runtime.upload(request.block_ids.ravel(), side.kernels)
         handle.keep(ids, side, self._arena, self._mover)
-        last: Sequence[Event] = ()
-        pieces = load_pieces(
-            self.layout,
-            request.chunks,
-            request.planes,
-            side.capacity,
-            copy_bytes=self._copy_bytes,
-            group_bytes=self._group_bytes,
-        )
-        for batch, complete in in_batches(pieces, most=_PLANNED_PIECES):
+        return ids
+
+    def _planned(self, request: Request, pieces: Sequence[StagedPiece]) -> Iterator[tuple[StagedPiece, PieceCopies]]:
+        """Every piece with its copies."""
+        few, many = _PLANNED_PIECES
+        bounds = [0, *range(few, len(pieces), many), len(pieces)]
+        for start, stop in pairwise(bounds):
+            batch = pieces[start:stop]
             copies = piece_copies(self.layout, request.table, batch, split_bytes=self._arena.split_bytes)
-            for piece, ranges in zip(batch, copies, strict=True):
-                yield side.window.full()
-                buffer = side.next()
-                host, device = self._arena.address + ranges.host, buffer.address + ranges.staged
-                for event in side.copy(buffer.emptied, device, host, ranges.length).values():
-                    side.kernels.wait(event)
-                side.kernels.launch(partial(self._mover.scatter, ids, piece, buffer.memory))
-                last = buffer.emptied = [side.kernels.record()]
-                side.window.add(last[0])
-            if complete:
-                handle.arrived(batch[-1].planes.stop, last)
-        handle.ended(last, last)
+            yield from zip(batch, copies, strict=True)
 
 
 def ready_request(

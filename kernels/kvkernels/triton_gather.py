@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 
 from kvkernels.arena import Arena
+from kvkernels.compiled import CompiledKernel
+from kvkernels.cuda_streams import CudaStream
 from kvkernels.layouts import PagedLayout
 from kvkernels.pieces import StagedPiece
 from kvkernels.reference import word_bytes
 from kvkernels.staged import StagedTransfer
-from kvkernels.streams import Runtime
+from kvkernels.streams import Runtime, Stream
 from kvkernels.transfer import Tensors, listed
 
 __all__ = ["TritonMover", "triton_transfer"]
@@ -81,6 +83,8 @@ class TritonMover:
     def __init__(self, layout: PagedLayout, tensors: Tensors, *, programs: int = 8) -> None:
         self._tensors = listed(tensors)  # the table holds bare addresses, so the tensors must outlive it
         self._programs = programs
+        self._kernels: dict[tuple[int, bool], CompiledKernel] = {}
+        """Compiled kernels by the words of a row and the direction, once they have run."""
         self._chunk_blocks = layout.chunk_blocks
         device = self._tensors[0].device
         addresses = [self._tensors[plane.tensor].data_ptr() + plane.offset for plane in layout.planes]
@@ -91,23 +95,20 @@ class TritonMover:
         self._word = word_bytes(*addresses, *strides, *sizes)
         self._align = 16 if all(value % 16 == 0 for value in (*addresses, *strides, *sizes)) else self._word
 
-    def gather(self, ids: Any, piece: StagedPiece, staging: Any) -> None:
-        """Launch the gather on the current stream."""
-        self._launch(ids, piece, staging, gather=True)
+    def gather(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any) -> None:
+        """Launch the gather."""
+        self._launch(stream, ids, piece, staging, gather=True)
 
-    def scatter(self, ids: Any, piece: StagedPiece, staging: Any) -> None:
-        """Launch the scatter on the current stream."""
-        self._launch(ids, piece, staging, gather=False)
+    def scatter(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any) -> None:
+        """Launch the scatter."""
+        self._launch(stream, ids, piece, staging, gather=False)
 
-    def _launch(self, ids: Any, piece: StagedPiece, staging: Any, *, gather: bool) -> None:
+    def _launch(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any, *, gather: bool) -> None:
         row_words = piece.row_bytes // self._word
         tile = min(_TILE_BYTES // self._word, 1 << (row_words - 1).bit_length())
-        units = piece.rows * -(-row_words // tile)
-        _move_rows[(min(self._programs, units),)](
-            self._addresses,
-            self._strides,
-            ids,
-            staging,
+        grid = min(self._programs, piece.rows * -(-row_words // tile))
+        tensors = (self._addresses, self._strides, ids, staging)
+        sizes = (
             piece.planes.start,
             piece.chunks.start,
             piece.blocks.start,
@@ -115,13 +116,23 @@ class TritonMover:
             len(piece.blocks),
             self._chunk_blocks,
             piece.rows,
-            ROW_WORDS=row_words,
-            WORD={8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[self._word],
-            ALIGN=self._align,
-            TILE=tile,
-            GATHER=gather,
-            num_warps=_WARPS if tile * self._word >= _TILE_BYTES // 4 else 4,
         )
+        kernel = self._kernels.get((row_words, gather))
+        if kernel is not None and isinstance(stream, CudaStream):
+            kernel.launch(stream, grid, [tensor.data_ptr() for tensor in tensors], sizes)
+            return
+        constants = {
+            "ROW_WORDS": row_words,
+            "WORD": {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[self._word],
+            "ALIGN": self._align,
+            "TILE": tile,
+            "GATHER": gather,
+        }
+        warps = _WARPS if tile * self._word >= _TILE_BYTES // 4 else 4
+        compiled: list[Any] = []
+        stream.launch(lambda: compiled.append(_move_rows[(grid,)](*tensors, *sizes, **constants, num_warps=warps)))
+        if isinstance(stream, CudaStream):
+            self._kernels[row_words, gather] = CompiledKernel(compiled[0], pointers=len(tensors), integers=len(sizes))
 
 
 def triton_transfer(

@@ -69,7 +69,11 @@ CUresult cuEventQuery(struct event *e) {
     return e->recorded ? (e->queries++ ? 0 : 600) : 1; /* reached when asked for the second time */
 }
 CUresult cuEventSynchronize(struct event *e) { return no_context ? 201 : e->recorded ? 0 : 1; }
-CUresult cuEventDestroy_v2(struct event *e) { free(e); events--; return 0; }
+CUresult cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                        unsigned shared, CUstream s, void **arguments, void **extra) {
+    if (f != (void *)5 || gy != 1 || gz != 1 || by != 1 || bz != 1 || extra) return 1;
+    *(uint64_t *)*(uint64_t **)arguments[0] = gx * bx + shared + *(int32_t *)arguments[1]; return 0;
+}
 CUresult cuStreamWaitEvent(CUstream s, struct event *e, unsigned flags) {
     if (flags || s == e->stream) return 1;
     ordered++; return 0;
@@ -140,7 +144,22 @@ stand_in.stand_in_context(1)
 assert [driver.reached(event), driver.wait(event)] == [None, None]
 stand_in.stand_in_context(0)
 driver.release(event)
-assert stand_in.stand_in_events() == 0
+assert driver.record(78) == event
+assert stand_in.stand_in_events() == 1
+from types import SimpleNamespace
+from kvkernels.compiled import CompiledKernel
+said = np.zeros(2, np.uint64)
+where = said.ctypes.data + -said.ctypes.data % 16
+metadata = SimpleNamespace(num_warps=2, shared=1000)
+kernel = CompiledKernel(SimpleNamespace(function=5, metadata=metadata), pointers=1, integers=1)
+stream = SimpleNamespace(launch_compiled=lambda f, n, t, s, a: driver.launch(f, n, t, s, 77, a))
+kernel.launch(stream, 3, [where], [-7])
+assert 3 * 64 + 1000 - 7 in said
+try:
+    kernel.launch(stream, 3, [where + 8], [-7])
+    raise SystemExit("a pointer that the code would misread was not refused")
+except ValueError as error:
+    assert "divisible by 16" in str(error)
 driver.relax_capture()
 assert ctypes.CDLL("libcuda.so.1").stand_in_capture_mode() == 2
 try:

@@ -4,6 +4,7 @@
 import gc
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -38,16 +39,22 @@ class TorchMover:
             for p, plane in enumerate(piece.planes):
                 yield self.views[plane], ids[start + piece.blocks.start : start + piece.blocks.stop], staged[c, p]
 
-    def gather(self, ids, piece, staging):
+    def gather(self, stream, ids, piece, staging):
+        stream.launch(partial(self.gather_now, ids, piece, staging))
+
+    def scatter(self, stream, ids, piece, staging):
+        stream.launch(partial(self.scatter_now, ids, piece, staging))
+
+    def gather_now(self, ids, piece, staging):
         for view, blocks, rows in self.rows(ids, piece, staging):
             rows.copy_(view[blocks])
 
-    def scatter(self, ids, piece, staging):
+    def scatter_now(self, ids, piece, staging):
         for view, blocks, rows in self.rows(ids, piece, staging):
             view[blocks] = rows
 
 
-def staged(runtime, layout, tensors, arena, *, rows=3, lanes=2, buffers=2, **options):
+def staged(runtime, layout, tensors, arena, *, rows=3, buffers=2, **options):
     row = max(plane.row_bytes for plane in layout.planes)
     return StagedTransfer(
         layout,
@@ -57,7 +64,6 @@ def staged(runtime, layout, tensors, arena, *, rows=3, lanes=2, buffers=2, **opt
         name="staged",
         staging_bytes=2 * buffers * rows * row,
         buffers=buffers,
-        lanes=lanes,
         copy_bytes=row * 4,
         group_bytes=row,
         **options,
@@ -180,7 +186,7 @@ def test_a_store_sees_the_engines_earlier_work(lazy_runtime, make, seed):
 @pytest.mark.parametrize("make", [staged, batched])
 @pytest.mark.parametrize("seed", range(12))
 def test_a_layer_is_whole_once_waited_for_and_not_before_earlier_work(lazy_runtime, monkeypatch, make, seed):
-    monkeypatch.setattr("kvkernels.staged._PLANNED_PIECES", 1 + seed % 3)  # a layer's pieces are planned in batches
+    monkeypatch.setattr("kvkernels.staged._PLANNED_PIECES", (1 + seed % 3, 1 + seed % 2))
     case, ids, slots, arena = setting(seed)
     runtime = lazy_runtime(seed)
     make(runtime, case.layout, case.tensors, arena).store(ids, slots).wait()
@@ -255,7 +261,7 @@ def test_a_failure_half_way_is_told_and_spoils_nothing_later(lazy_runtime, make,
     case, ids, slots, arena = setting(seed)
     runtime = lazy_runtime(seed)
     transfer = make(runtime, case.layout, case.tensors, arena)
-    runtime.copies_left = seed % 3
+    runtime.copies_left = seed % 2
     handle = transfer.store(ids, slots)
     for told in (handle.wait, handle.wait_sources, lambda: handle.wait_layer(0)):
         with pytest.raises(DeviceError, match="OUT_OF_MEMORY"):
@@ -278,7 +284,7 @@ def test_copies_that_a_failed_load_left_queued_do_not_reach_the_next_ones_stagin
         source = staged(runtime, case.layout, case.tensors, arena)
         source.store(ids, slots).wait()
         empty = case.emptied()
-        transfer = staged(runtime, case.layout, empty.tensors, arena, lanes=5, rows=2 + seed % 4)
+        transfer = staged(runtime, case.layout, empty.tensors, arena, rows=2 + seed % 4)
         runtime.copies_left = 1 + seed % 5
         first = transfer.load(slots[::-1], ids)
         runtime.submitters[-1].until(lambda first=first: first._ended)
@@ -324,9 +330,9 @@ class ThreadedRuntime(HostRuntime):
 class SlowMover(TorchMover):
     slow_s = 0.0
 
-    def scatter(self, ids, piece, staging):
+    def scatter(self, stream, ids, piece, staging):
         time.sleep(self.slow_s)
-        super().scatter(ids, piece, staging)
+        super().scatter(stream, ids, piece, staging)
 
 
 def test_the_call_returns_early_and_a_layer_is_awaited_until_it_was_handed_over():
