@@ -571,7 +571,7 @@ def run(bench, arguments):
     section("choice while registering", bench.choice_while_registering)
     section("jax random shapes", lambda: jax_random_shapes(bench, arguments.check_seconds))
     section("jax, 8192 tokens", lambda: jax_whole(bench, 8192))
-    section("cuda_batch beside a matmul", lambda: beside_matmul(bench, batch, rounds=5))
+    section("cuda_batch beside a matmul", lambda: beside_matmul(bench, batch, rounds=20))
     if makers:
         triton_variants(bench, makers[1])
     section("copy sizes", bench.copies)
@@ -603,18 +603,19 @@ def triton_variants(bench, big):
         ("copies of 2 MiB", {"copy_bytes": 2 * MIB}),
         ("copies of 8 MiB", {"copy_bytes": 8 * MIB}),
         ("a driver call a copy", {"batched": False}),
-        ("4 programs", {"programs": 4}),
-        ("16 programs", {"programs": 16}),
+        ("32 programs", {"programs": 32}),
+        ("132 programs", {"programs": 132}),
         ("2 buffers", {"buffers": 2}),
         ("4 buffers", {"buffers": 4}),
         ("6 buffers", {"buffers": 6}),
     )
+    for programs in (4, 32, 132):
+        # Few programs take few processors for long, and a product may wait for the last of its tiles.
+        name = f"triton variant, {programs} programs, beside a matmul"
+        bench.section(name, lambda n=programs: beside_matmul(bench, big(programs=n), rounds=20))
     for name, options in variants:
         make = big(**options)
         bench.section(f"triton variant, {name}", lambda m=make: bench.whole(m, bench.scattered, repeats=3))
-    bench.section(
-        "triton variant, 4 programs, beside a matmul", lambda: beside_matmul(bench, big(programs=4), rounds=5)
-    )
 
 
 def main():

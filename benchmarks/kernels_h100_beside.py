@@ -3,7 +3,7 @@
 import mmap
 import time
 from concurrent.futures import ThreadPoolExecutor
-from statistics import median
+from statistics import mean, median, stdev
 
 import numpy as np
 import torch
@@ -21,12 +21,13 @@ def touch(memory):
         list(pool.map(lambda part: part.fill(1), parts))
 
 
-def beside_matmul(bench, make, *, rounds=9, products=80, transfers=2):
+def beside_matmul(bench, make, *, rounds=40, products=40, transfers=1):
     """How much 8192^3 bf16 products are slowed by transfers in either direction.
 
     The products of a round are enqueued right after `transfers` transfers and must end before the last of these
     (`transfer_outlasted_products`), so every product runs beside one. Rounds alternate between alone, store, load and
-    alone; each is compared with the mean of its own round's two lone runs, since clocks drift.
+    alone; each is compared with the mean of its own round's two lone runs, since clocks drift. They drift by 4% within
+    seconds, so there are many short rounds, and the standard error of their mean says what they can tell.
     """
     a, b = (torch.randn(8192, 8192, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
@@ -73,6 +74,8 @@ def beside_matmul(bench, make, *, rounds=9, products=80, transfers=2):
         "alone_noise_pct": round(median(noise), 2),
         "store_slowdown_pct": round(median(slowdown["store"]), 2),
         "load_slowdown_pct": round(median(slowdown["load"]), 2),
+        "standard_error_pct": {way: round(stdev(all_) / len(all_) ** 0.5, 2) for way, all_ in slowdown.items()},
+        "slowdown_mean_pct": {way: round(mean(all_), 2) for way, all_ in slowdown.items()},
         "slowdown_range_pct": {way: [round(min(all_), 2), round(max(all_), 2)] for way, all_ in slowdown.items()},
         "transfer_outlasted_products": all(outlasted),
         "rounds": rounds,

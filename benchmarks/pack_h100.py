@@ -5,7 +5,7 @@
 It is unpacked there into one folder on PYTHONPATH, behind vLLM's. The packages are for CPython 3.12 on x86-64 Linux and
 are taken without their dependencies: what LMCache's server and its connector import was listed by starting both
 (`lmcache server`, `lmcache.integration.vllm.lmcache_mp_connector`), and everything else of it is in vLLM's archive or
-on that machine. LMCache's Redis and file-system libraries, its tools and documents are left out; of its CUDA library
+on that machine. LMCache's Redis and file-system libraries and its frontend are left out; of its CUDA library
 only the sm_90 code is kept.
 """
 
@@ -32,7 +32,6 @@ WHEELS = (
 LEFT_OUT = (
     "lmcache/lmcache_fs.cpython-312-x86_64-linux-gnu.so",
     "lmcache/lmcache_redis.cpython-312-x86_64-linux-gnu.so",
-    "lmcache/tools",
     "lmcache/lmcache_frontend",
 )
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (39, 35, 34, 31, 28, 27, 26, 24, 17, 12, 5)] + [

@@ -1,7 +1,7 @@
 """Replay a request log through `vllm serve` and `kvcore serve --record --journal`, for `kvsim validate` to predict.
 
     python benchmarks/predict_h100.py --log conversation.jsonl --out OUT_DIR
-    python benchmarks/predict_h100.py --log conversation.jsonl --out OUT_DIR --settings
+    python benchmarks/predict_h100.py --log conversation.jsonl --out OUT_DIR --seconds 60 --settings
 
 The first requests of a Mooncake log (of one conversation in `--every`, so that conversations come back within the
 replay as they do in the log) are replayed with its structure: each of its blocks becomes `--block-tokens` tokens
@@ -10,8 +10,8 @@ timestamp are spread until the next one, and all are scaled to take `--seconds`.
 and a new server; vLLM stays up. Without --log a generated chat workload is replayed.
 
 OUT_DIR gets predict.json (what was set, client-side TTFT, what the journal's replay says, hits) and logs.tar (the
-recorded logs, and with --keep-journals the journals). With --settings each of several settings is replayed once
-instead, for the order in which a simulator ranks them. About 60 s to start, then 20 s a replay beside the replay.
+recorded logs, and with --keep-journals the journals). With --settings each of several further settings is replayed
+once as well, for the order in which a simulator ranks them. About 60 s to start, then 20 s a replay beside the replay.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from vllm_gpu import Serve, client, complete, facts, interrupt_on_term, model_fo
 from kvcore.live.tools import status
 from kvcore.vllm.ttft.engine import EngineError
 from kvcore.vllm.ttft.systems import connector, kvcore_counts, kvcore_server, wait_until_touched
-from kvtraces import Chat, Poisson, Segment, read, segment_tokens, workload
+from kvtraces import Chat, Poisson, Segment, Spread, read, segment_tokens, workload
 from kvtraces.journal import Equal, JournalError, verify
 
 LOG_BLOCK = 512
-SETTINGS = "large:l1=40 none:l1=0.25 busy:l1=40,rate=1.6 busy-none:l1=0.25,rate=1.6"
+SETTINGS = "none:l1=0.25 busy:rate=1.6 busy-none:l1=0.25,rate=1.6"
 REGISTER_S = 40.0
 
 
@@ -101,18 +101,24 @@ def generated(given):
     """Chat sessions from the project's own generator."""
     made = workload(
         Chat(
-            requests=given.requests,
+            requests=2 * given.requests,  # not all fit
             seed=given.seed,
             arrivals=Poisson(sessions_per_s=1.0),
             block_tokens=16,
             vocabulary=given.vocabulary,
             max_context_tokens=given.max_model_len // 2,
+            system_prompts=8,
+            system_tokens=Spread(median=given.system_tokens, sigma=0.5, high=10 * given.system_tokens),
+            user_tokens=Spread(median=given.user_tokens, sigma=0.8, high=20 * given.user_tokens),
+            output_tokens=Spread(median=given.user_tokens, sigma=0.5, high=10 * given.user_tokens),
         )
     )
-    return [
-        (request.time_ms / 1000, made.tokens_of(number).tolist(), min(request.output.length, given.max_output))
-        for number, request in enumerate(made.requests)
-    ]
+    rows = []
+    for number, request in enumerate(made.requests):
+        prompt, output = made.tokens_of(number).tolist(), min(request.output.length, given.max_output)
+        if len(prompt) + output < given.max_model_len:
+            rows.append((request.time_ms / 1000, prompt, output))
+    return rows[: given.requests]
 
 
 async def play(url, rows):
@@ -276,8 +282,10 @@ def arguments():
     parser.add_argument("--every", type=int, default=4, help="keep one conversation of the log in so many, whole")
     parser.add_argument("--seconds", type=float, default=115.0, help="of a replay's arrivals")
     parser.add_argument("--replays", type=int, default=3)
-    parser.add_argument("--settings", nargs="?", const=SETTINGS, help="replay these once instead: " + SETTINGS)
+    parser.add_argument("--settings", nargs="?", const=SETTINGS, help="replay these once as well: " + SETTINGS)
     parser.add_argument("--block-tokens", type=int, default=128, help="tokens of what is a block of 512 in the log")
+    parser.add_argument("--system-tokens", type=int, default=800, help="of a generated workload, in the median")
+    parser.add_argument("--user-tokens", type=int, default=160, help="of a turn and an answer there, in the median")
     parser.add_argument("--max-output", type=int, default=128, help="of a generated workload")
     parser.add_argument("--model", default="qwen3-8b", help="a model of vllm_gpu.py, or a folder")
     parser.add_argument("--max-model-len", type=int, default=33_024)
@@ -305,11 +313,8 @@ def main():
     interrupt_on_term()
     given.out.mkdir(parents=True, exist_ok=True)
     rows = from_log(given) if given.log else generated(given)
-    plan = (
-        settings_of(given.settings, given)
-        if given.settings
-        else [(f"replay-{number}", given.l1_gb, given.chunk, 1.0) for number in range(1, given.replays + 1)]
-    )
+    plan = [(f"replay-{number}", given.l1_gb, given.chunk, 1.0) for number in range(1, given.replays + 1)]
+    plan += settings_of(given.settings or "", given)
     result = {
         **facts(),
         "setting": {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()},
@@ -337,8 +342,8 @@ def main():
             result["failures"]["engine"] = str(error)
         finally:
             replays.close()
-    if not given.settings:
-        result["run_spread_of_ttft"] = run_spread(list(result["replays"].values()))
+    replayed = [found for name, found in result["replays"].items() if name.startswith("replay-")]
+    result["run_spread_of_ttft"] = run_spread(replayed)
     write(given.out / "predict.json", result)
     say("spread of the runs:", result.get("run_spread_of_ttft"))
     for name, why in result["failures"].items():

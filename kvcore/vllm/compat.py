@@ -34,6 +34,7 @@ __all__ = [
     "block_ids",
     "check_version",
     "copies_in_step",
+    "hashes_by_sha256",
     "host_cache_hits",
     "isa",
     "kv_layout",
@@ -139,6 +140,11 @@ def on_cpu(vllm_config: Any) -> bool:
     """Return whether the engine runs on the CPU backend."""
     device = getattr(vllm_config.device_config, "device_type", None) or vllm_config.device_config.device
     return str(device) == "cpu"
+
+
+def hashes_by_sha256(vllm_config: Any) -> bool:
+    """Return whether vLLM's own block hashes, chained over prompt, adapter, images and salt, are SHA-256."""
+    return str(getattr(vllm_config.cache_config, "prefix_caching_hash_algo", "")).startswith("sha256")
 
 
 def copies_in_step(vllm_config: Any) -> bool:

@@ -253,7 +253,8 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             copies_in_step=compat.copies_in_step(self._vllm_config),
             grant_wait_s=self._settings.grant_wait_ms / 1000,
         )
-        self._scheduler = SchedulerSide(client, Hasher(namespace), options)
+        hasher = Hasher(namespace, engine_hashes=compat.hashes_by_sha256(self._vllm_config))
+        self._scheduler = SchedulerSide(client, hasher, options)
         if self._server is not None and all(shake.attached for shake in shakes):
             self._server.hide()
 

@@ -9,17 +9,26 @@ from typing import Any
 from kvcore.policy.hashing import MultimodalItem, Namespace, block_hashes, token_bytes
 from kvcore.vllm.requests import EngineRequest
 
+_MOST_ROOTS = 10_000  # salts can be as many as users
+_MOST_BLOCKS = 1 << 18  # about 60 MB: the blocks of 4 M tokens at 16 a block
+
 
 class Hasher:
     """Names the full blocks of requests' prompts.
 
     Args:
         namespace: The engine's, without adapter and salt, which are the request's.
+        engine_hashes: Whether the engine's own block hashes (`block_hashes` of a request) are cryptographic ones. Equal
+            ones then mean equal blocks behind equal prompts, and what was computed for one is not computed again: a
+            long prompt that comes back is named in a tenth of the time.
     """
 
-    def __init__(self, namespace: Namespace) -> None:
+    def __init__(self, namespace: Namespace, *, engine_hashes: bool = False) -> None:
         self.namespace = namespace
+        self._engine_hashes = engine_hashes
         self._roots: dict[tuple[str | None, str | None], bytes] = {}
+        self._known: dict[tuple[bytes, bytes], bytes] = {}
+        """Hashes by root and the engine's hash."""
 
     def __call__(self, request: EngineRequest) -> list[bytes] | None:
         """Return the hash of every full block of the prompt; None where tokens alone do not say what is computed."""
@@ -30,11 +39,19 @@ class Hasher:
         if items is None:
             return None
         root = self._root(adapter_identity(getattr(request, "lora_request", None)), request.cache_salt or None)
-        return block_hashes(tokens, self.namespace.block_tokens, root, items)
+        theirs = self._theirs(request)
+        hashes = self._remembered(root, theirs)
+        if len(hashes) < len(tokens) // self.namespace.block_tokens:
+            start = len(hashes) * self.namespace.block_tokens
+            parent = hashes[-1] if hashes else root
+            hashes += block_hashes(tokens[start:], self.namespace.block_tokens, parent, items, start=start)
+        self._remember(root, theirs, hashes)
+        return hashes
 
     def marked(self, mark: str) -> "Hasher":
         """Return one that names everything differently."""
-        return Hasher(replace(self.namespace, revision=f"{self.namespace.revision}#{mark}"))
+        namespace = replace(self.namespace, revision=f"{self.namespace.revision}#{mark}")
+        return Hasher(namespace, engine_hashes=self._engine_hashes)
 
     @staticmethod
     def probe(request: EngineRequest, chunk_tokens: int) -> bytes:
@@ -46,10 +63,32 @@ class Hasher:
         root = self._roots.get((lora, salt))
         if root is None:
             root = replace(self.namespace, lora=lora, salt=salt).digest()
-            if len(self._roots) > 10_000:
-                self._roots.clear()  # salts can be as many as users
+            if len(self._roots) > _MOST_ROOTS:
+                self._roots.clear()
             self._roots[lora, salt] = root
         return root
+
+    def _theirs(self, request: EngineRequest) -> Sequence[bytes]:
+        """Return the engine's hashes of the prompt's full blocks; none where they are not of the prompt's blocks."""
+        theirs: Sequence[bytes] = getattr(request, "block_hashes", None) or () if self._engine_hashes else ()
+        block = self.namespace.block_tokens
+        if len(theirs) != request.num_tokens // block:
+            return ()  # hashed in other units, or not at all
+        return theirs[: len(request.prompt_token_ids) // block]
+
+    def _remembered(self, root: bytes, theirs: Sequence[bytes]) -> list[bytes]:
+        found: list[bytes] = []
+        for hash_ in theirs:
+            ours = self._known.get((root, hash_))
+            if ours is None:
+                break
+            found.append(ours)
+        return found
+
+    def _remember(self, root: bytes, theirs: Sequence[bytes], ours: Sequence[bytes]) -> None:
+        if len(self._known) > _MOST_BLOCKS:
+            self._known.clear()
+        self._known.update(zip([(root, hash_) for hash_ in theirs], ours, strict=False))
 
 
 def multimodal_items(features: Sequence[Any]) -> list[MultimodalItem] | None:

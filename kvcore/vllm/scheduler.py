@@ -36,7 +36,7 @@ class Options:
             outside the batch until its hit is there. auto: async where the device copies by itself and other requests
             run meanwhile, else sync.
         copies_in_step: Whether workers have ended a step's stores when the step ends (the CPU backend).
-        grant_wait_s: How long the step that completes a prompt waits for the room it asked for.
+        grant_wait_s: How long a request's last step waits for room that it asked for; others take it when it comes.
         ask_patience_s: An ask unanswered for longer is given up.
     """
 
@@ -135,7 +135,8 @@ class SchedulerSide:
         completes = False
         handed_out = [copy.blocks[copy.blocks >= 0] for copy in self._plan.loads]
         for request_id, blocks, computed in _scheduled(output):
-            handed_out.append(blocks.written(computed // self._options.block_tokens))
+            if blocks.ids:  # a step that decodes brings none, mostly
+                handed_out.append(blocks.written(computed // self._options.block_tokens))
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 upto = computed + output.num_scheduled_tokens.get(request_id, 0)
@@ -316,13 +317,18 @@ class SchedulerSide:
     # Steps
 
     def _advance(self, tracked: Tracked, blocks: "_Blocks", upto: int) -> bool:
-        """Take in that this step computes a request up to token `upto`; return whether to wait for its room."""
+        """Take in that this step computes a request up to token `upto`; return whether to wait for room.
+
+        A request that goes on keeps its blocks, so what comes for it later is used later.
+        """
         if tracked.first_token_s is None:
             tracked.scheduled_s = tracked.scheduled_s or self._clock()
             self._waiting_first[tracked.id] = tracked
         life = tracked.life
-        if life is None or life.ended:
+        if life is None:
             return False
+        if life.ended:
+            return bool(life.asks) and _last_step(tracked.request)
         if life.session is not self._link.registered:
             tracked.end_life()
             return False
@@ -336,10 +342,10 @@ class SchedulerSide:
         if upto < tracked.prompt_tokens:
             return False
         self._end(life)
-        return bool(life.asks)
+        return bool(life.asks) and _last_step(tracked.request)
 
     def _hand_out(self, wait_s: float) -> None:
-        """Turn the grants that have come into copies; wait a little where the blocks may be free after this step."""
+        """Turn the grants that have come into copies; wait a little where the blocks are free after this step."""
         until = time.monotonic() + wait_s
         while self._asking:
             for name, granted in self._link.granted():
@@ -473,6 +479,13 @@ def _scheduled(output: Any) -> Iterable[tuple[str, _Blocks, int]]:
         ids = cached.new_block_ids[i]
         blocks = _Blocks(ids[0] if ids else (), whole=request_id in cached.resumed_req_ids)
         yield request_id, blocks, cached.num_computed_tokens[i]
+
+
+def _last_step(request: EngineRequest) -> bool:
+    """Return whether this step is the request's last, by the tokens that it may put out."""
+    limit = getattr(request, "max_tokens", None)
+    under_way = getattr(request, "num_output_placeholders", 0)  # tokens of steps that have not ended
+    return limit is None or request.num_output_tokens + under_way + 1 >= limit
 
 
 def _ms(seconds: float | None) -> float | None:

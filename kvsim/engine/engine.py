@@ -242,7 +242,7 @@ class Engine:
         Stores that still read its blocks are taken to have had them, as vLLM's connectors see to.
         """
         del self._running[job]
-        extra = 0
+        extra, computed = 0, job.computed
         if job in self._prefilling:
             self._prefilling.remove(job)
         else:
@@ -252,9 +252,10 @@ class Engine:
                 self._taken -= 1
                 extra += 1
             job.produced += steps
+            computed = job.target + steps
             job.computed = job.target = job.prompt + job.produced
         self.pending_tokens += job.computed
-        self.cache.release(job.holding, job.path, extra)
+        self.cache.release(job.holding, job.path, computed // self._block, extra)
         job.computed = job.decoded = 0
         job.preemptions += 1
         if job.ended:
@@ -347,7 +348,7 @@ class Engine:
                 self._release(job)
 
     def _release(self, job: Job) -> None:
-        self.cache.release(job.holding, job.whole_path)
+        self.cache.release(job.holding, job.whole_path, (job.target + job.decoded) // self._block)
 
     # Steps of decodes alone
 

@@ -23,10 +23,11 @@ class GpuCache:
     """Blocks of one engine: a free list in the order of release, prefix hits, reference counts.
 
     As in vLLM's block pool: a request's blocks are released tail first, so its head lives longest; a free block keeps
-    its content until it is handed out again, from the front of the list; a hit takes a block off the list. Blocks can
-    be hit from the step that computes them on. A node (`Prefixes`) stands for its blocks: they are released together
-    and, since they leave from the tail, what is left of a node is always its head. Blocks of outputs, of trailing
-    partial blocks, and second copies of a block hold no prefix that a log could name, but take their place in the list.
+    its content until it is handed out again, from the front of the list; a hit takes a block off the list. Blocks that
+    were not computed to their end go to the front, where blocks that were never used are. Blocks can be hit from the
+    step that computes them on. A node (`Prefixes`) stands for its blocks: they are released together and, since they
+    leave from the tail, what is left of a node is always its head. Blocks of outputs and second copies of a block hold
+    no prefix that a log could name, but take their place in the list.
 
     Args:
         capacity: Blocks.
@@ -39,6 +40,7 @@ class GpuCache:
         self.held = 0
         """Blocks that requests refer to."""
         self._fresh = capacity
+        """Free blocks without content."""
         self._length = node_blocks
         self._resident = [0] * len(node_blocks)
         self._refs = [0] * len(node_blocks)
@@ -149,9 +151,21 @@ class GpuCache:
                 free[node] = there - gone
             blocks -= gone
 
-    def release(self, holding: Holding, path: Sequence[int], extra: int = 0) -> None:
-        """Let go of everything a request holds, tail first; `extra` blocks were taken for its output."""
+    def release(self, holding: Holding, path: Sequence[int], full: int, extra: int = 0) -> None:
+        """Let go of everything a request holds, tail first.
+
+        Args:
+            holding: The request's.
+            path: Its prefix nodes.
+            full: Leading blocks that were computed to their end.
+            extra: Blocks that were taken for its output and are not counted as its own yet.
+        """
         private = holding.private + extra
+        blank = min(private, holding.blocks + extra - full)
+        if blank > 0:
+            self._fresh += blank
+            self.held -= blank
+            private -= blank
         if private:
             self._free[self._anonymous] = private
             self._anonymous -= 1

@@ -1,12 +1,14 @@
 """What blocks are named after, and what the connectors' settings take."""
 
+import hashlib
 import os
 from types import SimpleNamespace
 
 import pytest
 from engine_double import BLOCK, CHUNK, EngineRequest
 
-from kvcore.policy.hashing import Namespace
+from kvcore.policy.hashing import Namespace, block_hashes
+from kvcore.vllm import namespace
 from kvcore.vllm.identity import engine_namespace
 from kvcore.vllm.namespace import Hasher
 from kvcore.vllm.settings import read
@@ -59,6 +61,62 @@ def test_images_count_from_their_position_on():
 
 def test_image_without_identity_is_not_cached():
     assert hashes(mm_features=[image("", 40)]) is None
+
+
+def engine_hashes(tokens, *extra, block=BLOCK):
+    """What an engine names full blocks: chained digests of the tokens and what else it tells prompts apart by."""
+    parent, found = repr(extra).encode(), []
+    for start in range(0, len(tokens) // block * block, block):
+        parent = hashlib.sha256(parent + repr(tokens[start : start + block]).encode()).digest()
+        found.append(parent)
+    return found
+
+
+def test_what_the_engine_hashed_alike_is_named_once_and_the_same(monkeypatch):
+    hasher, named = Hasher(NAMESPACE, engine_hashes=True), []
+    monkeypatch.setattr(namespace, "block_hashes", lambda *a, **k: named.append(len(a[0])) or block_hashes(*a, **k))
+    longer = [*TOKENS, *range(40)]
+    for tokens, fields in [
+        (TOKENS, {}),
+        (TOKENS, {}),
+        (longer, {}),
+        ([*TOKENS[:50], 7, *TOKENS[51:]], {}),
+        (TOKENS, {"cache_salt": "s"}),
+        (TOKENS, {"mm_features": [image("x", 40)]}),
+    ]:
+        request = EngineRequest("a", tokens, **fields)
+        request.block_hashes = engine_hashes(tokens, repr(fields))
+        named.clear()
+        assert hasher(request) == Hasher(NAMESPACE)(EngineRequest("b", tokens, **fields))
+        named.pop()  # the other hasher's
+        if fields:
+            assert named == [100]
+    request = EngineRequest("a", TOKENS)
+    request.block_hashes = engine_hashes(TOKENS, repr({}))
+    named.clear()
+    hasher(request)
+    assert named == []
+
+
+@pytest.mark.parametrize("theirs", [[], engine_hashes(TOKENS)[:-1], engine_hashes(TOKENS, block=BLOCK // 2)])
+def test_engine_hashes_in_other_units_are_ignored(theirs):
+    hasher = Hasher(NAMESPACE, engine_hashes=True)
+    for tokens in (TOKENS, TOKENS[::-1]):
+        request = EngineRequest("a", tokens)
+        request.block_hashes = theirs
+        assert hasher(request) == Hasher(NAMESPACE)(EngineRequest("b", tokens))
+
+
+def test_the_engines_hashes_do_not_tell_an_overwritten_adapter_apart_and_the_root_does(tmp_path):
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(b"one")
+    hasher, seen = Hasher(NAMESPACE, engine_hashes=True), []
+    for changed_ns in (1, 2):
+        os.utime(weights, ns=(changed_ns, changed_ns))
+        request = EngineRequest("a", TOKENS, lora_request=lora("l", tmp_path))
+        request.block_hashes = engine_hashes(TOKENS, "l")
+        seen.append(hasher(request))
+    assert not set(seen[0]) & set(seen[1])
 
 
 def test_probe_is_of_the_tokens_alone():

@@ -216,6 +216,36 @@ def test_a_grant_that_comes_after_the_request_is_used_while_its_blocks_are_untou
     assert not plan.computes
 
 
+class Late(Line):
+    """A server that grants only when it has been asked for its answers so many times."""
+
+    def __init__(self, polls):
+        super().__init__()
+        self.at_once = False
+        self.polls = polls
+
+    def granted(self):
+        self.polls -= 1
+        if self.polls == 0:
+            self.deliver()
+        return super().granted()
+
+
+@pytest.mark.parametrize("under_way", [0, 1])
+def test_only_a_requests_last_step_waits_for_its_room(under_way):
+    line, side = make(Late(polls=4), grant_wait_s=30)
+    request = EngineRequest("a", prompt(200))
+    request.max_tokens = 3
+    _, _, plan = admit(side, request)
+    assert (plan.stores, line.polls) == ([], 3)
+    request.num_output_tokens, request.num_output_placeholders = 1 - under_way, under_way
+    plan = side.plan(step(cached=[("a", (), 200, 1, False)]))
+    assert (plan.stores, line.polls) == ([], 2)
+    request.num_output_tokens = 2 - under_way
+    plan = side.plan(step(cached=[("a", (), 201, 1, False)]))
+    assert plan.stores[0].tokens == 192
+
+
 def test_a_grant_that_comes_after_the_blocks_were_handed_out_again_is_given_back():
     line, side = make()
     line.at_once = False

@@ -104,11 +104,11 @@ def test_l0_hits_whole_blocks_but_leaves_a_token_to_compute(serve):
 
 
 def test_l0_forgets_the_longest_unused_first(serve):
-    # 11 blocks. The third prompt takes the last two fresh ones, the first prompt's partial block and its fourth; the
-    # fourth prompt then hits three and takes the second prompt's partial block and its third.
+    # 9 blocks; partial ones are handed out again first. The third prompt takes two such and the first one's last two;
+    # the fourth hits what is left of it and takes the second one's last two, of which the fifth hits the first.
     chains = [[1, 2, 3, 4], [11, 12, 13], [21, 22, 23], [1, 2, 3, 4], [11, 12, 13, 14]]
-    result = serve(range(5), [65, 49, 49, 65, 65], chains=chains, l0_gb=11 * 16 / GIB)
-    assert result.columns["l0_tokens"].tolist() == [0, 0, 0, 48, 32]
+    result = serve(range(5), [65, 49, 49, 65, 65], chains=chains, l0_gb=9 * 16 / GIB)
+    assert result.columns["l0_tokens"].tolist() == [0, 0, 0, 32, 16]
 
 
 def test_longer_than_the_model_or_the_gpu_is_refused(serve):

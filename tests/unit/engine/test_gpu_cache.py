@@ -56,11 +56,13 @@ class BlockPool:
             self.block[name] = block
             self.name[block] = name
 
-    def release(self, blocks):
-        for block in reversed(blocks):
+    def release(self, blocks, full):
+        for place, block in reversed(list(enumerate(blocks))):
             self.refs[block] -= 1
             if not self.refs[block]:
                 self.free[block] = None
+                if place >= full:
+                    self.free.move_to_end(block, last=False)
 
 
 class Both:
@@ -74,7 +76,7 @@ class Both:
     def names(self, path):
         return [(node, i) for node in path for i in range(LENGTHS[node])]
 
-    def admit(self, node, extra):
+    def admit(self, node, extra, blank):
         path = path_to(node)
         names = self.names(path)
         hit = self.cache.peek(path)
@@ -92,14 +94,14 @@ class Both:
         blocks += [self.pool.take() for _ in range(total - hit)]
         for block, name in zip(blocks, names, strict=False):
             self.pool.publish(block, name)
-        self.held.append((holding, path, blocks))
+        self.held.append((holding, path, blocks, total - min(blank, extra)))
         self.check()
 
     def release(self, which):
         if self.held:
-            holding, path, blocks = self.held.pop(which % len(self.held))
-            self.cache.release(holding, path)
-            self.pool.release(blocks)
+            holding, path, blocks, full = self.held.pop(which % len(self.held))
+            self.cache.release(holding, path, full)
+            self.pool.release(blocks, full)
         self.check()
 
     def check(self):
@@ -110,8 +112,8 @@ class Both:
 
 steps = st.lists(
     st.one_of(
-        st.tuples(st.just("admit"), st.integers(0, 5), st.integers(0, 3)),
-        st.tuples(st.just("release"), st.integers(0, 9), st.just(0)),
+        st.tuples(st.just("admit"), st.integers(0, 5), st.integers(0, 3), st.integers(0, 2)),
+        st.tuples(st.just("release"), st.integers(0, 9), st.just(0), st.just(0)),
     ),
     max_size=40,
 )
@@ -121,9 +123,9 @@ steps = st.lists(
 @given(st.integers(1, 24), steps)
 def test_runs_hit_and_evict_as_blocks_do(capacity, todo):
     both = Both(capacity)
-    for what, a, b in todo:
+    for what, a, b, c in todo:
         if what == "admit":
-            both.admit(a, b)
+            both.admit(a, b, c)
         else:
             both.release(a)
     while both.held:
@@ -135,7 +137,7 @@ def test_a_head_outlives_its_tail():
     cache = GpuCache(10, [4, 4])
     holding = Holding()
     assert cache.grow(holding, (0, 1), 8, 8)
-    cache.release(holding, (0, 1))
+    cache.release(holding, (0, 1), 8)
     assert cache.peek((0, 1)) == 8
     cache.take(5)  # two that were never used, and then from the tail
     assert cache.peek((0, 1)) == 5
@@ -148,8 +150,8 @@ def test_two_that_compute_the_same_blocks_hold_them_twice():
     assert cache.grow(second, (0,), 4, 4)
     assert cache.grow(first, (0,), 4, 4)
     assert cache.held == 8
-    cache.release(first, (0,))
-    cache.release(second, (0,))
+    cache.release(first, (0,), 4)
+    cache.release(second, (0,), 4)
     assert cache.held == 0
     assert cache.peek((0,)) == 4
 
@@ -166,7 +168,7 @@ def test_without_reuse_nothing_is_hit():
     cache = GpuCache(8, [4], reuse=False)
     holding = Holding()
     assert cache.grow(holding, (0,), 4, 4)
-    cache.release(holding, (0,))
+    cache.release(holding, (0,), 4)
     assert cache.peek((0,)) == 0
     assert cache.held == 0
 
@@ -177,8 +179,18 @@ def test_output_blocks_take_their_place_in_the_free_list(blocks):
     one, two = Holding(), Holding()
     assert cache.grow(one, (0,), 4, 4)
     cache.take(blocks)
-    cache.release(one, (0,), blocks)
+    cache.release(one, (0,), 4 + blocks, blocks)
     assert cache.held == 0
     assert cache.grow(two, (1,), 4, 4)
     cache.take(16 - 4 - 4)  # all but node 0's head: outputs go first
     assert cache.peek((0,)) == 4
+
+
+def test_blocks_that_were_not_filled_are_handed_out_first():
+    cache = GpuCache(6, [4, 1])
+    one, two = Holding(), Holding()
+    assert cache.grow(one, (0,), 6, 4)
+    cache.release(one, (0,), 4)
+    assert cache.grow(two, (1,), 2, 1)
+    assert cache.peek((0,)) == 4
+    assert cache.free == 4
