@@ -53,8 +53,10 @@ def finish(state: State, request: Request) -> None:
         return
     del state.requests[request.name]
     top = state.tiers[0]
-    new = [request.new[chunk] for chunk in request.chunks if chunk in request.new] if request.new else []
-    new = [entry for entry in reversed(new) if top.resident.get(entry.chunk) is entry]
+    new: list[Entry] = []
+    if request.new:
+        mine, there = request.new.get, top.resident.get
+        new = [e for chunk in reversed(request.chunks) if (e := mine(chunk)) is not None and there(chunk) is e]
     if new:
         top.insert(new, state.now_ns)
         write_through(state, 0, new, request.name)
@@ -88,8 +90,8 @@ def settle_lost(state: State, name: str, chunks: Iterable[Chunk]) -> bool:
     if lost is None:
         return False
     done = tuple(chunk for chunk in chunks if chunk in lost.entries)
+    state.tiers[0].release([*map(lost.entries.pop, done)])
     for chunk in done:
-        state.tiers[0].release(lost.entries.pop(chunk))
         lost.fetching.pop(chunk, None)
     refuse(state, name, 0, done, lost.reason)
     if not lost.entries:

@@ -142,7 +142,7 @@ def load_done(state: State, event: LoadDone) -> None:
     for chunk in event.chunks:
         if request.fetching.pop(chunk, None) is None:
             continue
-        entry = state.tiers[0].commit(chunk)
+        (entry,) = state.tiers[0].commit((chunk,))
         arrived[chunk] = entry
         request.held.append(entry)
         for waiter in state.fetches.pop(chunk):
@@ -170,7 +170,7 @@ def load_failed(state: State, event: LoadFailed) -> None:
         entry = request.fetching.pop(chunk, None)
         if entry is not None:
             del state.tiers[0].writing[chunk]
-            state.tiers[0].release(entry)
+            state.tiers[0].release((entry,))
             waiters.update(not_fetched(state, request, chunk))
     go_on(state, [request, *waiters.values()])
 

@@ -1,6 +1,7 @@
 """Stores: room for what an engine wants to write, and what becomes of it."""
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 
 from kvcore.policy.decisions import Place, RefuseReason
 from kvcore.policy.ending import finish, settle_lost
@@ -68,11 +69,13 @@ def store_committed(state: State, event: StoreCommitted) -> None:
         if not settled:
             refuse(state, event.request, 0, event.chunks, "unknown")
         return
-    for chunk in event.chunks:
-        entry = request.writing.pop(chunk, None)
-        if entry is not None:
-            request.new[chunk] = state.tiers[0].commit(chunk)
-            request.held.append(entry)
+    written: Sequence[Chunk] = event.chunks
+    asked = [*map(request.writing.pop, written, repeat(None))]
+    if None in asked:
+        written = [chunk for chunk, entry in zip(written, asked, strict=True) if entry is not None]
+    arrived = state.tiers[0].commit(written)
+    request.new.update(zip(written, arrived, strict=True))
+    request.held += arrived
     finish(state, request)
 
 
@@ -83,7 +86,7 @@ def copied(state: State, event: StoreCommitted) -> None:
     for chunk in reversed(event.chunks):
         if chunk not in tier.writing:
             continue
-        entry = tier.commit(chunk)
+        (entry,) = tier.commit((chunk,))
         if not entry.entered:  # cleared on its way
             tier.remove(chunk, "cleared")
         else:
@@ -117,5 +120,5 @@ def store_aborted(state: State, event: StoreAborted) -> None:
         entry = request.writing.pop(chunk, None)
         if entry is not None:
             del tier.writing[chunk]
-            tier.release(entry)
+            tier.release((entry,))
     finish(state, request)

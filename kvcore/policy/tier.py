@@ -2,11 +2,16 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import groupby
+from operator import attrgetter
 
 from kvcore.policy.config import TierConfig
 from kvcore.policy.decisions import EvictReason
 from kvcore.policy.eviction import EvictionPolicy, make_policy
 from kvcore.policy.types import Chunk
+
+_pages_of = attrgetter("pages")
+_salt_of = attrgetter("salt")
 
 
 class Entry:
@@ -90,7 +95,7 @@ class Tier:
                 if self.leaving and self.leaving.get(entry.chunk) is entry:
                     idle -= entry.pages
                     del self.leaving[entry.chunk]
-                    self.release(entry)
+                    self.release((entry,))
                     gone.append(entry)
         self.idle = idle
         return gone
@@ -144,9 +149,7 @@ class Tier:
         if chunks is None:
             raise AssertionError("the policy found less to evict than the tier counts as idle")
         entries = [*map(self.resident.pop, chunks)]
-        for entry in entries:
-            self.idle -= entry.pages
-            self.release(entry)
+        self.idle -= self.release(entries)
         if self.ttl_ns is not None:
             for chunk in chunks:
                 del self.expiry[chunk]
@@ -164,21 +167,18 @@ class Tier:
             self.salt_pages[salt] = self.salt_pages.get(salt, 0) + taken
         return entries
 
-    def commit(self, chunk: Chunk) -> Entry:
-        """Make a written chunk resident; it keeps its pins."""
-        entry = self.writing.pop(chunk)
-        self.resident[chunk] = entry
-        return entry
+    def commit(self, chunks: Sequence[Chunk]) -> list[Entry]:
+        """Make written chunks resident; they keep their pins."""
+        entries = [*map(self.writing.pop, chunks)]
+        self.resident.update(zip(chunks, entries, strict=True))
+        return entries
 
     def insert(self, entries: Sequence[Entry], now_ns: int) -> None:
         """Tell the policy of `entries`, in this order."""
-        at = 0
-        while at < len(entries):  # one call for each stretch of chunks of one size
-            pages, start = entries[at].pages, at
-            while at < len(entries) and entries[at].pages == pages:
-                entries[at].entered = True
-                at += 1
-            self.policy.insert([entry.chunk for entry in entries[start:at]], pages)
+        for entry in entries:
+            entry.entered = True
+        for pages, group in groupby(entries, key=_pages_of):
+            self.policy.insert([entry.chunk for entry in group], pages)
         if self.ttl_ns is not None:
             for entry in entries:
                 self.expiry[entry.chunk] = now_ns
@@ -195,21 +195,25 @@ class Tier:
         """Return whether a chunk has a place here, matchable or not."""
         return chunk in self.resident or chunk in self.writing or chunk in self.leaving
 
-    def release(self, entry: Entry) -> None:
-        """Give an entry's pages back."""
-        self.used -= entry.pages
-        left = self.salt_pages[entry.salt] - entry.pages
-        if left:
-            self.salt_pages[entry.salt] = left
-        else:
-            del self.salt_pages[entry.salt]
+    def release(self, entries: Iterable[Entry]) -> int:
+        """Give the entries' pages back; return how many."""
+        used = self.used
+        for salt, group in groupby(entries, key=_salt_of):
+            pages = sum(map(_pages_of, group))
+            self.used -= pages
+            left = self.salt_pages[salt] - pages
+            if left:
+                self.salt_pages[salt] = left
+            else:
+                del self.salt_pages[salt]
+        return used - self.used
 
     def abandon(self, entry: Entry) -> None:
         """Give up a chunk of a lower tier that was being written: the policy knew of it already."""
         if entry.entered:
             self.policy.forget((entry.chunk,))
             self.expiry.pop(entry.chunk, None)
-        self.release(entry)
+        self.release((entry,))
 
     def remove(self, chunk: Chunk, reason: EvictReason) -> Entry | None:
         """Make a resident chunk unmatchable; return it where its pages are free at once, for nobody holds it."""
@@ -222,8 +226,7 @@ class Tier:
         if entry.pins:
             self.leaving[chunk] = entry
             return None
-        self.idle -= entry.pages
-        self.release(entry)
+        self.idle -= self.release((entry,))
         return entry
 
     def expired(self, now_ns: int) -> list[Entry]:

@@ -1,10 +1,11 @@
 """Parsing of many JSON lists of integers at once."""
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import numba
 import numpy as np
-from numpy.typing import NDArray
+
+from kvtraces._lists import ParsedLists
 
 _LIMIT = np.int64(2**63 - 1)
 _TENTH = _LIMIT // 10
@@ -13,15 +14,8 @@ _ZERO, _NINE, _COMMA, _OPEN, _CLOSE = ord("0"), ord("9"), ord(","), ord("["), or
 _SPACE, _TAB, _CR, _LF = ord(" "), ord("\t"), ord("\r"), ord("\n")
 
 
-ParsedLists: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64], int]
-
-
 def parse_lists(text: bytes, rows: int) -> ParsedLists:
-    """Parse `rows` JSON lists joined by commas, each known to be valid JSON but perhaps no list of integers.
-
-    Returns (ids [m], counts [rows], bad): `bad` is the first row that is not a list of integers from 0 to 2**63 - 1,
-    -1 if there is none; with one, the other two are of no use.
-    """
+    """See `kvtraces._lists.parse_lists`."""
     result: Any = _parse(np.frombuffer(text, np.uint8), rows)
     return result[0], result[1], int(result[2])
 

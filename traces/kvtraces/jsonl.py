@@ -1,8 +1,8 @@
-"""Reader of JSONL logs: our own and Mooncake's. Loaded when one is read, because numba is slow to import.
+"""Reader of JSONL logs: our own and Mooncake's.
 
 Rows are decoded a piece of the file at a time; only a piece with something wrong in it is decoded line by line, to
-name the line. The block ids, most of a log's bytes, are kept as raw text and parsed for a whole piece by one kernel,
-in a thread of its own, because neither it nor reading holds the interpreter's lock.
+name the line. The block ids, most of a log's bytes, are kept as raw text and parsed for a whole piece at once, in a
+thread of its own, because neither the kernel for long pieces nor reading holds the interpreter's lock.
 """
 
 import re
@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtraces._digits import ParsedLists, parse_lists
+from kvtraces._lists import ParsedLists, parse_lists
 from kvtraces.errors import MEND, BadRows, LogError
 from kvtraces.log import TEXT, Column, IntArray
 from kvtraces.rows import Rows

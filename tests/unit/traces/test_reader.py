@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtraces import LogError, describe, read, sources
-from kvtraces._digits import parse_lists
+from kvtraces import LogError, _digits, _lists, describe, read, sources
 from kvtraces.rows import leading
 
 
@@ -25,19 +24,29 @@ def mooncake(time_ms: float, tokens: int, block: int, **more: Any) -> dict[str, 
     return {"timestamp": time_ms, "input_length": tokens, "output_length": 1, "hash_ids": [*range(count)], **more}
 
 
+PARSERS = [_digits.parse_lists, _lists.parse_lists]
+
+
+@pytest.mark.parametrize("parse", PARSERS, ids=["many", "few"])
 @settings(deadline=None)  # the kernel may be compiled
-@given(st.lists(st.lists(st.integers(0, 2**63 - 1), max_size=6), min_size=1, max_size=6), st.sampled_from(["", " "]))
-def test_the_kernel_parses_what_json_says(lists: list[list[int]], blank: str) -> None:
+@given(
+    lists=st.lists(st.lists(st.integers(0, 2**63 - 1), max_size=6), min_size=1, max_size=6),
+    blank=st.sampled_from(["", " "]),
+)
+def test_lists_are_what_json_says(parse: Any, lists: list[list[int]], blank: str) -> None:
     texts = [json.dumps(one, separators=("," + blank, ":")).replace("[", "[" + blank) for one in lists]
-    ids, counts, bad = parse_lists(",".join(texts).encode(), len(lists))
+    ids, counts, bad = parse(",".join(texts).encode(), len(lists))
     assert bad == -1
     assert counts.tolist() == [len(one) for one in lists]
     assert ids.tolist() == [one for row in lists for one in row]
 
 
-@pytest.mark.parametrize("bad", ["5", '"x"', "null", "{}", "[-1]", "[1.5]", "[1e3]", "[null]", "[[1]]", f"[{2**63}]"])
-def test_the_kernel_names_the_first_list_that_is_none(bad: str) -> None:
-    assert parse_lists(f"[1, 2],[],{bad},[3]".encode(), 4)[2] == 2
+@pytest.mark.parametrize("parse", PARSERS, ids=["many", "few"])
+@pytest.mark.parametrize(
+    "bad", ["5", '"x"', "null", "{}", "[-1]", "[-0]", "[1.0]", "[1.5]", "[1e3]", "[null]", "[[1]]", f"[{2**63}]"]
+)
+def test_the_first_list_that_is_none_is_named(parse: Any, bad: str) -> None:
+    assert parse(f"[1, 2],[],{bad},[3]".encode(), 4)[2] == 2
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=8))
