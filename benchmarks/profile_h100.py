@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from kvsim.calibrate import Facts, LocalEndpoint, Plan, calibrate
+from kvsim.calibration import Facts, LocalEndpoint, Plan, calibrate
 from vllm_gpu import facts, interrupt_on_term, model_folder, parameters, say
 
 from kvsim.profiles import Part, TransferCurve
