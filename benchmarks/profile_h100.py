@@ -15,9 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from kvsim.calibration import Facts, LocalEndpoint, Plan, calibrate
 from vllm_gpu import facts, interrupt_on_term, model_folder, parameters, say
 
+from kvsim.calibration import Facts, LocalEndpoint, Plan, calibrate
 from kvsim.profiles import Part, TransferCurve
 from kvsim.profiles.load import to_json
 
