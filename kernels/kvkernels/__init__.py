@@ -8,7 +8,7 @@ that uses them.
 from kvkernels.arena import Arena, HostArena
 from kvkernels.errors import DeviceError, LayoutError, RequestError
 from kvkernels.layouts import PagedLayout, Plane, describe
-from kvkernels.slots import Piece, Slot, Slots, slot_range
+from kvkernels.slots import Piece, Slot, Slots
 from kvkernels.transfer import Handle, Transfer
 
 __all__ = [
@@ -25,5 +25,4 @@ __all__ = [
     "Slots",
     "Transfer",
     "describe",
-    "slot_range",
 ]

@@ -34,7 +34,7 @@ class CompiledKernel:
     def __init__(self, compiled: Any, *, pointers: int, integers: int) -> None:
         metadata = compiled.metadata
         if getattr(metadata, "global_scratch_size", 0) or getattr(metadata, "profile_scratch_size", 0):
-            raise ValueError("a kernel that needs scratch memory is left to Triton")
+            raise ValueError("a kernel that needs scratch memory can only be launched by Triton")
         self._compiled = compiled  # it owns the module
         self._function = int(compiled.function)
         self._threads = 32 * int(metadata.num_warps)

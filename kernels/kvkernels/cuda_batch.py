@@ -16,11 +16,10 @@ from typing import Self
 import numpy as np
 
 from kvkernels.arena import Arena, Ints
-from kvkernels.errors import DeviceError
 from kvkernels.handles import InFlight, StreamHandle
 from kvkernels.layouts import PagedLayout
 from kvkernels.slots import Slots, merge_copies
-from kvkernels.staged import ready_request
+from kvkernels.staged import give_up, ready_request
 from kvkernels.streams import Event, Runtime
 from kvkernels.submit import Window, Work
 from kvkernels.transfer import BlockIds, Handle, Request, Tensors, listed
@@ -35,6 +34,10 @@ class _Direction:
         self.stream = runtime.stream(urgent=urgent)
         self.submitter = runtime.submitter(name, urgent=urgent)
         self.window = Window(ahead)
+
+    def give_up(self) -> list[Event]:
+        """After a failure half-way: what was enqueued is over at this event."""
+        return [self.stream.record()]
 
 
 class BatchTransfer:
@@ -95,7 +98,7 @@ class BatchTransfer:
         after = after or self._runtime.current().record()
         self._flying.add(handle)
         steps = self._steps(request, side, after, handle, loading=loading)
-        side.submitter.submit(Work(steps, partial(_give_up, side, handle)))
+        side.submitter.submit(Work(steps, partial(give_up, side, handle)))
         return handle
 
     def over(self, arena: Arena) -> Self:
@@ -149,11 +152,3 @@ class BatchTransfer:
         split_bytes = self._arena.split_bytes
         _, host, device, length = merge_copies(found.offset, device, found.length, split_bytes=split_bytes)
         return self._arena.address + host, device, length
-
-
-def _give_up(side: _Direction, handle: StreamHandle, error: Exception) -> None:
-    try:
-        over: list[Event] = [side.stream.record()]
-    except (DeviceError, RuntimeError):  # a device that takes no events any more has nothing to be waited for
-        over = []
-    handle.failed(error, over)

@@ -77,7 +77,6 @@ class CudaDriver:
         self._launch = held.cuLaunchKernel
         sizes = [ctypes.c_uint] * 7  # grid and block in three dimensions, shared memory
         self._launch.argtypes = [ctypes.c_void_p, *sizes, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-        self._spare_events: list[int] = []
         self._copy = held.cuMemcpyAsync
         self._copy.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
         self._register = self._lib.cuMemHostRegister_v2
@@ -110,13 +109,12 @@ class CudaDriver:
             if code:
                 self._check("cuMemcpyAsync", code)
 
-    def record(self, stream: int) -> int:
-        """Return a new event behind everything that is on a stream; `release` it."""
-        event = self._spare_events.pop() if self._spare_events else self._new_event()
+    def record(self, event: int, stream: int) -> None:
+        """Put an event behind everything that is on a stream; what was ordered behind it before stays so."""
         self._check("cuEventRecord", self._record_event(event, stream))
-        return event
 
-    def _new_event(self) -> int:
+    def new_event(self) -> int:
+        """Create an event of the calling thread's context, without timing."""
         event = ctypes.c_void_p()
         self._check("cuEventCreate", self._create_event(ctypes.byref(event), _UNTIMED_SLEEPING_EVENT))
         return int(event.value or 0)
@@ -132,10 +130,6 @@ class CudaDriver:
     def wait(self, event: int) -> bool | None:
         """Block the calling thread, and no other, until an event is reached; None where it has no context."""
         return self._answer("cuEventSynchronize", self._wait_event(event))
-
-    def release(self, event: int) -> None:
-        """Let go of an event, reached or not: what was ordered behind it stays so when it is recorded again."""
-        self._spare_events.append(event)
 
     def launch(self, function: int, blocks: int, threads: int, shared: int, stream: int, arguments: Any) -> None:
         """Launch a CUfunction in one dimension; `arguments` is a ctypes array of its arguments' addresses."""

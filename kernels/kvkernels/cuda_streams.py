@@ -28,20 +28,23 @@ class CudaEvent:
     Args:
         stream: CUDA's handle of the stream.
         driver: the driver's calls.
+        spare: the device's events that are not in use: one is taken, or made, and given back in the end.
         enter_thread: makes the device usable from a thread: any may ask.
     """
 
-    __slots__ = ("_driver", "_enter_thread", "handle")
+    __slots__ = ("_driver", "_enter_thread", "_spare", "handle")
 
-    def __init__(self, stream: int, driver: CudaDriver, enter_thread: Callable[[], None]) -> None:
+    def __init__(self, stream: int, driver: CudaDriver, spare: list[int], enter_thread: Callable[[], None]) -> None:
         self._driver = driver
+        self._spare = spare
         self._enter_thread = enter_thread
-        self.handle = driver.record(stream)
+        self.handle = spare.pop() if spare else driver.new_event()
+        driver.record(self.handle, stream)
 
     def __del__(self) -> None:
-        """Release it; that needs no context."""
+        """Give it back, reached or not."""
         if hasattr(self, "handle"):
-            self._driver.release(self.handle)
+            self._spare.append(self.handle)
 
     def query(self) -> bool:
         """Whether the point has been reached."""
@@ -66,14 +69,18 @@ class CudaStream:
         stream: the torch stream; not the legacy default stream when copies are put on it.
         driver: the driver's calls.
         batched: one call for all ranges of a copy, or one each.
+        spare: see `CudaEvent`.
         enter_thread: see `CudaEvent`.
     """
 
-    def __init__(self, stream: Any, driver: CudaDriver, *, batched: bool, enter_thread: Callable[[], None]) -> None:
+    def __init__(
+        self, stream: Any, driver: CudaDriver, *, batched: bool, spare: list[int], enter_thread: Callable[[], None]
+    ) -> None:
         self.torch = stream
         self._handle = int(stream.cuda_stream)
         self._driver = driver
         self._batched = batched
+        self._spare = spare
         self._enter_thread = enter_thread
 
     def wait(self, event: Event) -> None:
@@ -82,7 +89,7 @@ class CudaStream:
 
     def record(self) -> Event:
         """An event without timing."""
-        return CudaEvent(self._handle, self._driver, self._enter_thread)
+        return CudaEvent(self._handle, self._driver, self._spare, self._enter_thread)
 
     def copy(self, target: Ints, source: Ints, length: Ints) -> None:
         """Enqueue copies; host ranges must be pinned and stay so until an event after them."""
@@ -115,6 +122,7 @@ class CudaRuntime:
         self.device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         self._driver = cuda_driver()
         self._batched = self._driver.has_batch if batched is None else batched
+        self._spare_events: list[int] = []
 
     def stream(self, *, urgent: bool) -> Stream:
         """A side stream; urgent ones have a higher priority for their kernels."""
@@ -158,4 +166,6 @@ class CudaRuntime:
         return ThreadSubmitter(name, self.enter_thread, inline_s=_URGENT_S if urgent else _INLINE_S)
 
     def _wrap(self, stream: Any) -> CudaStream:
-        return CudaStream(stream, self._driver, batched=self._batched, enter_thread=self.enter_thread)
+        return CudaStream(
+            stream, self._driver, batched=self._batched, spare=self._spare_events, enter_thread=self.enter_thread
+        )

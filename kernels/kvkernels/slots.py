@@ -16,7 +16,7 @@ import numpy as np
 from kvkernels.arena import Ints
 from kvkernels.errors import RequestError
 
-__all__ = ["Piece", "Segments", "Slot", "SlotTable", "Slots", "merge_copies", "ordinals", "slot_range"]
+__all__ = ["Piece", "Segments", "Slot", "SlotTable", "Slots", "merge_copies", "ordinals"]
 
 Piece = tuple[int, int]
 Slot = Sequence[Piece]
@@ -99,24 +99,6 @@ class SlotTable:
         begin = np.maximum(starts[index], self._virtual[piece])
         end = np.minimum((starts + lengths)[index], self._virtual[piece + 1])
         return Segments(index, begin - starts[index], self._offset[piece] + begin - self._virtual[piece], end - begin)
-
-
-def slot_range(slot: Slot, start: int, length: int) -> list[Piece]:
-    """The pieces of `[start, start + length)` of a slot: one rank's shard of a chunk, say.
-
-    Raises:
-        RequestError: the range reaches beyond the slot.
-    """
-    found: list[Piece] = []
-    position = 0
-    for offset, size in slot:
-        begin, end = max(start, position), min(start + length, position + size)
-        if begin < end:
-            found.append((offset + begin - position, end - begin))
-        position += size
-    if start < 0 or start + length > position:
-        raise RequestError(f"bytes {start} to {start + length} of a slot of {position}")
-    return found
 
 
 def merge_copies(

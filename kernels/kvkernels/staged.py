@@ -26,7 +26,7 @@ from kvkernels.streams import Event, Runtime, Stream
 from kvkernels.submit import Window, Work
 from kvkernels.transfer import BlockIds, Handle, Request, check_request
 
-__all__ = ["Mover", "StagedTransfer", "ready_request"]
+__all__ = ["Mover", "StagedTransfer", "give_up", "ready_request"]
 
 MIB = 1 << 20
 _PLANNED_PIECES = 4, 32
@@ -147,7 +147,7 @@ class StagedTransfer:
         steps = self._load if loading else self._store
         after = after or self._runtime.current().record()
         self._flying.add(handle)
-        side.submitter.submit(Work(steps(request, side, after, handle), partial(_give_up, side, handle)))
+        side.submitter.submit(Work(steps(request, side, after, handle), partial(give_up, side, handle)))
         return handle
 
     def over(self, arena: Arena) -> Self:
@@ -200,9 +200,8 @@ class StagedTransfer:
         handle.ended([scattered], [scattered])
 
     def _begin(self, request: Request, side: _Direction, after: Event, handle: StreamHandle) -> Any:
-        """Order both streams behind the engine's work so far; return the block ids on the device."""
+        """Order the kernels, which touch the cache, behind the engine's work so far; return the ids on the device."""
         side.kernels.wait(after)
-        side.copies.wait(after)
         ids = self._runtime.upload(request.block_ids.ravel(), side.kernels)
         handle.keep(ids, side, self._arena, self._mover)
         return ids
@@ -234,7 +233,14 @@ def ready_request(
     return request
 
 
-def _give_up(side: _Direction, handle: StreamHandle, error: Exception) -> None:
+class _Stoppable(Protocol):
+    def give_up(self) -> list[Event]:
+        """After a failure half-way: what was enqueued is over at these events."""
+        ...
+
+
+def give_up(side: _Stoppable, handle: StreamHandle, error: Exception) -> None:
+    """End a transfer that failed half-way, when what was enqueued of it is over."""
     try:
         over = side.give_up()
     except (DeviceError, RuntimeError):  # a device that takes no events any more has nothing to be waited for

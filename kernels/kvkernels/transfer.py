@@ -53,9 +53,10 @@ class Transfer(Protocol):
     """Copies between an engine's blocks and an arena's chunk slots.
 
     Both methods take `len(slots) * layout.chunk_blocks` block ids, chunk after chunk, in any order, and `planes`, the
-    contiguous planes of the layout to copy (all by default; `layout.planes_of_layer`). On a GPU both return within a
-    few milliseconds, ordered after the work that is already in the current stream; a thread hands the rest to the
-    device.
+    contiguous planes of the layout to copy (all by default; `layout.planes_of_layer`). On a GPU both are
+    ordered after the work that is already in the current stream, and return before they have ended: a store within a
+    few milliseconds, a load, which the caller's next step waits for, when it is handed to the device as far as its
+    queues take it (some 10 ms for 32,000 tokens); a thread hands over the rest.
     """
 
     @property

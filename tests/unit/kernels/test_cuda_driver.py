@@ -130,7 +130,8 @@ for copy in [driver.copy_each] + [driver.copy_batch] * driver.has_batch:
         raise SystemExit("a copy across two registered ranges was not refused")
     except DeviceError as error:
         assert "CUDA_ERROR_INVALID_VALUE (1)" in str(error)
-event = driver.record(77)
+event = driver.new_event()
+driver.record(event, 77)
 assert [driver.reached(event), driver.reached(event), driver.wait(event)] == [False, True, True]
 driver.order(78, event)
 stand_in = ctypes.CDLL("libcuda.so.1")
@@ -143,9 +144,6 @@ except DeviceError as error:
 stand_in.stand_in_context(1)
 assert [driver.reached(event), driver.wait(event)] == [None, None]
 stand_in.stand_in_context(0)
-driver.release(event)
-assert driver.record(78) == event
-assert stand_in.stand_in_events() == 1
 from types import SimpleNamespace
 from kvkernels.compiled import CompiledKernel
 said = np.zeros(2, np.uint64)
@@ -160,6 +158,22 @@ try:
     raise SystemExit("a pointer that the code would misread was not refused")
 except ValueError as error:
     assert "divisible by 16" in str(error)
+from kvkernels.cuda_streams import CudaStream
+entered, spare = [], [event]
+where = SimpleNamespace(cuda_stream=77)
+enter = lambda: entered.append(stand_in.stand_in_context(0))
+stream = CudaStream(where, driver, batched=True, spare=spare, enter_thread=enter)
+first, second = stream.record(), stream.record()
+assert (first.handle, spare, stand_in.stand_in_events()) == (event, [], 2)
+stand_in.stand_in_context(1)
+assert second.query() is False and len(entered) == 1 and second.query() is True
+stand_in.stand_in_context(1)
+first.synchronize()
+assert len(entered) == 2
+CudaStream(SimpleNamespace(cuda_stream=78), driver, batched=True, spare=[], enter_thread=None).wait(first)
+assert stand_in.stand_in_ordered() == 2
+del first
+assert spare == [event] and stream.record().handle == event
 driver.relax_capture()
 assert ctypes.CDLL("libcuda.so.1").stand_in_capture_mode() == 2
 try:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvkernels import RequestError, slot_range
+from kvkernels import RequestError
 from kvkernels.slots import SlotTable, merge_copies
 
 
@@ -80,12 +80,3 @@ def test_overlap():
     assert not SlotTable([[(10, 10)], [(0, 10)]], slot_bytes=10, arena_bytes=100).overlapping()
     # Slack beyond the chunk is not used, so it may be shared.
     assert not SlotTable([[(0, 10)], [(5, 10)]], slot_bytes=5, arena_bytes=100).overlapping()
-
-
-def test_slot_range_is_a_ranks_shard():
-    slot = [(100, 10), (50, 10)]
-    assert slot_range(slot, 5, 10) == [(105, 5), (50, 5)]
-    assert slot_range(slot, 0, 20) == slot
-    assert slot_range(slot, 10, 10) == [(50, 10)]
-    with pytest.raises(RequestError):
-        slot_range(slot, 15, 6)
