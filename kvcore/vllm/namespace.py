@@ -39,14 +39,14 @@ class Hasher:
         if items is None:
             return None
         root = self._root(adapter_identity(getattr(request, "lora_request", None)), request.cache_salt or None)
-        theirs = self._theirs(request)
-        hashes = self._remembered(root, theirs)
-        if len(hashes) < len(tokens) // self.namespace.block_tokens:
-            start = len(hashes) * self.namespace.block_tokens
-            parent = hashes[-1] if hashes else root
-            hashes += block_hashes(tokens[start:], self.namespace.block_tokens, parent, items, start=start)
-        self._remember(root, theirs, hashes)
-        return hashes
+        theirs, block = self._theirs(request), self.namespace.block_tokens
+        known = self._remembered(root, theirs)
+        start = len(known) * block
+        if len(tokens) - start < block:
+            return known
+        new = block_hashes(tokens[start:], block, known[-1] if known else root, items, start=start)
+        self._remember(root, theirs[len(known) :], new)
+        return known + new
 
     def marked(self, mark: str) -> "Hasher":
         """Return one that names everything differently."""

@@ -327,8 +327,12 @@ class SchedulerSide:
         life = tracked.life
         if life is None:
             return False
-        if life.ended:
-            return bool(life.asks) and _last_step(tracked.request)
+        if not life.ended and not self._compute(tracked, life, blocks, upto):
+            return False
+        return bool(life.asks) and _last_step(tracked.request)
+
+    def _compute(self, tracked: Tracked, life: Life, blocks: "_Blocks", upto: int) -> bool:
+        """Ask room for the chunks that are full at token `upto`; return whether the prompt is computed then."""
         if life.session is not self._link.registered:
             tracked.end_life()
             return False
@@ -342,7 +346,7 @@ class SchedulerSide:
         if upto < tracked.prompt_tokens:
             return False
         self._end(life)
-        return bool(life.asks) and _last_step(tracked.request)
+        return True
 
     def _hand_out(self, wait_s: float) -> None:
         """Turn the grants that have come into copies; wait a little where the blocks are free after this step."""

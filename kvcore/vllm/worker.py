@@ -37,8 +37,8 @@ class _Running:
     started: float
     valid: NDArray[np.bool_]
     """Chunks whose pages were of the right generation before the copy, and are copied."""
-    report: StepReport
-    """Of the step in which it was begun, or is told of."""
+    report: StepReport = field(default_factory=StepReport)
+    """Of the step that loads it (synchronous loads only)."""
     failures_seen: int = 0
     """How many failed loads of this rank were known to who planned it (stores only)."""
     ordered: int = 0
@@ -304,7 +304,7 @@ class WorkerSide:
             valid = self._generations_hold(mover, copy)
             started = time.perf_counter()
             handle = mover.store(copy.pages[valid], copy.blocks[valid]) if valid.any() else _NOTHING
-            one = _Running(copy, handle, mover, started, valid, self._report, failures_seen)
+            one = _Running(copy, handle, mover, started, valid, failures_seen=failures_seen)
             self._storing.append(one)
         if self._in_step:
             self._end_store(one)
