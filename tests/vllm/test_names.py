@@ -98,6 +98,14 @@ def test_what_the_engine_hashed_alike_is_named_once_and_the_same(monkeypatch):
     assert named == []
 
 
+def test_images_count_from_their_position_behind_a_remembered_prefix_too():
+    hasher = Hasher(NAMESPACE, engine_hashes=True)
+    for tokens in (TOKENS, [*TOKENS, *range(40)]):
+        request = EngineRequest("a", tokens, mm_features=[image("x", 90)])
+        request.block_hashes = engine_hashes(tokens, "x at 90")
+        assert hasher(request) == Hasher(NAMESPACE)(EngineRequest("b", tokens, mm_features=[image("x", 90)]))
+
+
 @pytest.mark.parametrize("theirs", [[], engine_hashes(TOKENS)[:-1], engine_hashes(TOKENS, block=BLOCK // 2)])
 def test_engine_hashes_in_other_units_are_ignored(theirs):
     hasher = Hasher(NAMESPACE, engine_hashes=True)

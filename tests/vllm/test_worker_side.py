@@ -379,15 +379,23 @@ def test_a_step_does_not_wait_for_its_load_and_its_outcome_does(device):
     handle, _ = step_with_load_under_way(device)
     bad, report = device.side.bad_blocks(), device.side.report()
     device.side.start_loads(StepPlan())  # the next step begins meanwhile
-    seen = []
-    reader = threading.Thread(target=lambda: seen.extend([bool(bad), report().load_seconds.keys()]))
-    reader.start()
-    reader.join(0.1)
-    assert reader.is_alive()
+    seen = {}
+    asks = {
+        "bad": lambda: bool(bad),
+        "sent": lambda: pickle.loads(pickle.dumps(bad)),
+        "report": lambda: set(report().load_seconds),
+    }
+    readers = [threading.Thread(target=lambda n=name, a=ask: seen.update({n: a()})) for name, ask in asks.items()]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(0.1)
+        assert reader.is_alive()
     assert not device.said("loaded")
     handle.gate.set()
-    reader.join(5)
-    assert seen == [False, {"r"}]
+    for reader in readers:
+        reader.join(5)
+    assert seen == {"bad": False, "sent": set(), "report": {"r"}}
     assert len(device.said("loaded")) == 1
     assert device.side.report() is None
 
