@@ -25,16 +25,15 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 BLOCKS, BLOCK, KV_BYTES = 64, 128, 32_768
-ENGINE = f"--max-num-batched-tokens 2048 --max-num-seqs 16 --max-model-len 4096 --block-size {BLOCK}"
+BATCH = "--max-num-batched-tokens 2048 --max-num-seqs 16"
 REPLAY = "--requests 200 --seconds 300 --system-tokens 400 --user-tokens 60 --max-output 8 --replays 3 --chunk 256 "
 REPLAY += f"--l1-gb 3 --gpu-blocks {BLOCKS} --eager --dtype float32 --load-format auto --vocabulary 4000 "
-REPLAY += f"--pin-s-per-gb 0 --keep-journals --budget-s 2400 {ENGINE}"
-CALIBRATE = "--engine-arg enforce_eager=true --engine-arg dtype=float32 --kv-dtype fp32 --gpu cpu --weight-gb 0.4 "
-CALIBRATE += f"--gpu-memory-gb 4 --kv-tokens 32000 --vocabulary 4000 --repeats 2 --name cpu-105m {ENGINE}"
-CALIBRATE = CALIBRATE.replace("--block-size ", "--engine-arg block_size=")
+REPLAY += f"--pin-s-per-gb 0 --keep-journals --budget-s 2400 {BATCH} --max-model-len 4096 --block-size {BLOCK}"
+CALIBRATE = f"--engine-arg enforce_eager=true --engine-arg dtype=float32 --engine-arg block_size={BLOCK} {BATCH} "
+CALIBRATE += "--kv-dtype fp32 --gpu cpu --weight-gb 0.4 --gpu-memory-gb 4 --max-model-len 4096 --kv-tokens 32000 "
+CALIBRATE += "--vocabulary 4000 --repeats 2 --name cpu-105m"
 L0_GB = (BLOCKS - 1) * BLOCK * KV_BYTES / 2**30  # vLLM keeps one block for itself
-VALIDATE = f"--chunk-tokens 256 --l1-size-gb 3 --l0-gb {L0_GB} --l0-block-tokens {BLOCK} "
-VALIDATE += "--max-num-batched-tokens 2048 --max-num-seqs 16"
+VALIDATE = f"--chunk-tokens 256 --l1-size-gb 3 --l0-gb {L0_GB} --l0-block-tokens {BLOCK} {BATCH}"
 
 
 def run(command, **options):
