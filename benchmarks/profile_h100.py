@@ -33,7 +33,7 @@ def plan_of(given):
     """The points, in an order in which a prefix is computed once."""
     longest = given.max_model_len - given.decode_steps - 1
     return Plan(
-        prefill=tuple((n, c) for c in CACHED for n in NEW if n + c <= longest),
+        prefill=tuple((n, c) for c in CACHED for n in NEW if n + c <= longest and n <= given.max_num_batched_tokens),
         decode=tuple(
             (b, c) for c in CONTEXT for b in BATCH if c <= longest and b * (c + given.decode_steps) <= given.kv_tokens
         ),

@@ -85,15 +85,15 @@ class Mover:
 
     def load(self, pages: NDArray[np.uint32], blocks: NDArray[np.int64]) -> Handle:
         """Copy chunks from the arena; blocks that are -1 are left as they are, since they are others' and live."""
-        slots = self._slots(pages)
         whole: NDArray[np.bool_] = np.all(blocks >= 0, axis=1)
         rows, columns = np.nonzero((blocks >= 0) & ~whole[:, None])
-        parts = self._rows(pages[rows], columns)  # before another thread goes on with the first transfer
         handles = []
-        if whole.any():
-            handles.append(self._transfers.whole.load(slots[whole], blocks[whole].ravel()))
+        # Parts of chunks go first: every layer has some of their rows, so behind the whole chunks, which the copy
+        # engine takes in the order in which they come, they would keep even the first layer waiting to the end.
         if len(rows):
-            handles.append(self._transfers.single.load(parts, blocks[rows, columns]))
+            handles.append(self._transfers.single.load(self._rows(pages[rows], columns), blocks[rows, columns]))
+        if whole.any():
+            handles.append(self._transfers.whole.load(self._slots(pages[whole]), blocks[whole].ravel()))
         return handles[0] if len(handles) == 1 else _Both(handles)
 
     def block_bytes(self, blocks: NDArray[np.int64]) -> int:

@@ -122,6 +122,32 @@ def rig(tmp_path):
     made.arena.close()
 
 
+def test_parts_of_chunks_are_handed_over_before_whole_ones(tmp_path):
+    """Every layer has rows of theirs: behind the whole chunks they would keep the first layer waiting to the end."""
+    handed = []
+
+    class Noted(Plain):
+        def __init__(self, *given):
+            super().__init__(*given)
+            for name in ("whole", "single"):
+                setattr(self, name, self.noting(name, getattr(self, name)))
+
+        @staticmethod
+        def noting(name, transfer):
+            load = transfer.load
+            transfer.load = lambda *call: handed.append(name) or load(*call)
+            return transfer
+
+    rig = Rig(tmp_path, in_step=False, factory=Noted)
+    stored = rig.rows(range(12))
+    rig.step(StepPlan(stores=[rig.copy(range(12))]))
+    rig.step(StepPlan(loads=[rig.copy([20, 21, 22, 23, 24, 25, 26, 27, 28, 29, -1, -1])]))
+    assert handed == ["single", "whole"]
+    assert rig.equal({name: rows[:10] for name, rows in stored.items()}, range(20, 30))
+    rig.side.close()
+    rig.arena.close()
+
+
 @pytest.mark.parametrize("scattered", [False, True])
 def test_what_was_stored_is_loaded_elsewhere(rig, scattered):
     stored = rig.rows(range(8))
