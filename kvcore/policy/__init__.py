@@ -23,6 +23,7 @@ from kvcore.policy.events import (
     RoomAsked,
     StoreAborted,
     StoreCommitted,
+    TierCleared,
     Unpinned,
 )
 from kvcore.policy.eviction import POLICIES
@@ -58,6 +59,7 @@ __all__ = [
     "RoomAsked",
     "StoreAborted",
     "StoreCommitted",
+    "TierCleared",
     "TierConfig",
     "Transport",
     "UnknownInstanceError",

@@ -21,6 +21,7 @@ from kvcore.policy.events import (
     RoomAsked,
     StoreAborted,
     StoreCommitted,
+    TierCleared,
     Unpinned,
 )
 from kvcore.policy.invariants import check
@@ -89,6 +90,8 @@ class Core:
                 ending.instance_left(state, event)
             case Cleared():
                 operator.cleared(state, event)
+            case TierCleared():
+                operator.clear_tiers(state, (event.tier,), None)
             case Pinned():
                 operator.pinned(state, event)
             case Unpinned():

@@ -134,6 +134,14 @@ class Cleared:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TierCleared:
+    """One tier is emptied, as when its memory is gone: what lies in the others stays."""
+
+    now_ns: int
+    tier: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pinned:
     """The operator keeps `chunks` in tier 0, those that are there, until they are unpinned."""
 
@@ -175,6 +183,7 @@ Event: TypeAlias = (
     | RequestEnded
     | LeaseExpired
     | Cleared
+    | TierCleared
     | Pinned
     | Unpinned
     | QuotaSet

@@ -1,6 +1,6 @@
 """What instances and operators say, beside requests."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kvcore.policy.ending import void
 from kvcore.policy.events import Cleared, InstanceRegistered, Pinned
@@ -23,18 +23,25 @@ def cleared(state: State, event: Cleared) -> None:
     """The operator empties the cache, or takes chunks out of it."""
     if event.chunks is None:
         state.missed.clear()
-    unpinned(state, tuple(state.tiers[0].kept) if event.chunks is None else event.chunks)
-    for index, tier in enumerate(state.tiers):
-        take_out(state, index, tuple(tier.resident) if event.chunks is None else event.chunks, "cleared")
-    wanted = None if event.chunks is None else dict.fromkeys(event.chunks)
-    for tier in state.tiers[1:]:
+    clear_tiers(state, range(len(state.tiers)), event.chunks)
+
+
+def clear_tiers(state: State, indices: Sequence[int], chunks: tuple[Chunk, ...] | None) -> None:
+    """Take `chunks`, or everything where None, out of some tiers, and void what is being written to them."""
+    if 0 in indices:
+        unpinned(state, tuple(state.tiers[0].kept) if chunks is None else chunks)
+    for index in indices:
+        take_out(state, index, tuple(state.tiers[index].resident) if chunks is None else chunks, "cleared")
+    wanted = None if chunks is None else dict.fromkeys(chunks)
+    for tier in [state.tiers[index] for index in indices if index]:
         for chunk, entry in tier.writing.items():
             if entry.entered and (wanted is None or chunk in wanted):
                 tier.policy.forget((chunk,))
                 tier.expiry.pop(chunk, None)
                 entry.entered = False
-    for request in tuple(state.requests.values()):
-        clear_writes(state, request, wanted)
+    if 0 in indices:
+        for request in tuple(state.requests.values()):
+            clear_writes(state, request, wanted)
 
 
 def clear_writes(state: State, request: Request, wanted: dict[Chunk, None] | None) -> None:

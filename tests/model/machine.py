@@ -25,6 +25,7 @@ from kvcore.policy import (
     RoomAsked,
     StoreAborted,
     StoreCommitted,
+    TierCleared,
     TierConfig,
     Unpinned,
 )
@@ -220,6 +221,17 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(namespace=st.sampled_from(NAMESPACES), path=st.sampled_from([None, *PATHS]))
     def operator_clears(self, namespace, path):
         self.send(Cleared(now_ns=self.tick(), chunks=None if path is None else chain(namespace, path)))
+
+    @rule(data=st.data())
+    def a_tier_is_emptied(self, data):
+        tier = data.draw(st.integers(0, len(self.core.tiers) - 1))
+        before = [list(one.resident) for one in self.core.tiers]
+        self.send(TierCleared(now_ns=self.tick(), tier=tier))
+        assert not self.core.tiers[tier].resident
+        if self.core.config.ttl_ns is None:  # else some of the others may be due at this very moment
+            assert [list(one.resident) for one in self.core.tiers if one is not self.core.tiers[tier]] == [
+                chunks for at, chunks in enumerate(before) if at != tier
+            ]
 
     @rule(pages=st.sampled_from([None, 0, 1, 3, 6]))
     def operator_sets_quota(self, pages):

@@ -528,24 +528,31 @@ class Naive:
         self.say_gone(tier, gone)
 
     def Cleared(self, event):
-        everything = event.chunks is None
-        if everything:
+        if event.chunks is None:
             self.missed = []
-        self.Unpinned(Unpinned(now_ns=0, chunks=tuple(c.chunk for c in self.kept) if everything else event.chunks))
-        for tier, copies in enumerate(self.tiers):
-            chunks = [c.chunk for c in copies if c.state == "resident"] if everything else event.chunks
+        self.clear(range(len(self.tiers)), event.chunks)
+
+    def TierCleared(self, event):
+        self.clear([event.tier], None)
+
+    def clear(self, indices, wanted):
+        everything = wanted is None
+        if 0 in indices:
+            self.Unpinned(Unpinned(now_ns=0, chunks=tuple(c.chunk for c in self.kept) if everything else wanted))
+        for tier in indices:
+            chunks = [c.chunk for c in self.tiers[tier] if c.state == "resident"] if everything else wanted
             if everything:  # in the order in which they became resident
                 chunks = sorted(chunks, key=lambda chunk: self.arrivals(tier).index(chunk))
             self.remove(tier, chunks, "cleared")
-        for tier in range(1, len(self.tiers)):
-            for copy in self.tiers[tier]:
-                if copy.state == "writing" and copy.known and (everything or copy.chunk in event.chunks):
+        for tier in indices:
+            for copy in self.tiers[tier] if tier else ():
+                if copy.state == "writing" and copy.known and (everything or copy.chunk in wanted):
                     self.forget(tier, copy)
-        for asker in list(self.askers.values()):
-            hit = [c for c in asker.writing if everything or c.chunk in event.chunks]
+        for asker in list(self.askers.values()) if 0 in indices else ():
+            hit = [c for c in asker.writing if everything or c.chunk in wanted]
             self.void(asker, hit, "cleared")
             asker.writing = [c for c in asker.writing if c not in hit]
-            hit = [c for c in asker.fetching if everything or c.chunk in event.chunks]
+            hit = [c for c in asker.fetching if everything or c.chunk in wanted]
             self.void(asker, hit, "cleared", filled=True)
             asker.fetching = [c for c in asker.fetching if c not in hit]
             waiters = []

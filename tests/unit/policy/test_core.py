@@ -25,6 +25,7 @@ from kvcore.policy import (
     RoomAsked,
     StoreAborted,
     StoreCommitted,
+    TierCleared,
     TierConfig,
     UnknownInstanceError,
     Unpinned,
@@ -313,6 +314,39 @@ def test_cleared_chunks_are_not_found_and_go_when_nobody_reads_them():
     story.loaded("reads", (A,))
     assert story.end("reads") == (Evict(tier=0, chunks=(A,), reason="cleared"),)
     assert story.core.tiers[0].used == 0
+
+
+def test_a_tier_whose_memory_is_gone_leaves_the_others_as_they_are():
+    story = Story(10, 10)
+    story.store("r", (A, B))
+    story.commit("r", (A, B), tier=1)
+    story.tell(Pinned, chunks=(A,))
+    story.store("s", (C,))  # on its way down
+    story.look_up("writes", (D,))
+    story.ask("writes", (D,))
+    assert story.tell(TierCleared, tier=0) == (Evict(tier=0, chunks=(A, B), reason="cleared"),)
+    assert story.hits((A, B)) == (0, 2)
+    assert story.commit("s", (C,), tier=1) == (Evict(tier=0, chunks=(C,), reason="cleared"),), "its copy has read it"
+    assert story.hits((C,)) == (0, 1)
+    assert story.commit("writes", (D,)) == (Refuse(request="writes", tier=0, chunks=(D,), reason="cleared"),)
+    assert story.core.tiers[0].used == 0
+    assert not story.core.tiers[0].kept
+    assert story.core.tiers[1].used == 3
+
+
+def test_a_fetch_into_a_tier_whose_memory_is_gone_leaves_its_source():
+    story = Story(1, 10)
+    story.store("r", (A,))
+    story.commit("r", (A,), tier=1)
+    story.store("s", (B,))
+    story.commit("s", (B,), tier=1)
+    assert Load(request="t", tier=1, chunks=(A,)) in story.look_up("t", (A,))
+    story.tell(TierCleared, tier=0)
+    ended = story.tell(StoreAborted, request="t", tier=0, chunks=(A,))
+    assert ended == (Refuse(request="t", tier=0, chunks=(A,), reason="cleared"),)
+    story.end("t")
+    assert story.core.tiers[0].used == 0
+    assert story.hits((A, B)) == (0, 2)
 
 
 def test_what_the_operator_pins_stays():
