@@ -30,7 +30,7 @@ from kvcore.live.settings import GB, Settings, check, http_address
 from kvcore.live.stores.base import Store, StoreError
 from kvcore.live.stores.pool import StorePool
 from kvcore.live.stores.registry import open_store
-from kvcore.live.takeover import State, apply, clear_of_changed, end_of_what_was_under_way, recover
+from kvcore.live.takeover import State, go_on, recover
 from kvtraces.journal import Head, JournalWriter, take_snapshot
 
 _LOG = logging.getLogger("kvcore.server")
@@ -218,27 +218,31 @@ class Server:
         settings, config = self.settings, self.settings.core_config()
         if not settings.journal:
             return None, State.empty(config)
-        state = None
-        if arena.taken_over:
-            state = recover(Path(settings.journal), config, epoch=previous_epoch, page_bytes=arena.page_bytes)
+        meta = {
+            "epoch": arena.epoch,
+            "page_bytes": arena.page_bytes,
+            "name": settings.name,
+            "chunk_tokens": settings.chunk_size,
+            "l2": settings.l2_place,
+        }
+        head = Head(config=config, meta=meta)
+        found = recover(Path(settings.journal), head, epoch=previous_epoch if arena.taken_over else 0)
         journal = JournalWriter(
             settings.journal,
-            Head(config=config, meta={"epoch": arena.epoch, "page_bytes": arena.page_bytes, "name": settings.name}),
-            None if state is None else take_snapshot(state.core, state.book.dump()),
+            head if found is None or found.has_l1 else found.head,
+            None if found is None else take_snapshot(found.state.core, found.state.book.dump()),
             segment_bytes=settings.journal_segment_mb << 20,
             keep=settings.journal_segments,
         )
         stack.callback(journal.close)
-        if state is None:
+        if found is None:
             return journal, State.empty(config)
-        now_ns = MonotonicClock(state.now_ns).now_ns()
-        for event in end_of_what_was_under_way(state, now_ns):
-            journal.step(event, apply(state, event))
-        changed = clear_of_changed(state, arena.generations, now_ns)
-        if changed is not None:
-            journal.step(changed, apply(state, changed))
-        journal.flush()
-        _LOG.info("took over %d chunks of an earlier server", len(state.book.resident))
+        now_ns = MonotonicClock(found.state.now_ns).now_ns()
+        state = go_on(journal, found, head, arena.generations, now_ns)
+        _LOG.info(
+            "took over from an earlier server: chunks in %s",
+            ", ".join(f"{tier.name} {len(tier.resident)}" for tier in state.core.tiers),
+        )
         return journal, state
 
     def _open_pool(self, stack: ExitStack) -> StorePool | None:

@@ -112,8 +112,8 @@ class Service:
         """How far the arena's pages are faulted in, where that was asked for."""
         self.later: list[Callable[[], None]] = []
         """What is to be done after the replies are out."""
-        self.strays: deque[bytes] = deque()
-        """Chunks that were found in L2 at the start; another thread appends."""
+        self.strays: deque[bytes] = deque(chunk for chunk in parts.state.strays if isinstance(chunk, bytes))
+        """Chunks that lie in L2, or may, as found at the start; another thread appends."""
         self.works: dict[str, Work] = {}
         self._stores = Acknowledgements()
         self._loads = Acknowledgements()

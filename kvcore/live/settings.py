@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -89,7 +90,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 10.0
     record: Annotated[str, _help("Write a trace of every request: FILE.jsonl, .jsonl.gz or .jsonl.zst.", "Logs")] = ""
     record_max_mb: Annotated[int, _help("Go on in another trace file after so many MiB.", "Logs", ge=1)] = 256
-    journal: Annotated[str, _help("Folder of the journal, by which L1 survives a crash.", "Logs")] = ""
+    journal: Annotated[
+        str, _help("Folder of the journal, by which L1 survives a crash and L2 any restart.", "Logs")
+    ] = ""
     journal_segment_mb: Annotated[int, _help("Size of a journal segment.", "Logs", ge=1, le=1 << 16)] = 256
     journal_segments: Annotated[int, _help("Journal segments to keep.", "Logs", ge=1)] = 4
     log_level: Annotated[
@@ -139,6 +142,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             quotas=self.quotas(),
             load_cost=self._load_cost(),
         )
+
+    @property
+    def l2_place(self) -> str:
+        """The store's URL without users, passwords and options: what a journal may tell of it."""
+        parts = urlsplit(self.l2)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if self.l2 else ""
 
     @property
     def staging_pages(self) -> int:

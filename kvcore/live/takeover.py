@@ -1,15 +1,18 @@
-"""A server that starts where another died: what the journal proves is kept, the rest is given up in order.
+"""A server that starts where another ended: what the journal proves is kept, the rest is given up in order.
 
 The journal's last segment is replayed. Whatever was under way then has ended with the server: fetches failed, copies to
 L2 were not made, engines' requests are over. Chunks whose pages were handed out again, in the instant before the end
 that the journal does not tell of, are cleared. Pages that a worker may still be writing stay with the arena's
 allocator until that worker has drained its copies or is proved gone.
+
+An arena is gone after a clean stop or a reboot, and another one where L1 is of another size. Then L1 is cleared as a
+whole, before anything else, and what lies in L2 is kept: a chunk's name and checksum tell whether it is there still.
 """
 
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -19,6 +22,7 @@ from numpy.typing import NDArray
 from kvcore.live.book import GENERATION, Book, page_ids
 from kvcore.live.transport import QUARANTINE
 from kvcore.policy import (
+    Chunk,
     Cleared,
     Core,
     CoreConfig,
@@ -32,17 +36,20 @@ from kvcore.policy import (
     Place,
     Refuse,
     StoreAborted,
+    TierCleared,
 )
-from kvcore.policy.snapshot import dump
+from kvcore.policy.snapshot import dump, with_other_top
 from kvtraces.journal import (
     Head,
     JournalError,
+    JournalWriter,
     Pages,
     Snapshot,
     Step,
     read_segment,
     restore_core,
     segments,
+    take_snapshot,
 )
 
 _LOG = logging.getLogger("kvcore.server")
@@ -60,6 +67,8 @@ class State:
     book: Book
     now_ns: int = 0
     """Time of the last event."""
+    strays: list[Chunk] = field(default_factory=list)
+    """Chunks that may lie in L2 and are not kept there, as nobody was there to delete them when they were given up."""
 
     @classmethod
     def empty(cls, config: CoreConfig) -> "State":
@@ -67,36 +76,48 @@ class State:
         return cls(Core(config), Book())
 
 
-def recover(folder: Path, config: CoreConfig, *, epoch: int, page_bytes: int) -> State | None:
-    """Return the state at the end of a journal; None, with the reason logged, where it does not fit the arena.
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """What a journal tells."""
+
+    head: Head
+    """Of the server that wrote it."""
+    state: State
+    has_l1: bool
+    """Whether its pages are the arena's; where not, only what lies in L2 is to be kept."""
+
+
+def recover(folder: Path, head: Head, *, epoch: int) -> Found | None:
+    """Return what was at the end of a journal; None, with the reason logged, where nothing of it can be kept.
 
     Args:
         folder: The journal.
-        config: The core's configuration; one that has changed cannot go on where another ended.
-        epoch: The arena's, before it was taken over.
-        page_bytes: Size of the arena's pages.
+        head: Of the server that starts. A core whose configuration has changed cannot go on where another ended; that
+            of an L1 that is to be cleared may have.
+        epoch: The arena's, before it was taken over; 0 where it is new.
     """
     paths = segments(folder)
     if not paths:
         return None
     try:
-        return _replay(paths[-1], config, epoch=epoch, page_bytes=page_bytes)
+        return _replay(paths[-1], head, epoch)
     except (_Unusable, JournalError, msgspec.MsgspecError) as error:
-        _LOG.warning("journal %s does not tell what the arena holds (%s): starting empty", folder, error)
+        _LOG.warning("journal %s does not tell what the arena or L2 holds (%s): starting empty", folder, error)
         return None
 
 
-def _replay(path: Path, config: CoreConfig, *, epoch: int, page_bytes: int) -> State:
+def _replay(path: Path, new: Head, epoch: int) -> Found:
     head: Head | None = None
     state: State | None = None
+    has_l1 = False
     placed: deque[Place | Load] = deque()
     try:
         for located in read_segment(path):
             record = located.record
             match record:
                 case Head():
-                    _check(record, config, epoch, page_bytes)
-                    head, state = record, State.empty(config)
+                    has_l1 = _check(record, new, epoch)
+                    head, state = record, State.empty(record.config)
                 case Snapshot() if head is not None:
                     state = State(restore_core(head, record), Book.restore(record.pages))
                 case Step() if state is not None:
@@ -119,16 +140,29 @@ def _replay(path: Path, config: CoreConfig, *, epoch: int, page_bytes: int) -> S
         if state is None:
             raise
         _LOG.warning("the journal ends at %s", error)
-    if state is None:
+    if head is None or state is None:
         raise _Unusable(f"{path.name} is empty")
-    return state
+    return Found(head, state, has_l1)
 
 
-def _check(head: Head, config: CoreConfig, epoch: int, page_bytes: int) -> None:
-    if head.config != config:
+def _check(old: Head, new: Head, epoch: int) -> bool:
+    """Return whether a journal tells what the arena holds; raise _Unusable where it does not tell what L2 holds either.
+
+    The same names are other bytes where a chunk has more tokens, and take other room where pages are larger.
+    """
+    if any(old.meta.get(key) != new.meta.get(key) for key in ("page_bytes", "chunk_tokens")):
+        raise _Unusable("its chunks or pages are of another size")
+    if epoch and old.meta.get("epoch") == epoch and old.config == new.config:
+        return True
+    has_l2 = len(new.config.tiers) > 1
+    l1 = (old if has_l2 else new).config.tiers[0]
+    if old.config != replace(new.config, tiers=(l1, *new.config.tiers[1:])):
         raise _Unusable("its settings of tiers, policy or quotas are others")
-    if head.meta.get("epoch") != epoch or head.meta.get("page_bytes") != page_bytes:
+    if not has_l2:
         raise _Unusable("it is of another arena")
+    if old.meta.get("l2") != new.meta.get("l2"):
+        raise _Unusable("it is of another arena, and of another L2")
+    return False
 
 
 def _taking_pages(decisions: Iterable[Decision]) -> Iterator[Place | Load]:
@@ -157,16 +191,61 @@ def apply(state: State, event: Event) -> tuple[Decision, ...]:
     return decisions
 
 
-def end_of_what_was_under_way(state: State, now_ns: int) -> list[Event]:
-    """Return the events that end everything that died with the server."""
-    events: list[Event] = []
-    for request, rooms in state.book.fetches.items():
-        events.append(LoadFailed(now_ns=now_ns, request=request, tier=1, chunks=tuple(rooms)))
-    for index, tier in enumerate(state.core.tiers[1:], 1):
+def go_on(journal: JournalWriter, found: Found, head: Head, generations: NDArray[np.uint64], now_ns: int) -> State:
+    """Write down and carry out what ended with the earlier server; return the state in which the next one starts.
+
+    `journal` is a new segment that begins with what was found, under the head of the server that starts. Where only L2
+    is kept it is under the old head, until L1 is cleared and the next segment begins: a server that dies in between
+    is not to be followed by one that takes the old arena's pages for the new one's.
+    """
+    state = found.state
+    _carry_out(journal, state, end_of_what_was_under_way(state, now_ns, has_l1=found.has_l1))
+    if not found.has_l1:
+        if state.core.config != head.config:
+            state.core = with_other_top(state.core, head.config)
+        journal.head = head
+        journal.rotate(take_snapshot(state.core, state.book.dump()))
+    elif (changed := clear_of_changed(state, generations, now_ns)) is not None:
+        _carry_out(journal, state, [changed])
+    journal.flush()
+    return state
+
+
+def _carry_out(journal: JournalWriter, state: State, events: Iterable[Event]) -> None:
+    for event in events:
+        decisions = apply(state, event)
+        journal.step(event, decisions)
+        if isinstance(event, StoreAborted) and event.tier:  # it may have been written just before the end
+            state.strays += event.chunks
+        for decision in decisions:
+            if isinstance(decision, Evict) and decision.tier:
+                state.strays += decision.chunks
+
+
+def end_of_what_was_under_way(state: State, now_ns: int, *, has_l1: bool = True) -> Iterator[Event]:
+    """Yield the events that end everything that died with the server, each to be applied before the next is asked for.
+
+    Without L1 it is cleared first. What was on its way there is then given up without a word of its source, and nothing
+    is copied down from there when a request ends.
+    """
+    core = state.core
+    dumped = dump(core)
+    fetches = [(one["name"], one["fetching"]) for one in dumped["requests"]]
+    fetches += [(name, fetching) for name, _, _, _, fetching in dumped["lost"]]
+    if not has_l1:
+        yield TierCleared(now_ns=now_ns, tier=0)
+    for request, chunks in fetches:
+        if not chunks:
+            continue
+        if has_l1:
+            yield LoadFailed(now_ns=now_ns, request=request, tier=1, chunks=tuple(chunks))
+        else:
+            yield StoreAborted(now_ns=now_ns, request=request, tier=0, chunks=tuple(chunks))
+    for _, name, *_ in dumped["instances"]:
+        yield InstanceLeft(now_ns=now_ns, instance=name)
+    for index, tier in enumerate(core.tiers[1:], 1):  # last: with its engine a request ends, and is copied down
         if tier.writing:
-            events.append(StoreAborted(now_ns=now_ns, request="", tier=index, chunks=tuple(tier.writing)))
-    events += [InstanceLeft(now_ns=now_ns, instance=name) for _, name, *_ in dump(state.core)["instances"]]
-    return events
+            yield StoreAborted(now_ns=now_ns, request="", tier=index, chunks=tuple(tier.writing))
 
 
 def clear_of_changed(state: State, generations: NDArray[np.uint64], now_ns: int) -> Cleared | None:

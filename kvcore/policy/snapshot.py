@@ -5,6 +5,7 @@ A restored core decides, from then on, what the one that was dumped would have d
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from kvcore.policy.config import CoreConfig
@@ -71,6 +72,21 @@ def restore(config: CoreConfig, dumped: Plain) -> Core:
         strays = [entry for lost in state.lost.values() for entry in lost.entries.values()] if index == 0 else []
         _count(tier, strays)
     return core
+
+
+def with_other_top(core: Core, config: CoreConfig) -> Core:
+    """Return a core of `config`, which differs in tier 0 at most, that goes on where `core` is.
+
+    Tier 0's eviction policy begins anew: what it remembers is of another size, or of another policy.
+
+    Raises:
+        ValueError: Something occupies tier 0, or more than that tier is configured otherwise.
+    """
+    if core.tiers[0].used or replace(core.config, tiers=(config.tiers[0], *core.config.tiers[1:])) != config:
+        raise ValueError("only a tier that is empty can be configured otherwise")
+    dumped = dump(core)
+    dumped["tiers"][0] |= {"name": config.tiers[0].name, "policy": _dump_tier(Core(config).tiers[0])["policy"]}
+    return restore(config, dumped)
 
 
 def _dump_entry(entry: Entry) -> list[Any]:

@@ -7,6 +7,8 @@ import pytest
 from live_fakes import SyncEngine, chain, wait_for
 
 from kvcore.live import wire
+from kvcore.live.client import RemoteError
+from kvtraces.journal import Equal, verify
 
 PROMPTS = [chain(f"p{at}", 4) for at in range(8)]
 
@@ -107,10 +109,94 @@ def test_a_server_that_starts_empty_deletes_what_an_earlier_one_left(start, fold
     assert len(files(folder)) == 32
     server.stop()
     server.start()
+    with SyncEngine(server.endpoint) as engine:
+        assert [engine.serve(f"{at}", prompt)[0].hits for at, prompt in enumerate(PROMPTS)] == [(0, 0)] * 8
+    server.stop()
+    server.start()
     wait_for(lambda: not files(folder))
     with SyncEngine(server.endpoint) as engine:
         fill(server, engine)
         assert sum(engine.serve("r", PROMPTS[0])[0].hits) == 4
+
+
+def served(engine, name):
+    """Serve every prompt; return how many chunks of each were found in L1 and in L2, their bytes compared."""
+    found = [engine.serve(f"{name}-{at}", prompt)[0] for at, prompt in enumerate(PROMPTS)]
+    assert [one.load_chunks for one in found] == [sum(one.hits) for one in found]
+    return [one.hits for one in found]
+
+
+@pytest.mark.parametrize("change", [(), ("--l1-size-gb", repr(20 * 65536 / 2**30)), ("--eviction-policy", "arc")])
+def test_l2_outlives_a_clean_stop_with_a_journal(start, folder, change):
+    server = start(*flags(folder, "--journal", str(folder / "journal")), l1_pages=64)
+    with SyncEngine(server.endpoint) as engine:
+        fill(server, engine)
+        engine.lookup("reader", PROMPTS[0])  # at work when the server stops
+        engine.lookup("writer", chain("half", 3))
+        engine.ask("writer", chain("half", 3))
+        assert server.stop() == 0
+        assert not server.arena.exists()
+        server.command += change
+        server.start()
+        assert not server.status()["arena"]["taken_over"]
+        assert [(tier["chunks"], tier["pages"]) for tier in server.status()["tiers"]] == [(0, 0), (32, 32)]
+        with pytest.raises(RemoteError, match="register again"):
+            engine.end("reader")
+    with SyncEngine(server.endpoint) as engine:
+        time.sleep(0.5)  # the scan for strays has been through
+        assert engine.serve("half", chain("half", 3))[0].hits == (0, 0)
+        assert served(engine, "second life") == [(0, 4)] * 8
+    assert server.stop() == 0
+    server.start()
+    with SyncEngine(server.endpoint) as engine:
+        assert served(engine, "third life") == [(0, 4)] * 8, "one clean stop after the other"
+        server.kill()
+        server.start()
+    with SyncEngine(server.endpoint) as engine:
+        assert set(engine.client.call(wire.Where(sum(PROMPTS, ()))).tiers) >= {0}, "L1 too"
+        assert [sum(hits) for hits in served(engine, "after a kill")] == [4] * 8
+    server.stop()
+    result = verify(folder / "journal")
+    assert isinstance(result, Equal), str(result)
+
+
+def test_what_was_demoted_outlives_a_clean_stop(start, folder):
+    server = start(*flags(folder, "--placement", "write-back", "--journal", str(folder / "journal")), l1_pages=12)
+    with SyncEngine(server.endpoint) as engine:
+        fill(server, engine)
+        below = [tier == 1 for tier in engine.client.call(wire.Where(sum(PROMPTS, ()))).tiers]
+        assert sum(below) >= 20
+        assert server.stop() == 0
+        server.start()
+    with SyncEngine(server.endpoint) as engine:
+        where = engine.client.call(wire.Where(sum(PROMPTS, ()))).tiers
+        assert where == tuple(1 if was else -1 for was in below)
+        assert engine.serve("r", PROMPTS[0])[0].hits == (0, 4)
+    server.stop()
+    assert isinstance(verify(folder / "journal"), Equal)
+
+
+def test_what_is_lost_from_l2_while_no_server_runs_is_a_miss(start, folder):
+    server = start(*flags(folder, "--journal", str(folder / "journal")), l1_pages=12)
+    with SyncEngine(server.endpoint) as engine:
+        fill(server, engine)
+    server.stop()
+    names = {path.name: path for path in files(folder)}
+    names[PROMPTS[0][2].hex()].unlink()
+    damaged = names[PROMPTS[1][1].hex()]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    server.start()
+    with SyncEngine(server.endpoint) as engine:
+        for at, left in ((0, 2), (1, 1)):
+            found = engine.lookup(f"r{at}", PROMPTS[at])
+            assert (found.hits, found.load_start, found.load_chunks) == ((0, 4), 0, left), "the run ends before it"
+            assert engine.read(found, PROMPTS[at]) == PROMPTS[at][:left]
+            engine.loaded(f"r{at}", PROMPTS[at][:left])
+            engine.end(f"r{at}")
+            assert engine.client.call(wire.Where(PROMPTS[at])).tiers[left] == -1
+        assert engine.serve("whole", PROMPTS[2])[0].hits == (0, 4)
+    server.stop()
+    assert isinstance(verify(folder / "journal"), Equal)
 
 
 def test_l2_is_taken_over_with_l1(start, folder):

@@ -21,7 +21,7 @@ from zlib import crc32
 import msgspec
 
 from kvcore.policy import Chunk, Core, CoreConfig, Decision, Event
-from kvcore.policy.snapshot import dump, restore
+from kvcore.policy.snapshot import dump, restore, with_other_top
 
 MAGIC = b"KVJRNL\x00\x01"
 DEFAULT_SEGMENT_BYTES = 256 << 20
@@ -376,7 +376,12 @@ class _Verifier:
     def _compare_snapshot(self, snapshot: Snapshot, located: Located) -> Difference | None:
         if self._head is None:
             return self._at(located, "a snapshot before the segment's head")
-        carried = self._carried
+        carried, config = self._carried, self._head.config
+        if carried is not None and carried.config != config:
+            try:
+                carried = with_other_top(carried, config)
+            except ValueError as error:
+                return self._at(located, f"its configuration is not the one of the steps before: {error}")
         if carried is not None and take_snapshot(carried).core != snapshot.core:
             return self._at(located, "the snapshot is not the state that the steps before lead to")
         self._core = restore_core(self._head, snapshot)

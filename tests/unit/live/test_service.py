@@ -23,7 +23,7 @@ from kvcore.live.book import page_ids
 from kvcore.live.members import RefusedError, UnknownMemberError
 from kvcore.live.service import Parts, Service
 from kvcore.live.settings import load
-from kvcore.live.takeover import State, apply, clear_of_changed, end_of_what_was_under_way, recover
+from kvcore.live.takeover import State, go_on, recover
 from kvtraces.journal import Equal, Head, JournalWriter, take_snapshot, verify
 
 PAGE = 4096
@@ -102,18 +102,14 @@ class World:
         self.arena = Arena.open(self.paths, size_bytes=PAGES * PAGE, page_bytes=PAGE)
         config = self.settings.core_config()
         folder = self.folder / "journal"
-        state = recover(folder, config, epoch=previous, page_bytes=PAGE) if previous else None
         head = Head(config=config, meta={"epoch": self.arena.epoch, "page_bytes": PAGE})
-        snapshot = None if state is None else take_snapshot(state.core, state.book.dump())
+        found = recover(folder, head, epoch=previous) if previous else None
+        snapshot = None if found is None else take_snapshot(found.state.core, found.state.book.dump())
         self.journal = JournalWriter(folder, head, snapshot, keep=1000)
-        if state is None:
-            state = State.empty(config)
-        else:
-            now_ns = self.clock.now_ns()
-            for event in end_of_what_was_under_way(state, now_ns):
-                self.journal.step(event, apply(state, event))
-            if changed := clear_of_changed(state, self.arena.generations, now_ns):
-                self.journal.step(changed, apply(state, changed))
+        state = State.empty(config)
+        if found is not None:
+            assert found.has_l1
+            state = go_on(self.journal, found, head, self.arena.generations, self.clock.now_ns())
         allocator = PageAllocator(
             self.arena.generations, self.arena.page_writers, page_ids(state.book.resident.values())
         )

@@ -1,0 +1,195 @@
+"""What a journal proves to the next server: of L1, of L2 or of neither."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kvcore.live.takeover import State, apply, go_on, recover
+from kvcore.policy import (
+    CoreConfig,
+    InstanceRegistered,
+    Load,
+    LookedUp,
+    Place,
+    QuotaSet,
+    RequestEnded,
+    RoomAsked,
+    StoreCommitted,
+    TierConfig,
+)
+from kvtraces.journal import Equal, Head, JournalWriter, segments, take_snapshot, verify
+
+L1, L2 = TierConfig(name="l1", pages=2), TierConfig(name="l2", pages=None)
+CONFIG = CoreConfig(tiers=(L1, L2))
+META = {"epoch": 7, "page_bytes": 4096, "chunk_tokens": 256, "l2": "files:///l2"}
+HEAD = Head(config=CONFIG, meta=META)
+A, B, C, D = (bytes([at]) * 32 for at in range(4))
+GENERATIONS = np.zeros(8, np.uint64)
+
+
+class Life:
+    """A server's core, book and journal, without its arena."""
+
+    def __init__(self, folder, head=HEAD):
+        self.state = State.empty(head.config)
+        self.journal = JournalWriter(folder, head)
+        self.now = 0
+        self.pages = 0
+
+    def tell(self, kind, **fields):
+        self.now += 1
+        event = kind(now_ns=self.now, **fields)
+        decisions = apply(self.state, event)
+        self.journal.step(event, decisions)
+        for decision in decisions:
+            if (isinstance(decision, Place) and not decision.tier) or (isinstance(decision, Load) and decision.tier):
+                self.place(decision)
+        self.journal.flush()
+        return decisions
+
+    def place(self, decision):
+        ids = np.arange(self.pages, self.pages + len(decision.chunks), dtype="<u4").tobytes()
+        self.pages += len(decision.chunks)
+        generations = np.zeros(len(decision.chunks), "<u8").tobytes()
+        self.journal.pages(ids, generations, 4096)
+        fetched = isinstance(decision, Load)
+        self.state.book.place(decision.request, decision.chunks, ids, generations, 4096, fetched=fetched)
+
+    def store(self, request, *chunks):
+        self.tell(LookedUp, request=request, instance="e", chunks=chunks)
+        self.tell(RoomAsked, request=request, chunks=chunks)
+        self.tell(StoreCommitted, request=request, tier=0, chunks=chunks)
+        self.tell(RequestEnded, request=request)
+
+
+def a_life(folder, head=HEAD):
+    """Store two chunks that reach L2, and stop with everything under way that can be."""
+    life = Life(folder, head)
+    life.tell(InstanceRegistered, instance="e", chunk_pages=1)
+    life.tell(QuotaSet, salt="t", pages=1)
+    life.store("stored", A, B)
+    if len(head.config.tiers) > 1:
+        life.tell(StoreCommitted, request="stored", tier=1, chunks=(A, B))
+    life.journal.close()
+    return life
+
+
+def busy_life(folder):
+    life = a_life(folder)
+    life.journal = JournalWriter(folder, HEAD, take_snapshot(life.state.core, life.state.book.dump()))
+    life.store("copied", C)  # evicts one, and is on its way to L2
+    gone = A if life.state.core.where(A) == 1 else B
+    life.tell(StoreCommitted, request="copied", tier=1, chunks=(C,))
+    assert any(isinstance(d, Load) for d in life.tell(LookedUp, request="fetches", instance="e", chunks=(gone,)))
+    life.tell(LookedUp, request="writes", instance="e", chunks=(D,))
+    life.tell(RoomAsked, request="writes", chunks=(D,))
+    life.journal.close()
+    return life
+
+
+def start(folder, head, epoch, now_ns=1000):
+    """What a server does at its start; return what was found and the state that it goes on from."""
+    found = recover(folder, head, epoch=epoch)
+    assert found is not None
+    snapshot = take_snapshot(found.state.core, found.state.book.dump())
+    journal = JournalWriter(folder, head if found.has_l1 else found.head, snapshot)
+    state = go_on(journal, found, head, GENERATIONS, now_ns)
+    journal.close()
+    return found, state
+
+
+def other(**meta):
+    return Head(config=CONFIG, meta=META | {"epoch": 8} | meta)
+
+
+def with_config(**fields):
+    return Head(config=replace(CONFIG, **fields), meta=META | {"epoch": 8})
+
+
+@pytest.mark.parametrize(
+    ("head", "epoch", "kept"),
+    [
+        (other(), 7, "both"),
+        (other(l2="files:///elsewhere"), 7, "both"),
+        (other(), 0, "l2"),
+        (other(), 6, "l2"),
+        (with_config(tiers=(TierConfig(name="l1", pages=9, eviction="arc"), L2)), 0, "l2"),
+        (with_config(tiers=(TierConfig(name="l1", pages=2, eviction="arc"), L2)), 7, "l2"),
+        (other(l2="files:///elsewhere"), 0, "nothing"),
+        (other(page_bytes=8192), 0, "nothing"),
+        (other(chunk_tokens=512), 0, "nothing"),
+        (other(chunk_tokens=512), 7, "nothing"),
+        (with_config(placement="write-back"), 0, "nothing"),
+        (with_config(quotas=(("t", 1),)), 7, "nothing"),
+        (with_config(tiers=(L1, TierConfig(name="l2", pages=5))), 0, "nothing"),
+        (with_config(tiers=(L1,)), 0, "nothing"),
+    ],
+)
+def test_what_of_a_journal_is_kept(tmp_path, head, epoch, kept):
+    a_life(tmp_path)
+    found = recover(tmp_path, head, epoch=epoch)
+    assert (found is None) == (kept == "nothing")
+    if found is not None:
+        assert found.has_l1 == (kept == "both")
+
+
+def test_without_l2_another_arena_is_a_start_from_nothing(tmp_path):
+    head = Head(config=replace(CONFIG, tiers=(L1,)), meta=META)
+    a_life(tmp_path, head)
+    assert recover(tmp_path, head, epoch=7).has_l1
+    assert recover(tmp_path, head, epoch=0) is None
+
+
+@pytest.mark.parametrize("pages", [2, 5])
+@pytest.mark.parametrize("eviction", ["lru", "arc", "s3fifo", "w-tinylfu"])
+def test_with_l1_gone_l2_is_kept_and_nothing_else(tmp_path, pages, eviction):
+    life = busy_life(tmp_path)
+    before = list(life.state.core.tiers[1].resident)
+    config = replace(CONFIG, tiers=(TierConfig(name="l1", pages=pages, eviction=eviction), L2))
+    found, state = start(tmp_path, Head(config=config, meta=META | {"epoch": 8}), 0)
+    assert not found.has_l1
+    assert state.core.config == config
+    state.core.check()
+    top, below = state.core.tiers
+    assert (top.used, top.kept, list(state.core.requests())) == (0, {}, [])
+    assert (state.book.resident, state.book.writes, state.book.fetches) == ({}, {}, {})
+    assert list(below.resident) == before
+    assert set(before) == {A, B, C}, "what was being fetched lies there still"
+    assert below.idle == below.used == 3
+    assert top.quotas == {"t": 1}
+    found = verify(tmp_path)
+    assert isinstance(found, Equal), str(found)
+    assert found.segments == len(segments(tmp_path)) == 4
+
+
+def test_a_copy_to_l2_that_the_end_cut_off_is_given_up_and_its_remains_are_deleted(tmp_path):
+    life = a_life(tmp_path)
+    life.journal = JournalWriter(tmp_path, HEAD, take_snapshot(life.state.core, life.state.book.dump()))
+    life.store("copied", C)
+    life.tell(LookedUp, request="ends with its engine", instance="e", chunks=(D,))
+    life.tell(RoomAsked, request="ends with its engine", chunks=(D,))
+    life.tell(StoreCommitted, request="ends with its engine", tier=0, chunks=(D,))
+    life.journal.close()
+    for epoch, left in ((7, {C, D}), (0, {C})):
+        folder = shutil.copytree(tmp_path, tmp_path / str(epoch))
+        _, state = start(folder, other(), epoch)
+        assert isinstance(verify(folder), Equal)
+        assert set(state.strays) == left
+        assert not state.core.tiers[1].writing
+        assert state.core.tiers[0].idle == state.core.tiers[0].used, "no copy holds its source any more"
+
+
+def test_a_server_that_dies_before_l1_is_cleared_is_not_believed_about_the_new_arena(tmp_path):
+    busy_life(tmp_path)
+    found = recover(tmp_path, other(), epoch=0)
+    JournalWriter(tmp_path, found.head, take_snapshot(found.state.core, found.state.book.dump())).close()
+    found, state = start(tmp_path, other(epoch=9), 8)  # it takes over the arena of the one that died so early
+    assert not found.has_l1
+    assert not state.book.resident
+    assert set(state.core.tiers[1].resident) == {A, B, C}
+    assert isinstance(verify(tmp_path), Equal)
+    found, state = start(tmp_path, other(epoch=10), 9)
+    assert found.has_l1, "from then on the journal tells of the new arena"
+    assert set(state.core.tiers[1].resident) == {A, B, C}
