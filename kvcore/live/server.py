@@ -229,7 +229,7 @@ class Server:
         found = recover(Path(settings.journal), head, epoch=previous_epoch if arena.taken_over else 0)
         journal = JournalWriter(
             settings.journal,
-            head if found is None or found.has_l1 else found.head,
+            head if found is None else found.head_for(head),
             None if found is None else take_snapshot(found.state.core, found.state.book.dump()),
             segment_bytes=settings.journal_segment_mb << 20,
             keep=settings.journal_segments,

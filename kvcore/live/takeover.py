@@ -86,6 +86,14 @@ class Found:
     has_l1: bool
     """Whether its pages are the arena's; where not, only what lies in L2 is to be kept."""
 
+    def head_for(self, new: Head) -> Head:
+        """Return the head of the segment that begins with this, written by the server of the `new` one.
+
+        Where only L2 is kept that is the old head, until L1 is cleared and the next segment begins: a server that dies
+        in between is not to be followed by one that takes the old arena's pages for the new one's.
+        """
+        return new if self.has_l1 else self.head
+
 
 def recover(folder: Path, head: Head, *, epoch: int) -> Found | None:
     """Return what was at the end of a journal; None, with the reason logged, where nothing of it can be kept.
@@ -194,9 +202,8 @@ def apply(state: State, event: Event) -> tuple[Decision, ...]:
 def go_on(journal: JournalWriter, found: Found, head: Head, generations: NDArray[np.uint64], now_ns: int) -> State:
     """Write down and carry out what ended with the earlier server; return the state in which the next one starts.
 
-    `journal` is a new segment that begins with what was found, under the head of the server that starts. Where only L2
-    is kept it is under the old head, until L1 is cleared and the next segment begins: a server that dies in between
-    is not to be followed by one that takes the old arena's pages for the new one's.
+    `journal` is at a new segment that begins with what was found, under `found.head_for(head)`. Without L1 it is in the
+    next one, under `head`, when this returns.
     """
     state = found.state
     _carry_out(journal, state, end_of_what_was_under_way(state, now_ns, has_l1=found.has_l1))

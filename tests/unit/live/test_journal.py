@@ -16,8 +16,10 @@ from kvcore.policy import (
     RequestEnded,
     RoomAsked,
     StoreCommitted,
+    TierCleared,
     TierConfig,
 )
+from kvcore.policy.snapshot import with_other_top
 from kvtraces.journal import (
     Difference,
     Equal,
@@ -165,6 +167,29 @@ def test_a_snapshot_of_another_state_is_a_difference(tmp_path):
     found = verify(tmp_path)
     assert isinstance(found, Difference)
     assert "snapshot" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("tier", "quotas", "emptied", "reason"),
+    [
+        (TierConfig(name="l1", pages=9, eviction="arc"), (("bob", 4),), True, None),
+        (TierConfig(name="l1", pages=9, eviction="arc"), (("bob", 4),), False, "empty"),
+        (TierConfig(name="l1", pages=9, eviction="arc"), (("bob", 5),), True, "configured otherwise"),
+    ],
+)
+def test_an_empty_l1_may_go_on_with_another_size(tmp_path, tier, quotas, emptied, reason):
+    core = write(tmp_path, 5)
+    config = replace(CONFIG, tiers=(tier,), quotas=quotas)
+    if emptied:
+        with_event = JournalWriter(tmp_path, HEAD, take_snapshot(core))
+        event = TierCleared(now_ns=1000, tier=0)
+        with_event.step(event, core.handle(event))
+        with_event.close()
+    moved = Core(config) if reason else with_other_top(core, config)
+    JournalWriter(tmp_path, Head(config=config, meta={}), take_snapshot(moved)).close()
+    found = verify(tmp_path)
+    assert isinstance(found, Equal if reason is None else Difference), str(found)
+    assert reason is None or reason in found.reason
 
 
 def test_a_missing_segment_is_told(tmp_path):

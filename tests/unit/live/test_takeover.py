@@ -94,7 +94,7 @@ def start(folder, head, epoch, now_ns=1000):
     found = recover(folder, head, epoch=epoch)
     assert found is not None
     snapshot = take_snapshot(found.state.core, found.state.book.dump())
-    journal = JournalWriter(folder, head if found.has_l1 else found.head, snapshot)
+    journal = JournalWriter(folder, found.head_for(head), snapshot)
     state = go_on(journal, found, head, GENERATIONS, now_ns)
     journal.close()
     return found, state
@@ -184,7 +184,7 @@ def test_a_copy_to_l2_that_the_end_cut_off_is_given_up_and_its_remains_are_delet
 def test_a_server_that_dies_before_l1_is_cleared_is_not_believed_about_the_new_arena(tmp_path):
     busy_life(tmp_path)
     found = recover(tmp_path, other(), epoch=0)
-    JournalWriter(tmp_path, found.head, take_snapshot(found.state.core, found.state.book.dump())).close()
+    JournalWriter(tmp_path, found.head_for(other()), take_snapshot(found.state.core, found.state.book.dump())).close()
     found, state = start(tmp_path, other(epoch=9), 8)  # it takes over the arena of the one that died so early
     assert not found.has_l1
     assert not state.book.resident
