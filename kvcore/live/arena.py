@@ -42,6 +42,7 @@ _HEADER = np.dtype(
         ("pages", "<u8"),
         ("epoch", "<u8"),
         ("server_pid", "<u8"),
+        ("unjournaled", "<u8"),
     ]
 )
 
@@ -181,6 +182,7 @@ class Arena:
         header = arena._opened.header
         header["epoch"] = max(int(header["epoch"][0]) + 1, time.time_ns())
         header["server_pid"] = os.getpid()
+        header["unjournaled"] = 0
         arena.taken_over = True
         if nobody_maps:
             arena.writers.clear()
@@ -240,6 +242,15 @@ class Arena:
     def server_pid(self) -> int:
         """The process id of the server that holds it or held it last."""
         return int(self._opened.header["server_pid"][0])
+
+    @property
+    def unjournaled(self) -> bool:
+        """Whether this epoch's server went on without the journal that it had begun."""
+        return bool(self._opened.header["unjournaled"][0])
+
+    def mark_unjournaled(self) -> None:
+        """Note, where no full disk is in the way, that from now on no journal tells what the pages hold."""
+        self._opened.header["unjournaled"] = 1
 
     @property
     def is_current(self) -> bool:

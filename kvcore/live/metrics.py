@@ -62,6 +62,7 @@ HELP: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
     "kvcore_recorder_rows": ("counter", "Trace rows written.", ()),
     "kvcore_recorder_dropped": ("counter", "Trace rows lost.", ()),
     "kvcore_journal_bytes": ("counter", "Bytes written to the journal.", ()),
+    "kvcore_journal_failed": ("gauge", "1 where the journal could not be written and was given up.", ()),
     "kvcore_l2_dropped_chunks": ("counter", "Chunks not written to L2 for want of room in its queue.", ()),
     "kvcore_uptime_seconds": ("gauge", "Since the server started.", ()),
 }

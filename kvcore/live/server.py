@@ -384,10 +384,15 @@ class Server:
         if journal is None:
             return
         start = time.monotonic()
-        journal.flush()
-        if journal.due:
-            state = self.service.parts.state
-            journal.rotate(take_snapshot(state.core, state.book.dump()))
+        try:
+            journal.flush()
+            if journal.due:
+                state = self.service.parts.state
+                journal.rotate(take_snapshot(state.core, state.book.dump()))
+        except OSError as error:
+            _LOG.error("going on without the journal, which cannot be written: %s", error)
+            self.service.lose_journal(str(error))
+            journal.abandon()
         self._journal_s += time.monotonic() - start
 
 
@@ -397,10 +402,10 @@ def _send(socket: "zmq.Socket[bytes]", frames: list[bytes]) -> None:
 
 
 def _epoch_of(paths: ArenaPaths) -> int:
-    """Return the epoch of an arena that an earlier server left, 0 where there is none to take over."""
+    """Return the epoch of an arena that an earlier server left, 0 where there is none that a journal may tell of."""
     try:
         with Arena.attach(paths.arena) as arena:
-            return arena.epoch
+            return 0 if arena.unjournaled else arena.epoch
     except ArenaError:
         return 0
 

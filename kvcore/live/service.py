@@ -114,6 +114,8 @@ class Service:
         """What is to be done after the replies are out."""
         self.strays: deque[bytes] = deque(chunk for chunk in parts.state.strays if isinstance(chunk, bytes))
         """Chunks that lie in L2, or may, as found at the start; another thread appends."""
+        self.journal_failure = ""
+        """Why the journal was given up, if it was."""
         self.works: dict[str, Work] = {}
         self._stores = Acknowledgements()
         self._loads = Acknowledgements()
@@ -517,6 +519,12 @@ class Service:
         return wire.Places(tuple(-1 if tier is None else tier for tier in places))
 
     # The shell
+
+    def lose_journal(self, reason: str) -> None:
+        """Go on without the journal; the arena says so before anybody is told of what the journal lacks."""
+        self.parts.arena.mark_unjournaled()
+        self.parts.journal = self.transport.journal = None
+        self.journal_failure = reason
 
     def collect(self) -> None:
         """Take in what L2's threads have done."""

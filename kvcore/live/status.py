@@ -46,7 +46,13 @@ def status(service: "Service") -> dict[str, Any]:
         "recorder": None
         if recorder is None
         else {"path": str(recorder.path), "rows": recorder.rows, "dropped": recorder.dropped},
-        "journal": None if journal is None else {"path": str(journal.folder), "bytes": journal.written_bytes},
+        "journal": None
+        if not service.settings.journal
+        else {
+            "path": service.settings.journal,
+            "bytes": None if journal is None else journal.written_bytes,
+            "failed": service.journal_failure or None,
+        },
     }
 
 
@@ -67,6 +73,8 @@ def kept_elsewhere(service: "Service") -> Iterable[tuple[tuple[str, ...], float]
         yield ("kvcore_recorder_dropped",), service.parts.recorder.dropped
     if service.parts.journal is not None:
         yield ("kvcore_journal_bytes",), service.parts.journal.written_bytes
+    if service.settings.journal:
+        yield ("kvcore_journal_failed",), bool(service.journal_failure)
 
 
 def _shown(instance: Instance) -> dict[str, Any]:

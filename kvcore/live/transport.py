@@ -111,7 +111,7 @@ class LiveTransport:
         """Chunks that have left L1 and are still read, to be written to L2."""
         self._late_gets: deque[tuple[str, Chunk, Room]] = deque()
         """Fetches that the pool's queue had no room for."""
-        self._journal = journal
+        self.journal = journal
 
     def learn(self, event: Event, decisions: tuple[Decision, ...]) -> None:
         """Bring the book up to date with an event, before its decisions are carried out."""
@@ -247,8 +247,8 @@ class LiveTransport:
         shape = self._shape_of(decision.request)
         taken = self.allocator.take(len(decision.chunks) * shape.chunk_pages, writer)
         ids, generations = taken.tobytes(), self._arena.generations[taken].tobytes()
-        if self._journal is not None:
-            self._journal.pages(ids, generations, shape.chunk_bytes)
+        if self.journal is not None:
+            self.journal.pages(ids, generations, shape.chunk_bytes)
         return self.book.place(decision.request, decision.chunks, ids, generations, shape.chunk_bytes, fetched=fetched)
 
     def _free(self, rooms: Sequence[Room]) -> None:

@@ -1,6 +1,7 @@
 """Servers killed and stopped, engines killed and stopped: nothing wrong is served, nothing is lost for good."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -136,6 +137,57 @@ def test_a_full_journal_goes_on_in_bounded_segments(start, folder):
     server.start()
     with SyncEngine(server.endpoint) as engine:
         assert engine.serve("r", chain("29", 20), real=False)[0].hits == (20,)
+
+
+@pytest.mark.parametrize("l2", [False, True])
+def test_a_journal_that_cannot_be_written_is_given_up_and_not_believed(start, folder, l2):
+    journal = folder / "journal"
+    server = start("--journal", str(journal), *(["--l2", f"files:{folder}/l2"] if l2 else []), l1_pages=64)
+    with SyncEngine(server.endpoint) as engine:
+        fill(engine)
+        fill(engine)
+        wait_for(lambda: not l2 or server.status()["tiers"][1]["idle_pages"] == 30)
+        assert server.status()["journal"]["failed"] is None
+        assert server.counters()["kvcore_journal_failed"] == 0
+        full = (journal / "00000001.kvj").stat().st_size + 100
+        assert full > 5000, "chunks' files are smaller"
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (full, full))
+        for at in range(3):
+            assert sum(engine.serve(f"on-{at}", PROMPTS[at])[0].hits) == 5
+            assert engine.serve(f"new-{at}", chain(f"new-{at}", 3))[1].chunks == (0, 1, 2)
+        assert "File too large" in server.status()["journal"]["failed"]
+        assert server.counters()["kvcore_journal_failed"] == 1
+        server.kill()
+        assert (folder / "server.log").read_text().count("going on without the journal") == 1
+        server.start()
+    assert server.status()["arena"]["taken_over"]
+    assert server.status()["journal"]["failed"] is None
+    with SyncEngine(server.endpoint) as engine:
+        assert engine.serve("again", PROMPTS[0])[0].hits == ((0, 5) if l2 else (0,))
+        server.kill()
+        server.start()
+    with SyncEngine(server.endpoint) as engine:
+        assert engine.serve("again", PROMPTS[0])[0].hits[0] == 5, "the next journal is believed"
+    server.stop()
+    result = verify(journal)
+    assert isinstance(result, Equal), str(result)
+
+
+def test_a_journal_whose_next_segment_cannot_be_made_is_given_up(start, folder):
+    journal = folder / "journal"
+    server = start("--journal", str(journal), "--journal-segment-mb", "1")
+    with SyncEngine(server.endpoint) as engine:
+        fill(engine)
+        moved = journal.rename(folder / "moved")
+        at = 0
+        while server.status()["journal"]["failed"] is None:
+            for _ in range(100):
+                at += 1
+                engine.serve(f"{at}", chain(f"{at % 30}", 20), real=False)
+            assert at < 3000, "a segment was begun in a folder that is not there"
+        assert engine.serve("r", chain("new", 3))[1].chunks == (0, 1, 2)
+    assert server.stop() == 0
+    assert isinstance(verify(moved), Equal)
 
 
 # Clients, when the server is away

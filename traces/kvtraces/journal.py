@@ -162,7 +162,13 @@ class JournalWriter:
         """Begin the next segment with `snapshot`, the state after everything collected so far. Raises OSError."""
         self.flush()
         os.close(self._fd)
+        self._fd = -1
         self._begin(snapshot)
+
+    def abandon(self) -> None:
+        """Close, after an OSError, with what could not be written given up: nothing may follow a hole."""
+        self._waiting.clear()
+        self.close()
 
     def close(self) -> None:
         """Flush and close."""
