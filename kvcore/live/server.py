@@ -37,6 +37,8 @@ _LOG = logging.getLogger("kvcore.server")
 _TURN_MESSAGES = 256
 """Messages taken from one socket before the replies go out."""
 _SLOW_TURN_S = 0.2
+_LAST_COPIES_S = 5.0
+"""How long a server that stops waits for what is on its way to L2."""
 _AWAITED = (wire.Found, wire.Granted)
 """Replies that an engine's scheduler waits for: they go out at once, the others with the end of the turn."""
 
@@ -94,6 +96,7 @@ class Server:
                 self._flush()
                 next_sweep = now + sweep_s
             self._time_turn(took_s)
+        self._finish_copies()
 
     def start(self) -> None:
         """Open, and run in a thread. Raises StartError."""
@@ -320,6 +323,18 @@ class Server:
             later, self.service.later = self.service.later, []
             for task in later:
                 task()
+
+    def _finish_copies(self) -> None:
+        """Let what is on its way to L2 arrive and the journal know of it, for the next server to find."""
+        parts, tiers = self.service.parts, self.service.parts.state.core.tiers
+        if parts.pool is None or parts.journal is None:
+            return
+        poller, until = zmq.Poller(), time.monotonic() + _LAST_COPIES_S
+        poller.register(parts.pool.fileno(), zmq.POLLIN)
+        while tiers[1].writing and (left := until - time.monotonic()) > 0:
+            poller.poll(round(left * 1000) + 1)
+            self.service.collect()
+            self._flush()
 
     def _time_turn(self, took_s: float) -> None:
         self.service.metrics.histograms["kvcore_turn_seconds",].add(took_s)

@@ -6,8 +6,11 @@ import time
 import pytest
 from live_fakes import SyncEngine, chain, wait_for
 
+from kvcore.live import server as server_module
 from kvcore.live import wire
 from kvcore.live.client import RemoteError
+from kvcore.live.settings import Settings
+from kvcore.live.stores.files import FileStore
 from kvtraces.journal import Equal, verify
 
 PROMPTS = [chain(f"p{at}", 4) for at in range(8)]
@@ -173,6 +176,39 @@ def test_what_was_demoted_outlives_a_clean_stop(start, folder):
         assert where == tuple(1 if was else -1 for was in below)
         assert engine.serve("r", PROMPTS[0])[0].hits == (0, 4)
     server.stop()
+    assert isinstance(verify(folder / "journal"), Equal)
+
+
+class SlowStore(FileStore):
+    def put(self, chunk, parts):
+        time.sleep(0.02)
+        super().put(chunk, parts)
+
+
+@pytest.mark.parametrize("patience_s", [5, 0])
+def test_a_clean_stop_waits_for_what_is_on_its_way_to_l2(folder, monkeypatch, patience_s):
+    monkeypatch.setattr(server_module, "open_store", lambda url, size_bytes: SlowStore(folder / "l2"))
+    monkeypatch.setattr(server_module, "_LAST_COPIES_S", patience_s)
+    endpoint = f"ipc://{folder}/s.ipc"
+    settings = Settings(
+        bind=(endpoint,),
+        http="off",
+        arena_dir=str(folder),
+        page_size="65536",
+        l1_size_gb=64 * 65536 / 2**30,
+        pretouch=False,
+        l2=f"files:{folder}/l2",
+        journal=str(folder / "journal"),
+    )
+    with server_module.Server(settings), SyncEngine(endpoint) as engine:
+        for at, prompt in enumerate(PROMPTS):
+            engine.serve(f"{at}", prompt)
+    with server_module.Server(settings), SyncEngine(endpoint) as engine:
+        where = engine.client.call(wire.Where(sum(PROMPTS, ()))).tiers
+    if patience_s:
+        assert where == (1,) * 32
+    else:
+        assert where.count(-1) > 8
     assert isinstance(verify(folder / "journal"), Equal)
 
 
