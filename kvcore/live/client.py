@@ -144,6 +144,7 @@ class SchedulerClient:
         resumed: bool = False,
         queued_bytes: int = 0,
         probe: bytes = b"",
+        waited_ms: float = 0.0,
     ) -> Found | NotYet:
         """Return what is cached of a prompt, or NOT_YET: then call again, in the next step, with the same arguments.
 
@@ -156,6 +157,7 @@ class SchedulerClient:
             resumed: Whether the request was preempted and comes back.
             queued_bytes: Bytes waiting on the link to the engine, for load-or-recompute.
             probe: A digest of the first chunk's tokens alone, without the namespace.
+            waited_ms: Milliseconds since the request arrived, for the recorded log.
 
         Every chunk of `Found`'s run is to be acknowledged: by the workers (`loaded`, `load_failed`), or by
         `drop_load` where no worker is told of it. The lookup pins what it found until then and until `end`.
@@ -176,6 +178,7 @@ class SchedulerClient:
                 resumed,
                 queued_bytes,
                 probe,
+                waited_ms,
             )
             asked = _Asked(self._send(message, "lookup", request))
             self._lookups[request] = asked

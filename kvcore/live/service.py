@@ -340,7 +340,7 @@ class Service:
             instance = work.instance
             seen = Seen(
                 seq=0,
-                timestamp_ms=now_ns / 1e6,
+                timestamp_ms=max(0.0, now_ns / 1e6 - message.waited_ms),
                 instance=instance.name,
                 model=model_of(work),
                 salt=message.salt,

@@ -101,6 +101,8 @@ class Lookup(Message, frozen=True, tag="lookup"):
     """Bytes waiting on the link to the engine."""
     probe: Annotated[bytes, Meta(max_length=64)] = b""
     """A digest of the first chunk's tokens alone; tells a miss for want of the same namespace from a cold one."""
+    waited_ms: Seconds = 0.0
+    """Since the request arrived: an engine looks it up when its turn in the queue has come."""
 
 
 class Poll(Message, frozen=True, tag="poll"):

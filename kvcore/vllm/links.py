@@ -25,6 +25,7 @@ class SchedulerLink(Protocol):
         resumed: bool = False,
         queued_bytes: int = 0,
         probe: bytes = b"",
+        waited_ms: float = 0.0,
     ) -> Found | NotYet:
         """Return what is cached, or NOT_YET: ask again in the next step."""
 

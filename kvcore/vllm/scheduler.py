@@ -259,6 +259,7 @@ class SchedulerSide:
             resumed=tracked.request.num_preemptions > 0,
             queued_bytes=sum(self._loading.values()) * life.session.shard_bytes // life.session.chunk_tokens,
             probe=self._hasher.probe(tracked.request, life.session.chunk_tokens),
+            waited_ms=1000.0 * max(0.0, self._clock() - tracked.arrived_s),
         )
         self.counters.lookup_seconds += time.perf_counter() - started
         if self._link.registered is not life.session:

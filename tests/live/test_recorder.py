@@ -51,6 +51,20 @@ def test_every_request_is_recorded_once_with_what_the_server_saw(start, folder):
     assert rows[0].input_length == 771
 
 
+def test_a_row_is_of_the_time_when_its_request_arrived_not_when_its_turn_came(start, folder):
+    server = start("--record", str(folder / "log.jsonl"))
+    blocks = trace_ids(chain("blocks", 16))
+    with SyncEngine(server.endpoint) as engine:
+        for name, waited_ms in (("at once", 0.0), ("queued", 60_000.0)):
+            engine.serve(name, chain(name, 1), waited_ms=waited_ms)
+            record(engine, name, chain(name, 1), blocks)
+    assert wait_for(lambda: server.status()["recorder"]["rows"] == 2)
+    server.stop()
+    log = read(folder / "log.jsonl")
+    assert log.extra["request_id"].tolist() == ["at once", "queued"]
+    assert 50_000 < log.timestamp_ms[0] - log.timestamp_ms[1] <= 60_000
+
+
 def test_a_recording_rotates_without_loss_and_goes_on_after_a_restart(start, folder):
     path = folder / "log.jsonl.zst"
     server = start("--record", str(path), "--record-max-mb", "1", l1_pages=512, page_bytes=4096)

@@ -47,8 +47,8 @@ class Line:
         self.at_once = True
         self.recorded = []
 
-    def lookup(self, request, chunks, *, computed_chunks=0, queued_bytes=0, **_):
-        self.queued_bytes = queued_bytes
+    def lookup(self, request, chunks, *, computed_chunks=0, queued_bytes=0, waited_ms=0.0, **_):
+        self.queued_bytes, self.waited_ms = queued_bytes, waited_ms
         if self.registered is None:
             return MISS
         if self.pending:

@@ -410,6 +410,7 @@ def test_the_log_row_of_a_request():
     assert len(row["hash_ids"]) == 8 * 12
     assert row["queue_ms"] == pytest.approx(1500)
     assert row["ttft_ms"] == pytest.approx(1500)
+    assert line.waited_ms == pytest.approx(1500)
     assert row["load_ms"] == pytest.approx(250)
 
 
