@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter_ns
@@ -26,13 +26,17 @@ _SCRATCH_BYTES = 256 << 20
 _SEED = 5
 _HOST_THREADS = 4
 _QUIET_S = 0.1
+_LARGE_ROW_BYTES = 256 << 10
+"""Rows from here on are copied well one by one."""
+_MARGIN = 1.1
+"""How much faster than the preferred backend another must be: two measurements of one differ by nearly as much."""
 
 Make = Callable[[Arena], Transfer]
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The fastest backend over the arena that was asked for, and every backend's curve.
+    """The chosen backend over the arena that was asked for, and every backend's curve.
 
     `profile` is plain JSON: `backend`, `layout` (the fingerprint), `slot_bytes`, and `curves`: for each backend either
     `store` and `load` as lists of `[bytes, GB/s]` (GB is 10^9), or `error`.
@@ -50,7 +54,7 @@ def best_backend(
     only: Sequence[str] = (),
     scratch_bytes: int = _SCRATCH_BYTES,
 ) -> Choice:
-    """Measure every backend for this cache's device and return the fastest, built over `arena`.
+    """Measure every backend for this cache's device and return the fastest (see `preferred`), built over `arena`.
 
     It stores random blocks to scratch memory of its own and loads the same bytes back to where they came from, so the
     cache and the arena keep their contents; the engine must be idle. Under a second on a GPU, the first compilation
@@ -82,7 +86,7 @@ def best_backend(
     rated = {name: _largest_seconds(curve) for name, curve in curves.items() if "error" not in curve}
     if not rated:
         raise LayoutError(f"no backend serves {layout.fingerprint()} on {layout.device}: {curves}")
-    best = min(rated, key=lambda name: rated[name])
+    best = preferred(layout, rated)
     profile = {
         "backend": best,
         "layout": layout.fingerprint(),
@@ -93,6 +97,17 @@ def best_backend(
     # One that has staging serves with what it was measured with: another of it would double that memory.
     transfer = measured.over(arena) if isinstance(measured, StreamTransfer) else chosen[best](arena)
     return Choice(_serving(transfer, arena, runtime), profile)
+
+
+def preferred(layout: PagedLayout, rated: Mapping[str, float]) -> str:
+    """Return the backend with the fewest seconds, or one that is about as fast and disturbs the engine less.
+
+    On a GPU many small rows, each a copy, cost the engine's process more host time than is seen while it is idle, and
+    large ones need no kernel that would take processors from the model's.
+    """
+    best = min(rated, key=lambda name: rated[name])
+    wanted = "cuda_batch" if min(plane.row_bytes for plane in layout.planes) >= _LARGE_ROW_BYTES else "triton"
+    return wanted if rated.get(wanted, float("inf")) <= _MARGIN * rated[best] else best
 
 
 def measure(

@@ -133,7 +133,7 @@ class SchedulerClient:
         """Whether the server is away, so that lookups are misses and nothing is stored."""
         return self._presence.session is None
 
-    def lookup(
+    def lookup(  # noqa: PLR0913 - one a field of the message
         self,
         request: str,
         chunks: Sequence[bytes],

@@ -14,7 +14,7 @@ class SchedulerLink(Protocol):
     def registered(self) -> Registered | None:
         """What the server said, None while it is away; a new object after each registration."""
 
-    def lookup(
+    def lookup(  # noqa: PLR0913 - one a field of the message
         self,
         request: str,
         chunks: Sequence[bytes],

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from kvkernels import HostArena, LayoutError, describe
 from kvkernels.cases import random_case
-from kvkernels.choose import best_backend
+from kvkernels.choose import best_backend, preferred
 from kvkernels.streams import HostRuntime
 
 
@@ -80,3 +80,20 @@ def test_importing_the_package_imports_no_framework():
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("block_tokens", "seconds", "chosen"),
+    [
+        (16, {"triton": 1.05, "cuda_batch": 1.0}, "triton"),  # a difference that the next measurement may not show
+        (16, {"triton": 1.2, "cuda_batch": 1.0}, "cuda_batch"),
+        (128, {"triton": 1.0, "cuda_batch": 1.05}, "cuda_batch"),
+        (128, {"triton": 1.0, "cuda_batch": 1.2}, "triton"),
+        (128, {"triton": 1.0}, "triton"),
+        (16, {"reference": 1.05, "memmove": 1.0}, "memmove"),
+    ],
+)
+def test_a_difference_that_is_noise_does_not_decide(block_tokens, seconds, chosen):
+    tensors = [torch.zeros(2, block_tokens, 8, 256, dtype=torch.bfloat16)]  # rows of 64 and 512 KiB
+    layout = describe(tensors, num_blocks=2, block_tokens=block_tokens, chunk_tokens=block_tokens, block_dim=0)
+    assert preferred(layout, seconds) == chosen
