@@ -34,8 +34,8 @@ def bench(model, folder, *flags):
 def test_cold_and_every_hit_beside_no_connector(tiny_model, tmp_path):
     pytest.importorskip("vllm")
     done, result = bench(
-        tiny_model, tmp_path, "--systems", "none,kvcore", "--lengths", "512,1500", "--l1-size-gb", "0.125",
-        "--decode-tokens", "16", "--decode-batch", "2", "--decode-repeats", "1",
+        tiny_model, tmp_path, "--systems", "none,kvcore", "--together", "2", "--lengths", "512,1500",
+        "--l1-size-gb", "0.125", "--decode-tokens", "16", "--decode-batch", "2", "--decode-repeats", "1",
         "--l2", f"files:{tmp_path}/l2", "--l2-size-gb", "0.5",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -52,6 +52,9 @@ def test_cold_and_every_hit_beside_no_connector(tiny_model, tmp_path):
     assert result["device"] == "cpu"
     saved = json.loads((tmp_path / "ttft.json").read_text())
     assert all(sample["fault"] == "" and len(sample["output"]) in (0, 8) for sample in saved["samples"])
+    cold_prompts = [line.partition("] ")[2].split()[0] for line in done.stderr.splitlines() if " cold " in line]
+    # Everything once to warm up, then by turns: each length in both engines before the next.
+    assert cold_prompts[:8] == ["none", "none", "kvcore", "kvcore", "none", "kvcore", "none", "kvcore"]
     cold, l1 = (
         next(row for row in result["figures"] if (row["system"], row["situation"]) == ("kvcore", hit))
         for hit in ("cold", "l1")
@@ -80,8 +83,8 @@ def test_an_engine_that_hangs_is_ended(monkeypatch, tmp_path):
     hangs.write_text("#!/bin/sh\necho 'some Error: stuck' >&2\nsleep 100 & wait\n")
     hangs.chmod(0o755)
     monkeypatch.setattr(engine.sys, "executable", str(hangs))
-    with pytest.raises(EngineError, match="some Error: stuck"):
-        engine.Engine({}, {}, tmp_path / "log")
+    with engine.Engine({}, {}, tmp_path / "log") as hung, pytest.raises(EngineError, match="some Error: stuck"):
+        hung.facts  # noqa: B018 - waits until it is up
 
 
 def test_an_unknown_system_is_refused_in_a_line():

@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,13 +21,15 @@ import typer
 from kvcore.vllm.ttft import report
 from kvcore.vllm.ttft.engine import Engine, EngineError
 from kvcore.vllm.ttft.measure import Measurement, Plan, Sample
-from kvcore.vllm.ttft.systems import SYSTEMS, Sizes, kv_bytes_per_token, model_limit, started
+from kvcore.vllm.ttft.systems import SYSTEMS, Running, Sizes, kv_bytes_per_token, model_limit, started
 
 _PEER_PACKAGES = {"vllm", "torch", "lmcache", "numpy", "kvcore"}
 _SYSTEMS_HELP = (
     "What to run, in this order, with commas; a name may come again; those that can run by default. "
     + "; ".join(f"{name}: {about}" for name, (about, _) in SYSTEMS.items())
 )
+_FAILURES = (EngineError, OSError, ValueError)
+"""What ends one system's run, and not the others'."""
 _EVICTABLE = 1.25
 """L1 of kvcore-l2 over what the longest prompt takes."""
 
@@ -42,50 +45,84 @@ class Bench:
     logs: Path
     budget_s: float
     out: Path | None
+    together: int = 1
     samples: list[Sample] = field(default_factory=list)
     runs: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 
     def all(self, order: list[str]) -> None:
-        """Run the systems in order; one that fails is reported and the next goes on."""
+        """Run the systems in order, so many at a time; one that fails is reported and the others go on."""
         longest = 0.0
-        for number, name in enumerate(order):
-            if time.monotonic() - self.began + longest > self.budget_s:
-                self.failures.append(f"{name}, run {number}: not run, out of time")
-                self.say(self.failures[-1])
-                continue
+        for first in range(0, len(order), self.together):
+            group = [*enumerate(order)][first : first + self.together]
             begun = time.monotonic()
-            try:
-                self._one(name, number)
-            except (EngineError, OSError, ConnectionError, ValueError) as error:
-                self.failures.append(f"{name}, run {number}: {' '.join(str(error).split())}")
-                self.say(f"FAILED: {self.failures[-1]}")
+            if begun - self.began + longest > self.budget_s:
+                for number, name in group:
+                    self._failed(name, number, "not run, out of time")
+                continue
+            with ExitStack() as stack:
+                self._take_turns(self._started(group, stack))
             longest = max(longest, time.monotonic() - begun)
             self.write()
 
-    def _one(self, name: str, number: int) -> None:
-        self.say(f"{name}: starting")
+    def _failed(self, name: str, number: int, why: object) -> None:
+        self.failures.append(f"{name}, run {number}: {' '.join(str(why).split())}")
+        self.say(f"FAILED: {self.failures[-1]}")
+
+    def _started(self, group: list[tuple[int, str]], stack: ExitStack) -> dict[tuple[int, str], Measurement]:
+        """Start a group's engines, all at once, and return a measurement of each that is up."""
+        starting: dict[tuple[int, str], tuple[Engine, Running]] = {}
+        for number, name in group:
+            self.say(f"{name}: starting")
+            try:
+                starting[number, name] = self._start(name, number, stack)
+            except _FAILURES as error:
+                self._failed(name, number, error)
+        up = {}
+        for (number, name), (engine, running) in starting.items():
+            try:
+                facts = engine.facts
+            except _FAILURES as error:
+                self._failed(name, number, error)
+                continue
+            self.say(f"{name}: engine up after {facts['start_s']:.1f} s")
+            self.runs.append({"system": name, "run": number, "engine": facts})
+            if facts["cuda"] and running.chunk_tokens:
+                time.sleep(0.25 * self.sizes.l1_gb)  # pinning goes on in the background, at about 8 GB/s
+            up[number, name] = Measurement(engine, running, self.plan, name, number, self.say)
+        return up
+
+    def _start(self, name: str, number: int, stack: ExitStack) -> tuple[Engine, Running]:
+        """Run what a system needs, and begin to start its engine; both end with `stack`."""
         folder = Path(tempfile.mkdtemp(prefix="kvcore-ttft-"))
         self.logs.mkdir(parents=True, exist_ok=True)
-        log = self.logs / f"{number}-{name}.log"
-        with started(name, self.sizes, folder) as running:
-            environment = {
-                "HF_HUB_OFFLINE": "1",
-                "VLLM_NO_USAGE_STATS": "1",
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if self.in_process else "1",
-                **running.environment,
-            }
-            with Engine({**self.arguments, **running.arguments}, environment, log) as engine:
-                self.say(f"{name}: engine up after {engine.facts['start_s']:.1f} s")
-                self.runs.append({"system": name, "run": number, "engine": engine.facts})
-                if engine.facts["cuda"] and running.chunk_tokens:
-                    time.sleep(0.25 * self.sizes.l1_gb)  # pinning goes on in the background, at about 8 GB/s
-                measurement = Measurement(engine, running, self.plan, name, number, self.say)
-                try:
-                    measurement.measure()
-                finally:
-                    self.samples += measurement.samples
+        running = stack.enter_context(started(name, self.sizes, folder))
+        environment = {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if self.in_process else "1",
+            **running.environment,
+        }
+        arguments = {**self.arguments, **running.arguments}
+        return stack.enter_context(Engine(arguments, environment, self.logs / f"{number}-{name}.log")), running
+
+    def _take_turns(self, measurements: dict[tuple[int, str], Measurement]) -> None:
+        """Measure a group: each prompt in every engine before the next, so that what drifts drifts for all."""
+        turns = {key: measurement.turns() for key, measurement in measurements.items()}
+        try:
+            while turns:
+                for key in [*turns]:
+                    try:
+                        next(turns[key])
+                    except StopIteration:
+                        del turns[key]
+                    except _FAILURES as error:
+                        del turns[key]
+                        self._failed(key[1], key[0], error)
+        finally:
+            for measurement in measurements.values():
+                self.samples += measurement.samples
 
     def say(self, line: str) -> None:
         """Print a progress line to standard error."""
@@ -103,6 +140,7 @@ class Bench:
             "sizes": asdict(self.sizes),
             "arguments": self.arguments,
             "engine_in_process": self.in_process,
+            "together": self.together,
             "seconds": round(time.monotonic() - self.began, 1),
             "figures": report.figures(self.samples),
             "ratios": report.ratios(self.samples),
@@ -145,6 +183,9 @@ def main(  # noqa: PLR0913, PLR0917 - one a flag
     chunk_size: Annotated[int, typer.Option(min=1, help="Chunk of the kvcore server.")] = 256,
     l2: Annotated[str, typer.Option(help="files:/path and so on: kvcore-l2 is run as well, at the end.")] = "",
     l2_size_gb: Annotated[float, typer.Option(min=0.0, help="Size of L2.")] = 64.0,
+    together: Annotated[
+        int, typer.Option(min=1, help="So many engines at once, by turns; give each its share of the GPU.")
+    ] = 1,
     budget_s: Annotated[float, typer.Option(help="Start nothing that would probably end later.")] = 3600.0,
     out: Annotated[Path | None, typer.Option(help="JSON file of everything.")] = None,
     logs: Annotated[Path | None, typer.Option(help="Folder for what the engines print; a new one in /tmp.")] = None,
@@ -152,9 +193,9 @@ def main(  # noqa: PLR0913, PLR0917 - one a flag
 ) -> None:
     r"""Measure TTFT: cold, with a hit in the GPU's cache, in L1 and in L2, with and without a connector.
 
-    Each system runs in engines of its own, one at a time, over the same prompts; what is compiled or pinned on first
-    use is not measured. Hits are checked by every system's own counters, answers against those of vLLM alone. Exit
-    code 1 where something failed; the rest is measured and reported all the same.
+    Each system runs in engines of its own, one at a time or (--together) by turns, over the same prompts; what is
+    compiled or pinned on first use is not measured. Hits are checked by every system's own counters, answers against
+    those of vLLM alone. Exit code 1 where something failed; the rest is measured and reported all the same.
 
     \b
     Examples:
@@ -205,6 +246,7 @@ def main(  # noqa: PLR0913, PLR0917 - one a flag
         logs=logs or Path(tempfile.mkdtemp(prefix="kvcore-ttft-logs-")),
         budget_s=budget_s,
         out=out,
+        together=together,
     )
     try:
         bench.all([name for _ in range(rounds) for name in names])

@@ -40,13 +40,12 @@ class Answer:
 class Engine:
     """A vLLM engine in a child process and a session of its own; a context manager, which ends it with all it started.
 
+    It is starting when the constructor returns, and up when `facts` does: several can start at once.
+
     Args:
         arguments: vLLM's engine arguments.
         environment: Variables beside this process's.
         log: The file that takes what vLLM prints.
-
-    Raises:
-        EngineError: It does not start.
     """
 
     def __init__(self, arguments: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> None:
@@ -61,11 +60,8 @@ class Engine:
                 env={**os.environ, **environment},
                 start_new_session=True,
             )
-        try:
-            self.facts = self._ask(dict(arguments))
-        except BaseException:
-            self.close()
-            raise
+        self._facts: dict[str, Any] | None = None
+        self._tell(arguments)
 
     def __enter__(self) -> "Engine":
         """Return the engine."""
@@ -76,6 +72,13 @@ class Engine:
     ) -> None:
         """End it."""
         self.close()
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the engine says of itself, as soon as it is up. Raises EngineError where it does not start."""
+        if self._facts is None:
+            self._facts = self._hear()
+        return self._facts
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Answer]:
         """Have all prompts answered at once, greedily, by `tokens` tokens each."""
@@ -116,15 +119,24 @@ class Engine:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        if stdin is None or stdout is None:
+        self._tell(message)
+        return self._hear()
+
+    def _tell(self, message: Mapping[str, Any]) -> None:
+        stdin = self._process.stdin
+        if stdin is None:
+            raise EngineError("an engine without pipes")
+        with suppress(BrokenPipeError):  # what is heard then says why
+            stdin.write(json.dumps(dict(message)) + "\n")
+            stdin.flush()
+
+    def _hear(self) -> dict[str, Any]:
+        stdout = self._process.stdout
+        if stdout is None:
             raise EngineError("an engine without pipes")
         watch = threading.Timer(_PATIENCE_S, self._kill)
         watch.start()
         try:
-            with suppress(BrokenPipeError):
-                stdin.write(json.dumps(message) + "\n")
-                stdin.flush()
             line = stdout.readline()
         finally:
             watch.cancel()

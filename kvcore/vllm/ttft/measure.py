@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -101,22 +101,28 @@ class Measurement:
         self._say = say
         self.samples: list[Sample] = []
 
-    def measure(self) -> list[Sample]:
-        """Return the samples. Raises EngineError where the engine ends, or holds on to its blocks."""
+    def turns(self) -> Iterator[None]:
+        """Fill `samples`, a little at each turn, so that engines can take turns: the same prompts one after another.
+
+        Raises EngineError where the engine ends, or holds on to its blocks.
+        """
         self._running.ready()
         self._warm_up()
+        yield
         if self._name == "kvcore-l2":
             self._lower_tier()
-            return self.samples
+            return
         for repeat in range(self._plan.repeats):
             for tokens in self._plan.lengths:
                 self._caches(f"{repeat} {tokens}", tokens)
+                yield
         for repeat in range(self._plan.cold):
             for tokens in self._plan.lengths:
                 self._cold(f"cold {repeat} {tokens}", tokens)
+                yield
         for repeat in range(self._plan.decode_repeats if self._plan.decode_tokens else 0):
             self._decode(repeat)
-        return self.samples
+            yield
 
     def _warm_up(self) -> None:
         """Do everything once: what is compiled, allocated or pinned on first use is not measured."""
