@@ -289,7 +289,12 @@ def arguments():
     parser.add_argument("--max-output", type=int, default=128, help="of a generated workload")
     parser.add_argument("--model", default="qwen3-8b", help="a model of vllm_gpu.py, or a folder")
     parser.add_argument("--max-model-len", type=int, default=33_024)
-    parser.add_argument("--gpu-blocks", type=int, default=6000, help="of the GPU's cache")
+    parser.add_argument(
+        "--gpu-blocks",
+        type=int,
+        default=10_000,
+        help="of the GPU's cache: few enough to hit L1, enough to preempt nobody",
+    )
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--l1-gb", type=float, default=40.0)
