@@ -1,11 +1,14 @@
 """One setting in full detail: TTFT under load, hits by tier, and what every resource was doing."""
 
+import pickle
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
@@ -146,8 +149,9 @@ def run(
     with ExitStack() as stack:
         beside = None
         if baseline and cached and workers > 1:
+            file = stack.enter_context(_file_of(log))
             pool = stack.enter_context(_processes(1))
-            beside = _submit(pool, _no_cache, log, None, settings)
+            beside = _submit(pool, _with_log, file, _no_cache, None, settings)
         finished = simulate(workload, settings, observe=observe, timeline=timeline, progress=progress)
         columns = columns_of(log, finished, workload.chunk_tokens)
         load = offered_load(columns, settings.engines)
@@ -205,8 +209,8 @@ def run_many(
             results.append(run(log, chosen, baseline=baseline))
             report(len(results), total)
         return results
-    with _processes(min(workers, total)) as pool:
-        futures = [_submit(pool, run, log, chosen, baseline=baseline) for chosen in settings]
+    with _file_of(log) as file, _processes(min(workers, total)) as pool:
+        futures = [_submit(pool, _with_log, file, run, chosen, baseline=baseline) for chosen in settings]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -221,6 +225,24 @@ def run_many(
 def _processes(count: int) -> ProcessPoolExecutor:
     """Return a pool whose processes start afresh: a fork would copy the locks of whatever library has threads."""
     return ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_end_on_interrupt)
+
+
+@contextmanager
+def _file_of(log: Log) -> Iterator[Path]:
+    """Keep a log in a file, from which processes take it.
+
+    A pool's pipe would carry it too, but before Python 3.11.5 nothing ends the writing of more than the pipe holds
+    where Ctrl-C ends the process that should read it (CPython's gh-94777).
+    """
+    with TemporaryDirectory(prefix="kvsim-") as folder:
+        file = Path(folder) / "log"
+        file.write_bytes(pickle.dumps(log))
+        yield file
+
+
+def _with_log(file: Path, work: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
+    """Do work on the log in a file of `_file_of`."""
+    return work(pickle.loads(file.read_bytes()), *arguments, **options)  # noqa: S301 - only we can write there
 
 
 def _submit(pool: ProcessPoolExecutor, work: Callable[..., _T], *arguments: Any, **options: Any) -> "Future[_T]":

@@ -220,25 +220,42 @@ def living(group):
     return found
 
 
-@pytest.mark.parametrize("at", ["[1-9]", "([3-9]|\\d\\d)"])
-def test_ctrl_c_ends_every_process_and_leaves_nothing(tmp_path, at):
-    log, out = tmp_path / "log.jsonl", tmp_path / "out"
+def stopped_worker(group, deadline):
+    """Stop a pool's process before it takes its work; return it."""
+    while time.monotonic() < deadline:
+        for pid in living(group):
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(int(pid), signal.SIGSTOP)
+                return int(pid)
+    raise AssertionError("no worker was started")
+
+
+@pytest.mark.parametrize(("at", "stop"), [("[1-9]", False), ("([3-9]|\\d\\d)", False), ("[1-9]", True)])
+def test_ctrl_c_ends_every_process_and_leaves_nothing(tmp_path, at, stop):
+    log, out, temporary = tmp_path / "log.jsonl", tmp_path / "out", tmp_path / "temporary"
     out.mkdir()
+    temporary.mkdir()
     write(generate(Chat(requests=20_000, seed=3, arrivals=Poisson(sessions_per_s=2.0))), log)
     arguments = ("run", "--trace", log, *COSTS, *CACHE, "--engines", 4, "--progress", "--timeline", out / "t.jsonl")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TMPDIR": str(temporary)}
     command = [sys.executable, "-m", "kvsim", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=environment, start_new_session=True, text=True, **pipes) as process:
         seen = ""
         deadline = time.monotonic() + 60
+        worker = stopped_worker(process.pid, deadline) if stop else None
         while not re.search(f"running.* {at}%", seen) and time.monotonic() < deadline:
             seen += os.read(process.stderr.fileno(), 4096).decode(errors="replace")
+        if worker is not None:
+            os.kill(worker, signal.SIGKILL)
         os.killpg(process.pid, signal.SIGINT)
-        printed, err = process.communicate(timeout=30)
+        try:
+            printed, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 130, seen + err
     assert "Traceback" not in seen + err
-    assert (printed, list(out.iterdir())) == ("", [])
+    assert (printed, list(out.iterdir()), list(temporary.iterdir())) == ("", [], [])
     deadline = time.monotonic() + 20
     while living(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
