@@ -63,7 +63,7 @@ def status_tables(report: dict[str, Any]) -> list[Table]:
         ("pages", f"{arena['free_pages']} free, {arena['quarantined_pages']} quarantined"),
         ("requests at work", report["requests"]),
         ("recorder", _recorder(report["recorder"])),
-        ("journal", report["journal"]["path"] if report["journal"] else "off"),
+        ("journal", _journal(report["journal"])),
     ):
         general.add_row(name, str(value))
     tiers = Table("tier", "chunks", "GiB", "pages", "of", title="tiers", title_justify="left")
@@ -76,6 +76,12 @@ def status_tables(report: dict[str, Any]) -> list[Table]:
         ready = "yes" if one["ready"] else "no"
         instances.add_row(one["name"], one["namespace"].get("model", ""), ready, members, str(one["requests"]))
     return [general, tiers, instances]
+
+
+def _journal(journal: dict[str, Any] | None) -> str:
+    if journal is None:
+        return "off"
+    return f"{journal['path']}: given up, {journal['failed']}" if journal["failed"] else str(journal["path"])
 
 
 def _recorder(recorder: dict[str, Any] | None) -> str:
