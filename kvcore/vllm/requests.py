@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 from kvcore.live.wire import Found, Registered
 from kvcore.vllm.jobs import Copy
 
+_DAY_S = 86_400.0
+"""An arrival longer ago is by another clock: who calls the engine may say what it likes."""
+
 EngineRequest: TypeAlias = Any
 """vLLM's `Request`."""
 
@@ -143,7 +146,8 @@ class Tracked:
         self.hashes = hashes
         self.prompt_tokens: int = request.num_prompt_tokens
         self.salt: str = getattr(request, "cache_salt", None) or ""
-        self.arrived_s: float = getattr(request, "arrival_time", None) or now_s
+        arrived_s: float = getattr(request, "arrival_time", None) or now_s
+        self.arrived_s = arrived_s if 0 <= now_s - arrived_s < _DAY_S else now_s
         self.preemptions = 0
         self.lives = 0
         self.life: Life | None = None

@@ -393,6 +393,13 @@ def test_decode_says_nothing_to_the_server():
     assert line.calls == before
 
 
+@pytest.mark.parametrize(("arrived_s", "waited_ms"), [(1.75, 250), (3.0, 0), (-1e9, 0), (2e9, 0)])
+def test_an_arrival_by_another_clock_counts_as_now(arrived_s, waited_ms):
+    line, side = make()
+    admit(side, EngineRequest("a", prompt(200), arrival_time=arrived_s))
+    assert line.waited_ms == pytest.approx(waited_ms)
+
+
 def test_the_log_row_of_a_request():
     line, side = make()
     line.registered = registered(record=True)
