@@ -7,10 +7,11 @@ import sys
 import pytest
 from servers import ROOT, environment
 
+from kvcore.vllm.ttft import __main__ as command_line
 from kvcore.vllm.ttft import engine, measure, report
 from kvcore.vllm.ttft.engine import Answer, EngineError
 from kvcore.vllm.ttft.measure import Sample, prompt, token_s
-from kvcore.vllm.ttft.systems import Running
+from kvcore.vllm.ttft.systems import Running, Sizes
 
 SMALL = [
     "--dtype", "float32", "--eager", "--in-process", "--rounds", "1", "--repeats", "1", "--hits", "1", "--cold", "0",
@@ -85,6 +86,31 @@ def test_an_engine_that_hangs_is_ended(monkeypatch, tmp_path):
     monkeypatch.setattr(engine.sys, "executable", str(hangs))
     with engine.Engine({}, {}, tmp_path / "log") as hung, pytest.raises(EngineError, match="some Error: stuck"):
         hung.facts  # noqa: B018 - waits until it is up
+
+
+def test_what_fails_at_the_end_of_a_group_does_not_end_the_others(monkeypatch, tmp_path):
+    class Dies(engine.Engine):
+        def __init__(self, *_):
+            pass
+
+        @property
+        def facts(self):
+            raise EngineError("does not start")
+
+        def close(self):
+            raise OSError("cannot be ended")
+
+    monkeypatch.setattr(command_line, "Engine", Dies)
+    bench = command_line.Bench(
+        plan=measure.Plan(), sizes=Sizes(l1_gb=1), arguments={}, in_process=False, logs=tmp_path, budget_s=60, out=None,
+        together=2,
+    )  # fmt: skip
+    bench.all(["none", "none", "none"])
+    one = "none, run {}: does not start"
+    assert bench.failures == [
+        one.format(0), one.format(1), "none, run 0, none, run 1: cannot be ended",
+        one.format(2), "none, run 2: cannot be ended",
+    ]  # fmt: skip
 
 
 def test_an_unknown_system_is_refused_in_a_line():

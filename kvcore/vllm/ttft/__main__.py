@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -28,6 +28,8 @@ _SYSTEMS_HELP = (
     "What to run, in this order, with commas; a name may come again; those that can run by default. "
     + "; ".join(f"{name}: {about}" for name, (about, _) in SYSTEMS.items())
 )
+Run: TypeAlias = tuple[int, str]
+"""A run's number and its system."""
 _FAILURES = (EngineError, OSError, ValueError)
 """What ends one system's run, and not the others'."""
 _EVICTABLE = 1.25
@@ -53,48 +55,55 @@ class Bench:
 
     def all(self, order: list[str]) -> None:
         """Run the systems in order, so many at a time; one that fails is reported and the others go on."""
-        longest = 0.0
-        for first in range(0, len(order), self.together):
-            group = [*enumerate(order)][first : first + self.together]
+        runs, longest = [*enumerate(order)], 0.0
+        for first in range(0, len(runs), self.together):
+            group = runs[first : first + self.together]
             begun = time.monotonic()
             if begun - self.began + longest > self.budget_s:
-                for number, name in group:
-                    self._failed(name, number, "not run, out of time")
+                self._failed("not run, out of time", *group)
                 continue
-            with ExitStack() as stack:
-                self._take_turns(self._started(group, stack))
+            try:
+                with ExitStack() as stack:
+                    self._take_turns(self._started(group, stack))
+            except _FAILURES as error:  # of ending them: what fails before is caught for its own run
+                self._failed(error, *group)
             longest = max(longest, time.monotonic() - begun)
             self.write()
 
-    def _failed(self, name: str, number: int, why: object) -> None:
-        self.failures.append(f"{name}, run {number}: {' '.join(str(why).split())}")
+    def _failed(self, why: object, *runs: Run) -> None:
+        which = ", ".join(f"{name}, run {number}" for number, name in runs)
+        self.failures.append(f"{which}: {' '.join(str(why).split())}")
         self.say(f"FAILED: {self.failures[-1]}")
 
-    def _started(self, group: list[tuple[int, str]], stack: ExitStack) -> dict[tuple[int, str], Measurement]:
+    def _started(self, group: list[Run], stack: ExitStack) -> dict[Run, Measurement]:
         """Start a group's engines, all at once, and return a measurement of each that is up."""
-        starting: dict[tuple[int, str], tuple[Engine, Running]] = {}
-        for number, name in group:
-            self.say(f"{name}: starting")
+        starting: dict[Run, tuple[Engine, Running]] = {}
+        for run in group:
+            self.say(f"{run[1]}: starting")
             try:
-                starting[number, name] = self._start(name, number, stack)
+                starting[run] = self._start(run, stack)
             except _FAILURES as error:
-                self._failed(name, number, error)
-        up = {}
-        for (number, name), (engine, running) in starting.items():
+                self._failed(error, run)
+        up: dict[Run, Measurement] = {}
+        pins = False
+        for run, (engine, running) in starting.items():
             try:
                 facts = engine.facts
             except _FAILURES as error:
-                self._failed(name, number, error)
+                self._failed(error, run)
                 continue
+            number, name = run
             self.say(f"{name}: engine up after {facts['start_s']:.1f} s")
             self.runs.append({"system": name, "run": number, "engine": facts})
-            if facts["cuda"] and running.chunk_tokens:
-                time.sleep(0.25 * self.sizes.l1_gb)  # pinning goes on in the background, at about 8 GB/s
-            up[number, name] = Measurement(engine, running, self.plan, name, number, self.say)
+            pins |= bool(facts["cuda"] and running.chunk_tokens)
+            up[run] = Measurement(engine, running, self.plan, name, number, self.say)
+        if pins:
+            time.sleep(0.25 * self.sizes.l1_gb)  # pinning goes on in the background, at about 8 GB/s
         return up
 
-    def _start(self, name: str, number: int, stack: ExitStack) -> tuple[Engine, Running]:
+    def _start(self, run: Run, stack: ExitStack) -> tuple[Engine, Running]:
         """Run what a system needs, and begin to start its engine; both end with `stack`."""
+        number, name = run
         folder = Path(tempfile.mkdtemp(prefix="kvcore-ttft-"))
         self.logs.mkdir(parents=True, exist_ok=True)
         running = stack.enter_context(started(name, self.sizes, folder))
@@ -107,19 +116,19 @@ class Bench:
         arguments = {**self.arguments, **running.arguments}
         return stack.enter_context(Engine(arguments, environment, self.logs / f"{number}-{name}.log")), running
 
-    def _take_turns(self, measurements: dict[tuple[int, str], Measurement]) -> None:
+    def _take_turns(self, measurements: dict[Run, Measurement]) -> None:
         """Measure a group: each prompt in every engine before the next, so that what drifts drifts for all."""
-        turns = {key: measurement.turns() for key, measurement in measurements.items()}
+        turns = {run: measurement.turns() for run, measurement in measurements.items()}
         try:
             while turns:
-                for key in [*turns]:
+                for run in [*turns]:
                     try:
-                        next(turns[key])
+                        next(turns[run])
                     except StopIteration:
-                        del turns[key]
+                        del turns[run]
                     except _FAILURES as error:
-                        del turns[key]
-                        self._failed(key[1], key[0], error)
+                        del turns[run]
+                        self._failed(error, run)
         finally:
             for measurement in measurements.values():
                 self.samples += measurement.samples
