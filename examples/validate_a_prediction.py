@@ -37,8 +37,8 @@ def recorded(settings: kvsim.RunSettings) -> Log:
     slower = replace(grid, seconds=tuple(tuple(1.25 * value for value in row) for row in grid.seconds))
     server = replace(settings, profile=replace(settings.profile, prefill=slower))
     columns = kvsim.run(log, server, baseline=False).columns
-    times = {f"{part}_ms": 1e3 * columns[f"{part}_s"] for part in ("queue", "load", "prefill")}
-    times["ttft_ms"] = 1e3 * (columns["ttft_s"] - columns["handling_s"])
+    times = {f"{part}_ms": 1e3 * columns[f"{part}_s"] for part in ("ttft", "load", "prefill")}
+    times["queue_ms"] = 1e3 * (columns["handling_s"] + columns["queue_s"])  # a server counts from the arrival
     hits = {name: columns[name].astype(float) for name in ("l0_tokens", "matched_l1", "loaded_tokens")}
     return replace(log, extra={**log.extra, **times, **hits})
 

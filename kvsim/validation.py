@@ -139,7 +139,7 @@ def validate(
     settings: RunSettings,
     *,
     fit_share: float = 0.3,
-    handling: bool = False,
+    handling: bool = True,
     resamples: int = 500,
     progress: Progress | None = None,
 ) -> Validation:
@@ -153,8 +153,8 @@ def validate(
             `load_ms` and `prefill_ms` are compared where it has them.
         settings: What it was recorded under.
         fit_share: Share of the requests that the baseline is fitted on.
-        handling: Whether the recorded TTFT was taken in front of the server (its handling time included), not inside
-            the engine.
+        handling: Whether the recorded TTFT and queue begin at the request's arrival at the server, as `kvcore serve
+            --record` writes them, or only inside the engine, behind the server's own handling.
         resamples: Of the bootstrap.
         progress: As in `run`.
 
@@ -173,6 +173,9 @@ def validate(
         raise SettingsError(f"{len(usable)} requests have a recorded ttft_ms; a comparison needs {4 * BINS} at least")
     baseline = mean_by_length(log.input_tokens[fit], recorded[fit], log.input_tokens[held])
     parts = {name: _part(log, result, held, name) for name in PARTS if _has(log, f"{name}_ms", held)}
+    if handling and "queue" in parts:
+        there, then = parts["queue"]
+        parts["queue"] = there + result.columns["handling_s"].astype(np.float64)[held], then
     errors = {name: np.abs(there - then) for name, (there, then) in parts.items()}
     return Validation(
         requests=len(log),

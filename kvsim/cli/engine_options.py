@@ -37,6 +37,14 @@ ChunkedPrefill: TypeAlias = Annotated[
         rich_help_panel=_ENGINES,
     ),
 ]
+AsyncScheduling: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--async-scheduling/--no-async-scheduling",
+        help="Put a step together when the one before it begins, as vLLM does on GPUs by default.",
+        rich_help_panel=_ENGINES,
+    ),
+]
 L0Gb: TypeAlias = Annotated[
     float | None,
     typer.Option(

@@ -7,6 +7,7 @@ import typer
 
 from kvsim.cli.engine_options import (
     AdmissionName,
+    AsyncScheduling,
     ArrivalsName,
     ChunkedPrefill,
     ChunkTokens,
@@ -70,6 +71,7 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
     max_num_batched_tokens: MaxBatchedTokens = 8192,
     max_num_seqs: MaxSeqs = 256,
     chunked_prefill: ChunkedPrefill = True,
+    async_scheduling: AsyncScheduling = True,
     l0_gb: L0Gb = None,
     l0_block_tokens: L0BlockTokens = 16,
     l0_prefix_caching: L0PrefixCaching = True,
@@ -128,6 +130,7 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
         chunked_prefill=chunked_prefill,
+        async_scheduling=async_scheduling,
         l0_gb=l0_gb,
         l0_block_tokens=l0_block_tokens,
         l0_prefix_caching=l0_prefix_caching,

@@ -7,6 +7,7 @@ import typer
 
 from kvsim.cli.engine_options import (
     AdmissionName,
+    AsyncScheduling,
     ChunkedPrefill,
     ChunkTokens,
     Engines,
@@ -61,6 +62,7 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     max_num_batched_tokens: MaxBatchedTokens = 8192,
     max_num_seqs: MaxSeqs = 256,
     chunked_prefill: ChunkedPrefill = True,
+    async_scheduling: AsyncScheduling = True,
     l0_gb: L0Gb = None,
     l0_block_tokens: Annotated[
         int | None,
@@ -90,11 +92,11 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     handling: Annotated[
         bool,
         typer.Option(
-            "--handling",
-            help="The recorded TTFT was taken outside the engine: with the server's own handling.",
+            "--handling/--no-handling",
+            help="The recorded TTFT begins at the arrival, as kvcore serve --record writes it, not inside the engine.",
             rich_help_panel="Output",
         ),
-    ] = False,
+    ] = True,
     journal: Annotated[
         Path | None,
         typer.Option(help="The server's journal: decide it again, too, as kvsim verify does.", rich_help_panel="Log"),
@@ -131,6 +133,7 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
         chunked_prefill=chunked_prefill,
+        async_scheduling=async_scheduling,
         l0_gb=l0_gb,
         l0_prefix_caching=l0_prefix_caching,
         chunk_tokens=chunk_tokens,

@@ -21,6 +21,9 @@ class Engine:
     order while budget, sequences and GPU blocks last; a prompt is admitted when the whole of it fits. Steps with
     prompts in them are an event each. Steps of decodes alone are one event from one change of the batch to the next:
     the first request that ends, or the end of the step in which a request arrives that can be admitted.
+
+    With asynchronous scheduling a step is put together when the one before it begins, so that the device never waits:
+    a request that comes while a step runs is not in the next one but in the one after it.
     """
 
     def __init__(
@@ -54,6 +57,12 @@ class Engine:
         self._idle = True
         self._version = 0
         self._began = 0.0
+        self._known = 0.0
+        """When the step that is being put together was: what came later is not in it."""
+        self._unblocked = 0.0
+        """When the head of the queue last got what it had lacked."""
+        self._left = 0
+        """Requests that have ended since the step that is being put together was."""
         self._parts: list[tuple[Job, int]] = []
         self._loads: list[tuple[Job, int]] = []
         self._compute_s = 0.0
@@ -70,17 +79,24 @@ class Engine:
 
     def enqueue(self, job: Job) -> None:
         """A request has come."""
-        job.enqueued = self._env.now
+        job.enqueued = job.came = self._env.now
         self._waiting.append(job)
         self._poke()
 
     def ready(self, job: Job) -> None:
         """What a request waited for has arrived: it is next."""
+        job.came = self._env.now
         if job.first_scheduled < 0:
             job.exposed_load += self._env.now - job.load_began
         (self._loaded_jobs.append if job.holding.blocks else self._waiting.appendleft)(job)
         self._blocked = False
         self._poke()
+
+    def _unblock(self) -> None:
+        """Something was given back, which the head of the queue may have lacked."""
+        if self._blocked:
+            self._blocked = False
+            self._unblocked = self._env.now
 
     def stored(self, job: Job) -> None:
         """A store has ended; the blocks of a request that is over can go."""
@@ -88,19 +104,21 @@ class Engine:
         if not job.stores and job.finished >= 0:
             self._release(job)
             if self._waiting or self._loaded_jobs:
-                self._blocked = False
+                self._unblock()
                 self._poke()
 
     def _poke(self) -> None:
         if self._idle:
-            self._schedule()
+            self._left = 0
+            self._schedule(self._env.now)
         elif self._macro is not None and not self._blocked:
             self._shorten(self._macro)
 
     # Scheduling
 
-    def _schedule(self) -> None:
-        """Put the next step together and start it."""
+    def _schedule(self, known: float) -> None:
+        """Put the next step together, of what had come by the time `known`, and start it."""
+        self._known = known
         self._idle = self._blocked = False
         self._macro = None
         self._taken = 0
@@ -122,6 +140,9 @@ class Engine:
             budget -= new
         if (self._waiting or self._loaded_jobs) and not preempted:
             lookups = self._admit(budget)
+            if not parts and not self._decodes.batch:  # there was no next step to put together before they came
+                self._known, self._left = self._env.now, 0
+                lookups += self._admit(budget)
         parts[:] = [(job, new) for job, new in parts if job in self._running]
         self._start(lookups)
 
@@ -140,10 +161,10 @@ class Engine:
         """Admit waiting requests in order; return how many lookups that took."""
         block, cache = self._block, self.cache
         lookups = 0
-        while budget > 0 and (waiting := self._loaded_jobs or self._waiting):
+        while budget > 0 and (waiting := self._admissible()):
             job = waiting[0]
-            if len(self._running) >= self._settings.max_num_seqs:
-                self._blocked = True
+            if len(self._running) + self._left >= self._settings.max_num_seqs:
+                self._blocked = len(self._running) >= self._settings.max_num_seqs
                 break
             if waiting is self._waiting:
                 hit = min(cache.peek(job.path), (job.target - 1) // block)
@@ -171,10 +192,18 @@ class Engine:
             self._running[job] = None
             self._prefilling.append(job)
             if job.first_scheduled < 0:
-                job.first_scheduled = self._env.now
+                job.first_scheduled = max(self._known, job.came)
             self._parts.append((job, new))
             budget -= new
         return lookups
+
+    def _admissible(self) -> deque[Job] | None:
+        """Return the queue whose head is next, of those that could be there when this step was put together."""
+        if self._unblocked <= self._known:
+            for waiting in (self._loaded_jobs, self._waiting):
+                if waiting and waiting[0].came <= self._known:
+                    return waiting
+        return None
 
     def _look_up(self, job: Job, hit: int) -> int:
         job.looked_up = True
@@ -301,11 +330,17 @@ class Engine:
     def _wake(self, event: Any) -> None:
         if event.value != self._version:
             return
+        self._left = 0
         if self._macro is None:
+            began = self._began
             self._end_step()
         else:
-            self._end_decodes(self._macro[0])
-        self._schedule()
+            steps, first, slope = self._macro
+            began = self._began + _run_s(steps - 1, first, slope)
+            self._end_decodes(steps)
+        if not self._settings.async_scheduling:
+            began, self._left = self._env.now, 0
+        self._schedule(began)
 
     def _end_step(self) -> None:
         now = self._env.now
@@ -335,6 +370,8 @@ class Engine:
 
     def _finish(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
+            self._unblock()
+            self._left += 1
             job.finished = self._env.now
             job.produced = max(job.produced, job.output)
             del self._running[job]
@@ -359,6 +396,8 @@ class Engine:
             if not decodes.batch:  # loads and stores under way hold the rest; their end wakes the engine
                 self._idle = True
                 return
+        if not self._blocked and (self._waiting or self._loaded_jobs):  # what came too late for this step
+            steps = 1
         batch, context = decodes.batch, decodes.context
         first = self._costs.decode(batch, context + 1)
         slope = (self._costs.decode(batch, context + steps) - first) / (steps - 1) if steps > 1 else 0.0
@@ -367,9 +406,9 @@ class Engine:
         self._wake_at(self._began + delay + _run_s(steps, first, slope))
 
     def _shorten(self, macro: tuple[int, float, float]) -> None:
-        """A request has come that may be admitted: end the run of decodes with the step that is under way."""
+        """A request has come that may be admitted: end the run of decodes with the last step that is put together."""
         steps, first, slope = macro
-        done = _steps_until(self._env.now - self._began, first, slope)
+        done = _steps_until(self._env.now - self._began, first, slope) + self._settings.async_scheduling
         if done < steps:
             self._macro = (done, first, slope)
             self._wake_at(self._began + _run_s(done, first, slope))

@@ -10,6 +10,7 @@ class Job:
     __slots__ = (
         "arrived",
         "asked",
+        "came",
         "chain",
         "computed",
         "decoded",
@@ -77,6 +78,8 @@ class Job:
         self.output_chain: tuple[Chunk, ...] = ()
         """Chunks that follow the prompt's once the output is appended, where they are to be stored."""
         self.arrived = self.enqueued = 0.0
+        self.came = 0.0
+        """When it was last put in the queue from outside."""
         self.first_scheduled = -1.0
         self.first_token = -1.0
         self.finished = -1.0

@@ -39,6 +39,8 @@ class RunSettings:
         max_num_batched_tokens: Token budget of a step.
         max_num_seqs: Most requests running at once.
         chunked_prefill: Whether a prompt may be computed over several steps.
+        async_scheduling: Whether a step is put together when the one before it begins, as vLLM does on GPUs, or when that
+            one has ended.
         l0_gb: GPU memory for KV; None: 90% of the device less the weights and 2 GiB.
         l0_block_tokens: Tokens of an engine block.
         l0_prefix_caching: Whether the engine reuses its own blocks.
@@ -72,6 +74,7 @@ class RunSettings:
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 256
     chunked_prefill: bool = True
+    async_scheduling: bool = True
     l0_gb: float | None = None
     l0_block_tokens: int = 16
     l0_prefix_caching: bool = True

@@ -33,7 +33,10 @@ def test_two_prompts_share_a_step_and_end_together(serve):
     result = serve([0, 0, 0], [100, 200, 300], profile={"base": 1.0, "linear": 1e-3})
     # The first is alone in its step: the others come after the scheduler has run.
     assert ttft(result) == pytest.approx([1.1, 2.6, 2.6])
-    assert result.columns["queue_s"] == pytest.approx([0, 1.1, 1.1])
+    assert result.columns["queue_s"] == pytest.approx([0, 0, 0])  # their step is put together when the first begins
+    apart = serve([0, 0, 0], [100, 200, 300], profile={"base": 1.0, "linear": 1e-3}, async_scheduling=False)
+    assert ttft(apart) == pytest.approx([1.1, 2.6, 2.6])
+    assert apart.columns["queue_s"] == pytest.approx([0, 1.1, 1.1])
 
 
 def test_a_budget_splits_a_prompt_and_each_part_pays_for_the_step(serve):
@@ -76,9 +79,34 @@ def test_decode_steps_grow_with_the_context(serve):
 
 
 def test_a_request_that_comes_while_others_decode_waits_for_the_end_of_the_step(serve):
-    result = serve([0, 1.05], [100, 100], [100, 1], profile={"linear": 1e-3, "decode": 0.1})
-    assert result.columns["queue_s"][1] == pytest.approx(0.05)  # the first decodes from 0.1 in steps of 0.1
+    profile = {"linear": 1e-3, "decode": 0.1}  # the first decodes from 0.1 in steps of 0.1
+    result = serve([0, 1.05], [100, 100], [100, 1], profile=profile, async_scheduling=False)
+    assert result.columns["queue_s"][1] == pytest.approx(0.05)
     assert ttft(result)[1] == pytest.approx(0.05 + 0.101)
+
+
+def test_with_asynchronous_scheduling_it_waits_for_the_step_that_was_put_together_before_it_came(serve):
+    profile = {"linear": 1e-3, "decode": 0.1}
+    result = serve([0, 1.05], [100, 100], [100, 1], profile=profile)
+    assert result.columns["queue_s"][1] == pytest.approx(0.05)
+    assert ttft(result)[1] == pytest.approx(0.05 + 0.1 + 0.101)
+
+
+def test_with_asynchronous_scheduling_nobody_waits_for_a_step_that_there_is_not(serve):
+    # While the first prompt is computed nothing else could be put together: the second runs right behind it.
+    result = serve([0, 0.05], [100, 100], [1, 1], profile={"linear": 1e-3, "decode": 0.1})
+    assert result.columns["queue_s"][1] == pytest.approx(0.05)
+    assert ttft(result)[1] == pytest.approx(0.05 + 0.1)
+
+
+def test_with_asynchronous_scheduling_a_place_is_taken_a_step_after_it_is_free(serve):
+    profile = {"linear": 1e-3, "decode": 0.1}
+    times, prompts, outputs = [0, 0, 0.1], [100] * 3, [3, 9, 1]
+    # Both are computed by 0.2; the first one's last token is at 0.4. With 0.5 the third takes its place.
+    apart = serve(times, prompts, outputs, profile=profile, max_num_seqs=2, async_scheduling=False)
+    result = serve(times, prompts, outputs, profile=profile, max_num_seqs=2)
+    assert result.columns["queue_s"][2] == pytest.approx(apart.columns["queue_s"][2])
+    assert ttft(result)[2] == pytest.approx(ttft(apart)[2] + 0.1)
 
 
 def test_interrupted_decodes_lose_no_time(serve):

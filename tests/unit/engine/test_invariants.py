@@ -42,6 +42,7 @@ VARIANTS = [
     {"ttl_s": 60.0, "load_or_recompute": True},
     {"l0_gb": 2.35, "rate_scale": 8.0, "max_num_seqs": 8},
     {"l1_gb": 0.01},
+    {"async_scheduling": False, "l0_gb": 2.35, "rate_scale": 8.0, "max_num_seqs": 8, "load": "async"},
     {"l0_prefix_caching": False, "chunked_prefill": False},
     {"store_output": True, "load": "async"},
     {"load": "async", "l0_gb": 2.35, "rate_scale": 8.0, "max_num_seqs": 3, "l0_prefix_caching": False},

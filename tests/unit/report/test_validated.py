@@ -25,8 +25,8 @@ def found():
     columns = kvsim.run(log, settings, baseline=False).columns
     slow = np.where(log.input_tokens > np.median(log.input_tokens), 0.5, 0.0)
     extra = {
-        "ttft_ms": 1e3 * (columns["ttft_s"] - columns["handling_s"] + slow),
-        "queue_ms": 1e3 * columns["queue_s"],
+        "ttft_ms": 1e3 * (columns["ttft_s"] + slow),
+        "queue_ms": 1e3 * (columns["handling_s"] + columns["queue_s"]),
         "prefill_ms": 1e3 * (columns["prefill_s"] + slow),
         "matched_l1": columns["matched_l1"].astype(np.float64),
     }
