@@ -8,6 +8,7 @@ over a cache of the same layout. About four minutes on an H100; `--state FILE` l
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import mmap
@@ -17,11 +18,12 @@ from pathlib import Path
 
 from vllm_gpu import facts, interrupt_on_term, model_folder, parameters, say
 
+from kvcore.vllm.ttft.systems import connector, kvcore_server, wait_until_touched
 from kvsim.calibration import Facts, LocalEndpoint, Plan, calibrate
 from kvsim.profiles import Part, TransferCurve
 from kvsim.profiles.load import to_json
 
-NEW = (1, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768)
+NEW = (1, 16, 64, 128, 256, 384, 512, 520, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16_384, 32_768)
 CACHED = (0, 512, 2048, 8192, 16_384, 32_768)
 BATCH = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = (16, 512, 2048, 8192, 32_768)
@@ -119,6 +121,7 @@ def arguments():
     parser.add_argument("--kv-tokens", type=int, default=280_000, help="the most that a decode point may hold")
     parser.add_argument("--max-model-len", type=int, default=40_960)
     parser.add_argument("--max-num-batched-tokens", type=int, default=32_768)
+    parser.add_argument("--connector", action="store_true", help="beside a kvcore server, as predict_h100.py runs it")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--load-format", default="dummy")
@@ -168,7 +171,13 @@ def measured(given, folder, config, transfers, duplex_share, source):
             last = time.perf_counter()
             say(f"{done} of {of}: {what}")
 
-    with LocalEndpoint(str(folder), arguments=engine) as endpoint:
+    with contextlib.ExitStack() as stack:
+        if given.connector:  # as it will be deployed: the connector's part of a step belongs to the step
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvcore-profile-")))
+            place = stack.enter_context(kvcore_server(scratch, **{"l1-size-gb": 16, "chunk-size": CHUNK}))
+            wait_until_touched(place)
+            engine["kv_transfer_config"] = connector("KVCoreMPConnector", endpoint=place)
+        endpoint = stack.enter_context(LocalEndpoint(str(folder), arguments=engine))
         say("the engine is up")
         return calibrate(endpoint, plan_of(given), known, state=given.state, progress=progress)
 

@@ -19,6 +19,7 @@ __all__ = ["CalibrationError", "Facts", "Progress", "calibrate"]
 Progress = Callable[[int, int, str], None]
 """Called with the points done, all of them, and what comes next."""
 FIRST_ID = 100
+_MOST_REPEATS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +106,11 @@ def _prefill(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, poi
     prefix = prompts.fresh(f"prefix {cached}", cached)
     if cached and warmed != cached:
         endpoint.first_token_s([*prefix, FIRST_ID])
-    seconds = [
-        endpoint.first_token_s([*prefix, *prompts.fresh(f"suffix {new} {cached} {number}", new)])
-        for number in range(plan.repeats)
-    ]
+    seconds: list[float] = []
+    most = 1 if plan.repeats == 1 else _MOST_REPEATS * plan.repeats
+    while len(seconds) < plan.repeats or (sum(seconds) < plan.least_s and len(seconds) < most):
+        suffix = prompts.fresh(f"suffix {new} {cached} {len(seconds)}", new)
+        seconds.append(endpoint.first_token_s([*prefix, *suffix]))
     kept.add(point, seconds)
     return cached
 

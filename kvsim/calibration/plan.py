@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-NEW = (1, 64, 256, 512, 1024, 2048, 4096, 8192)
+NEW = (1, 64, 256, 512, 520, 1024, 2048, 4096, 8192)
+"""vLLM captures CUDA graphs of up to 512 tokens by default; a step of more is launched kernel by kernel."""
 CACHED = (0, 1024, 4096, 16_384, 32_768, 65_536)
 BATCH = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = (16, 1024, 4096, 16_384, 32_768)
@@ -16,6 +17,8 @@ class Plan:
         prefill: (new, cached) tokens; cached ones are multiples of every engine block up to 256.
         decode: (batch, context tokens of each).
         repeats: Measurements of each point; the median counts.
+        least_s: Where points are repeated at all, a prefill point is until that took so long, 4 x `repeats` times at
+            most: a short step is disturbed more easily, and costs less to repeat.
         decode_steps: Tokens that each request of a decode point puts out.
         vocabulary: Prompts are drawn from token ids below it, the lowest 100 left out (special ones, mostly).
         seed: Of the prompts.
@@ -24,6 +27,7 @@ class Plan:
     prefill: tuple[tuple[int, int], ...]
     decode: tuple[tuple[int, int], ...]
     repeats: int = 3
+    least_s: float = 0.25
     decode_steps: int = 32
     vocabulary: int = 30_000
     seed: int = 0
