@@ -15,12 +15,14 @@ import numpy as np
 from kvkernels.arena import Arena, HostArena
 from kvkernels.errors import DeviceError, LayoutError
 from kvkernels.layouts import PagedLayout
+from kvkernels.packing import packed_layout
 from kvkernels.registered import BounceTransfer, StreamTransfer
 from kvkernels.slots import Slot
+from kvkernels.staged import STAGING_BYTES
 from kvkernels.streams import HostRuntime, Runtime
 from kvkernels.transfer import Tensors, Transfer, listed
 
-__all__ = ["Choice", "best_backend", "measure"]
+__all__ = ["Choice", "UnpackableError", "best_backend", "measure"]
 
 _SCRATCH_BYTES = 256 << 20
 _SEED = 5
@@ -34,12 +36,17 @@ _MARGIN = 1.1
 Make = Callable[[Arena], Transfer]
 
 
+class UnpackableError(RuntimeError):
+    """What the cache holds at this moment cannot be packed, so nothing was measured."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """The chosen backend over the arena that was asked for, and every backend's curve.
 
     `profile` is plain JSON: `backend`, `layout` (the fingerprint), `slot_bytes`, and `curves`: for each backend either
-    `store` and `load` as lists of `[bytes, GB/s]` (GB is 10^9), or `error`.
+    `store` and `load` as lists of `[bytes, GB/s]` (GB is 10^9), or `error`. All bytes are those of slots: packed ones
+    where the transfer packs.
     """
 
     transfer: Transfer
@@ -53,6 +60,8 @@ def best_backend(
     *,
     only: Sequence[str] = (),
     scratch_bytes: int = _SCRATCH_BYTES,
+    packed: bool = False,
+    staging_bytes: int = STAGING_BYTES,
 ) -> Choice:
     """Measure every backend for this cache's device and return the fastest (see `preferred`), built over `arena`.
 
@@ -66,16 +75,23 @@ def best_backend(
         arena: the arena to serve, not touched here. Over a `RegisteredArena` the transfer bounces what is not pinned.
         only: names of backends to consider (`reference`, `cuda_batch`, `memmove`, `triton`); all by default.
         scratch_bytes: the most host memory (pinned on a GPU) to measure with; one chunk at least.
+        packed: keep slots packed (see `packing`): by `triton_pack` on a GPU, by `reference_pack` on the CPU. The
+            transfer's layout is then `packed_layout(layout)`. Where the cache holds what cannot be packed, nothing is
+            loaded back, and the backend serves unmeasured, its curve an `error`.
+        staging_bytes: device memory of a backend with staging. Two transfers of one cache, such as one of chunks and
+            one of single blocks that is only loaded from, share what is to be spent: 216 MiB and 24 MiB, say.
 
     Raises:
-        LayoutError: no backend can serve this layout on this device.
+        LayoutError: no backend can serve this layout on this device, or it is not packable.
     """
-    runtime, makers = _candidates(layout, tensors)
+    runtime, makers = (_packing_candidates if packed else _candidates)(layout, tensors, staging_bytes)
+    layout = packed_layout(layout) if packed else layout
     chosen = {name: make for name, make in makers.items() if not only or name in only}
     counts = _chunk_counts(layout, scratch_bytes)
     scratch = HostArena(runtime.pinned(counts[-1] * layout.slot_bytes), is_pinned=True)
     curves: dict[str, Any] = {}
     built: dict[str, Transfer] = {}
+    unmeasured: list[str] = []
     for name, make in chosen.items():
         try:
             built[name] = make(scratch)
@@ -83,10 +99,13 @@ def best_backend(
             built[name].close()
         except (LayoutError, DeviceError) as error:
             curves[name] = {"error": str(error)}
+        except UnpackableError as error:
+            curves[name] = {"error": str(error)}
+            unmeasured.append(name)
     rated = {name: _largest_seconds(curve) for name, curve in curves.items() if "error" not in curve}
-    if not rated:
+    if not rated and not unmeasured:
         raise LayoutError(f"no backend serves {layout.fingerprint()} on {layout.device}: {curves}")
-    best = preferred(layout, rated)
+    best = preferred(layout, rated) if rated else unmeasured[0]
     profile = {
         "backend": best,
         "layout": layout.fingerprint(),
@@ -120,6 +139,9 @@ def measure(
 
     Returns:
         `store` and `load`, each a list of `[bytes, GB/s]`; medians after one warm-up.
+
+    Raises:
+        UnpackableError: a store rejected chunks; they were not loaded back.
     """
     layout = transfer.layout
     order = np.random.default_rng(_SEED).permutation(layout.num_blocks)
@@ -133,8 +155,11 @@ def measure(
             if quiet is not None:
                 quiet.defer(_QUIET_S)
             began = perf_counter_ns()
-            transfer.store(ids, slots).wait()
+            handle = transfer.store(ids, slots)
+            handle.wait()
             stored = perf_counter_ns()
+            if handle.rejected():
+                raise UnpackableError(f"{len(handle.rejected())} of {count} chunks of the cache cannot be packed")
             transfer.load(slots, ids).wait()
             seconds["store"].append((stored - began) / 1e9)
             seconds["load"].append((perf_counter_ns() - stored) / 1e9)
@@ -164,14 +189,14 @@ def _chunk_counts(layout: PagedLayout, scratch_bytes: int) -> list[int]:
     return [*powers, most]
 
 
-def _candidates(layout: PagedLayout, tensors: Tensors) -> tuple[Runtime, dict[str, Make]]:
+def _candidates(layout: PagedLayout, tensors: Tensors, staging_bytes: int) -> tuple[Runtime, dict[str, Make]]:
     # The backends import torch, Triton and CUDA; only the ones that this device can use are touched.
     from kvkernels.cuda_batch import BatchTransfer  # noqa: PLC0415
     from kvkernels.reference import ReferenceTransfer  # noqa: PLC0415
 
     makers: dict[str, Make] = {"reference": lambda arena: ReferenceTransfer(layout, tensors, arena)}
     if layout.device == "cpu":
-        host = HostRuntime(threads=min(_HOST_THREADS, os.cpu_count() or 1))
+        host = _host_runtime()
         makers["memmove"] = lambda arena: BatchTransfer(
             layout, tensors, arena, host, batch_rows=1024, call_copies=1 << 20, name="memmove"
         )
@@ -185,5 +210,30 @@ def _candidates(layout: PagedLayout, tensors: Tensors) -> tuple[Runtime, dict[st
     if importlib.util.find_spec("triton") is not None:
         from kvkernels.triton_gather import triton_transfer  # noqa: PLC0415
 
-        makers["triton"] = lambda arena: triton_transfer(layout, tensors, arena, cuda)
+        makers["triton"] = lambda arena: triton_transfer(layout, tensors, arena, cuda, staging_bytes=staging_bytes)
     return cuda, makers
+
+
+def _packing_candidates(layout: PagedLayout, tensors: Tensors, staging_bytes: int) -> tuple[Runtime, dict[str, Make]]:
+    if layout.device == "cpu":
+        from kvkernels.reference_pack import reference_pack_transfer  # noqa: PLC0415
+
+        host = _host_runtime()
+        return host, {
+            "reference_pack": lambda arena: reference_pack_transfer(
+                layout, tensors, arena, host, staging_bytes=staging_bytes
+            )
+        }
+    if layout.device != "cuda" or importlib.util.find_spec("triton") is None:
+        raise LayoutError(f"no backend packs on device {layout.device}: it takes CUDA and Triton, or the CPU")
+    from kvkernels.cuda_streams import CudaRuntime  # noqa: PLC0415
+    from kvkernels.triton_pack import triton_pack_transfer  # noqa: PLC0415
+
+    cuda = CudaRuntime(listed(tensors)[0].device)
+    return cuda, {
+        "triton_pack": lambda arena: triton_pack_transfer(layout, tensors, arena, cuda, staging_bytes=staging_bytes)
+    }
+
+
+def _host_runtime() -> HostRuntime:
+    return HostRuntime(threads=min(_HOST_THREADS, os.cpu_count() or 1))

@@ -6,6 +6,9 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvkernels.layouts import PagedLayout
 from kvkernels.streams import Event, Runtime
 from kvkernels.submit import Submitter
@@ -30,6 +33,7 @@ class StreamHandle:
         self._runtime = runtime
         self._submitter = submitter
         self._kept: tuple[Any, ...] = ()
+        self._rejected: NDArray[np.int32] | None = None
         self._marks: list[tuple[int, Sequence[Event]]] = []
         self._last: Sequence[Event] = ()
         self._sources: Sequence[Event] = ()
@@ -41,6 +45,10 @@ class StreamHandle:
     def keep(self, *values: Any) -> None:
         """Hold what the device reads for as long as this handle lives."""
         self._kept = values
+
+    def rejecting(self, rejected: NDArray[np.int32] | None) -> None:
+        """Where the device marks chunks that it rejects, if it may; held like what it reads."""
+        self._rejected = rejected
 
     def arrived(self, stop: int, events: Sequence[Event]) -> None:
         """All planes before `stop` are in place at these events."""
@@ -82,6 +90,11 @@ class StreamHandle:
         self._submitter.until(lambda: self._ended)
         self._check()
         self._order(self._sources)
+
+    def rejected(self) -> tuple[int, ...]:
+        """The chunks that the device has marked."""
+        self._check()
+        return () if self._rejected is None else tuple(np.flatnonzero(self._rejected).tolist())
 
     def over(self) -> bool:
         """Whether nothing of it is under way, failed or not."""

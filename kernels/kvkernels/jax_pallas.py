@@ -185,6 +185,10 @@ class _ArraysHandle:
     def wait_sources(self) -> None:
         """The slots were read before the call returned."""
 
+    def rejected(self) -> tuple[int, ...]:
+        """None."""
+        return ()
+
 
 def gather_rows(ids: Any, rows: Any, *, platform: str) -> Any:
     """`rows[ids]` for a two-dimensional array and int32 row numbers, as unsigned words of the same width.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -31,6 +31,8 @@ __all__ = ["BounceTransfer", "Registered", "RegisteredArena", "Registrar", "Stre
 _LONGEST_DEFERRAL_S = 0.1  # an arena of 64 GiB under constant traffic is then pinned in three and a half minutes
 _DEFERRAL_S = 0.05
 _MADV_POPULATE_WRITE = 23
+
+_Part = TypeVar("_Part")
 
 
 class Registrar(Protocol):
@@ -232,27 +234,29 @@ class BounceTransfer:
         reachable = [self._arena.pinned(*_columns(slot)) for slot in slots]
         direct = [i for i, pinned in enumerate(reachable) if pinned]
         rest = [i for i, pinned in enumerate(reachable) if not pinned]
-        handles: list[Handle] = []
+        started: list[tuple[Handle, list[int]]] = []
         if direct:
             mine = self._part(self._arena, ids[direct], [slots[i] for i in direct], request.planes, loading=loading)
-            handles.append(self._inner.start(mine, loading=loading, after=after))
+            started.append((self._inner.start(mine, loading=loading, after=after), direct))
         job = self._load if loading else self._store
         parts = [(slots[i], ids[i]) for i in rest]
-        return _BounceHandle(handles, self._worker.submit(job, parts, request.planes, after))
+        future = self._worker.submit(job, parts, request.planes, after)
+        return _BounceHandle(started, future, _batches(rest, self._half))
 
     def _part(self, arena: Arena, ids: Ints, slots: Slots, planes: range, *, loading: bool) -> Request:
         return check_request(self.layout, arena, ids.ravel(), slots, planes, loading=loading)
 
     def _store(self, parts: list[tuple[Slot, Ints]], planes: range, after: Event) -> list[Handle]:
         """Device to one half of the bounce memory, while the other half is copied on to the arena."""
+        handles: list[Handle] = []
         pending: tuple[Handle, list[Slot], int] | None = None
         for turn, batch in enumerate(_batches(parts, self._half)):
             half = turn % 2
-            handle = self._start(batch, half, planes, after, loading=False)
+            handles.append(self._start(batch, half, planes, after, loading=False))
             self._land(pending, planes)
-            pending = (handle, [slot for slot, _ in batch], half)
+            pending = (handles[-1], [slot for slot, _ in batch], half)
         self._land(pending, planes)
-        return []
+        return handles
 
     def _land(self, pending: tuple[Handle, list[Slot], int] | None, planes: range) -> None:
         if pending is not None:
@@ -297,26 +301,42 @@ class BounceTransfer:
 
 
 class _BounceHandle:
-    """The pinned part's handle, and the worker's job for the rest."""
+    """The pinned part's handle, and the worker's job for the rest, which ends with a handle for each batch of it.
 
-    def __init__(self, direct: Sequence[Handle], job: Future[list[Handle]]) -> None:
-        self._direct = list(direct)
+    Args:
+        direct: the pinned part's handle, if there is one, and its chunks' places in the request.
+        job: the worker's job.
+        batches: the places of each batch's chunks.
+    """
+
+    def __init__(
+        self, direct: Sequence[tuple[Handle, list[int]]], job: Future[list[Handle]], batches: list[list[int]]
+    ) -> None:
+        self._direct = direct
         self._job = job
+        self._batches = batches
 
     def done(self) -> bool:
-        return self._job.done() and all(handle.done() for handle in [*self._direct, *self._job.result()])
+        return self._job.done() and all(handle.done() for handle in self._handles())
 
     def wait(self) -> None:
-        for handle in [*self._job.result(), *self._direct]:
+        for handle in self._handles():
             handle.wait()
 
     def wait_layer(self, layer: int) -> None:
-        for handle in [*self._job.result(), *self._direct]:
+        for handle in self._handles():
             handle.wait_layer(layer)
 
     def wait_sources(self) -> None:
-        for handle in [*self._job.result(), *self._direct]:
+        for handle in self._handles():
             handle.wait_sources()
+
+    def rejected(self) -> tuple[int, ...]:
+        parts = [*self._direct, *zip(self._job.result(), self._batches, strict=True)]
+        return tuple(sorted(places[i] for handle, places in parts for i in handle.rejected()))
+
+    def _handles(self) -> list[Handle]:
+        return [*self._job.result(), *(handle for handle, _ in self._direct)]
 
 
 def _columns(slot: Slot) -> tuple[Ints, Ints]:
@@ -324,7 +344,7 @@ def _columns(slot: Slot) -> tuple[Ints, Ints]:
     return pieces[:, 0], pieces[:, 1]
 
 
-def _batches(parts: list[tuple[Slot, Ints]], size: int) -> list[list[tuple[Slot, Ints]]]:
+def _batches(parts: list[_Part], size: int) -> list[list[_Part]]:
     return [parts[at : at + size] for at in range(0, len(parts), size)]
 
 

@@ -16,6 +16,9 @@ from functools import partial
 from itertools import pairwise, zip_longest
 from typing import Any, Protocol, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvkernels.arena import Arena
 from kvkernels.errors import DeviceError, LayoutError, RequestError
 from kvkernels.handles import InFlight, StreamHandle
@@ -26,9 +29,10 @@ from kvkernels.streams import Event, Runtime, Stream
 from kvkernels.submit import Window, Work
 from kvkernels.transfer import BlockIds, Handle, Request, check_request
 
-__all__ = ["Mover", "StagedTransfer", "give_up", "ready_request"]
+__all__ = ["STAGING_BYTES", "Mover", "StagedTransfer", "give_up", "ready_request"]
 
 MIB = 1 << 20
+STAGING_BYTES = 240 * MIB
 _PLANNED_PIECES = 4, 32
 """Pieces planned at once: few at first, so that the bus need not wait, then many, for a plan has a fixed cost."""
 
@@ -36,8 +40,17 @@ _PLANNED_PIECES = 4, 32
 class Mover(Protocol):
     """Moves rows between paged blocks and a staging buffer, on a stream."""
 
-    def gather(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any) -> None:
-        """Rows of the piece's blocks into staging; `ids` holds the whole request's block ids, chunk after chunk."""
+    @property
+    def rejects(self) -> bool:
+        """Whether a gather may find that a chunk cannot be stored."""
+        ...
+
+    def gather(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any, rejected: Any) -> None:
+        """Rows of the piece's blocks into staging; `ids` holds the whole request's block ids, chunk after chunk.
+
+        A mover that rejects writes 1 into `rejected`, an int32 a chunk of the request in pinned memory, for each chunk
+        that cannot be stored; to others it is None.
+        """
         ...
 
     def scatter(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any) -> None:
@@ -81,7 +94,7 @@ class StagedTransfer:
     """Paged blocks <-> staging <-> slots; see `kvkernels.transfer.Transfer`.
 
     Args:
-        layout: what `describe` returned for the cache behind `mover`.
+        layout: what `describe` returned for the cache behind `mover`; with a mover that packs, `packed_layout` of it.
         arena: the host memory that slots point into; pinned where the runtime needs that.
         runtime: the device.
         mover: gather and scatter.
@@ -104,7 +117,7 @@ class StagedTransfer:
         mover: Mover,
         *,
         name: str,
-        staging_bytes: int = 240 * MIB,
+        staging_bytes: int = STAGING_BYTES,
         buffers: int = 3,
         copy_bytes: int = 4 * MIB,
         group_bytes: int = 8 * MIB,
@@ -163,6 +176,8 @@ class StagedTransfer:
             side.submitter.close()
 
     def _store(self, request: Request, side: _Direction, after: Event, handle: StreamHandle) -> Iterator[Event | None]:
+        rejected = self._marks(request.chunks) if self._mover.rejects else None
+        handle.rejecting(rejected)
         ids = self._begin(request, side, after, handle)
         pieces = list(store_pieces(self.layout, request.chunks, request.planes, side.capacity))
         gathered = copied = after
@@ -171,7 +186,7 @@ class StagedTransfer:
             buffer = side.next()
             if buffer.emptied is not None:
                 side.kernels.wait(buffer.emptied)
-            self._mover.gather(side.kernels, ids, piece, buffer.memory)
+            self._mover.gather(side.kernels, ids, piece, buffer.memory, rejected)
             gathered = side.kernels.record()
             side.copies.wait(gathered)
             side.copies.copy(self._arena.address + ranges.host, buffer.address + ranges.staged, ranges.length)
@@ -205,6 +220,12 @@ class StagedTransfer:
         ids = self._runtime.upload(request.block_ids.ravel(), side.kernels)
         handle.keep(ids, side, self._arena, self._mover)
         return ids
+
+    def _marks(self, chunks: int) -> NDArray[np.int32]:
+        """A zero for every chunk, which the device can write."""
+        marks = self._runtime.pinned(4 * max(1, chunks)).view(np.int32)[:chunks]
+        marks[:] = 0
+        return marks
 
     def _planned(self, request: Request, pieces: Sequence[StagedPiece]) -> Iterator[tuple[StagedPiece, PieceCopies]]:
         """Every piece with its copies."""

@@ -48,6 +48,13 @@ class Handle(Protocol):
         """
         ...
 
+    def rejected(self) -> tuple[int, ...]:
+        """The chunks of a store, by their place in the request, that could not be packed; to be asked once it is done.
+
+        Their slots hold nothing of use. Only transfers that pack reject any.
+        """
+        ...
+
 
 class Transfer(Protocol):
     """Copies between an engine's blocks and an arena's chunk slots.
@@ -111,6 +118,10 @@ class DoneHandle:
 
     def wait_sources(self) -> None:
         """Nothing to wait for."""
+
+    def rejected(self) -> tuple[int, ...]:
+        """None."""
+        return ()
 
 
 def check_request(

@@ -80,6 +80,8 @@ class TritonMover:
         programs: the most programs of one launch: what gathers take from the model's kernels.
     """
 
+    rejects = False
+
     def __init__(self, layout: PagedLayout, tensors: Tensors, *, programs: int = 8) -> None:
         self._tensors = listed(tensors)  # the table holds bare addresses, so the tensors must outlive it
         self._programs = programs
@@ -95,7 +97,7 @@ class TritonMover:
         self._word = word_bytes(*addresses, *strides, *sizes)
         self._align = 16 if all(value % 16 == 0 for value in (*addresses, *strides, *sizes)) else self._word
 
-    def gather(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any) -> None:
+    def gather(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any, rejected: Any) -> None:
         """Launch the gather."""
         self._launch(stream, ids, piece, staging, gather=True)
 

@@ -1,5 +1,7 @@
-"""Streams that run late and in any order that events allow, to find a missing wait without a GPU."""
+"""Streams that run late and in any order that events allow, to find a missing wait without a GPU; Triton both ways."""
 
+import importlib
+import sys
 import threading
 import weakref
 from collections import deque
@@ -199,3 +201,47 @@ class LazyRuntime:
 @pytest.fixture(scope="session")
 def lazy_runtime():
     return LazyRuntime
+
+
+_LIBRARY = {}
+
+
+def fresh_module(monkeypatch, name, *, interpret):
+    """A backend's module, its kernels decorated anew for one mode, and gone from sys.modules afterwards."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if interpret else "0")
+    language = importlib.import_module("triton.language")
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    for function in ("max", "sum", "cumsum"):  # kernels of Triton's own, which had one mode since it was imported
+        plain = _LIBRARY.setdefault(function, getattr(language, function))
+        monkeypatch.setattr(language, function, interpreter.InterpretedFunction(plain.fn) if interpret else plain)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module(name)
+    monkeypatch.delitem(sys.modules, name)
+    return module
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    return fresh_module
+
+
+def compiled_for_h100(kernel, constants, pointers, *, warps, wide=()):
+    """A kernel as compiled for an H100: pointers divisible by 16, numbers of 32 bits but for the wide ones."""
+    triton = importlib.import_module("triton")
+    compiler = importlib.import_module("triton.compiler")
+    backend = importlib.import_module("triton.backends.compiler")
+    kinds = {name: "i64" if name in wide else "i32" for name in kernel.arg_names}
+    kinds |= pointers | dict.fromkeys(constants, "constexpr")
+    place = kernel.arg_names.index
+    source = compiler.ASTSource(
+        kernel,
+        kinds,
+        constexprs={(place(name),): value for name, value in constants.items()},
+        attrs={(place(name),): [["tt.divisibility", 16]] for name in pointers},
+    )
+    return triton.compile(source, target=backend.GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+
+@pytest.fixture(scope="session")
+def compile_for_h100():
+    return compiled_for_h100

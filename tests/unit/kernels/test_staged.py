@@ -26,6 +26,8 @@ from kvkernels.submit import ThreadSubmitter
 class TorchMover:
     """Rows by torch indexing, in single bytes."""
 
+    rejects = False
+
     def __init__(self, layout, tensors):
         self.views = [view.view(torch.uint8) for view in plane_views(layout, tensors)]
         self.blocks = layout.chunk_blocks
@@ -39,7 +41,8 @@ class TorchMover:
             for p, plane in enumerate(piece.planes):
                 yield self.views[plane], ids[start + piece.blocks.start : start + piece.blocks.stop], staged[c, p]
 
-    def gather(self, stream, ids, piece, staging):
+    def gather(self, stream, ids, piece, staging, rejected):
+        assert rejected is None
         stream.launch(partial(self.gather_now, ids, piece, staging))
 
     def scatter(self, stream, ids, piece, staging):

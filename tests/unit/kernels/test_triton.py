@@ -1,9 +1,6 @@
 # ruff: noqa: E402  (skipped before its imports where Triton is absent)
 """The Triton kernel in Triton's interpreter, and compiled (not run) for the GPUs it is meant for."""
 
-import importlib
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,19 +15,10 @@ from kvkernels.streams import HostRuntime
 NAME = "kvkernels.triton_gather"
 
 
-def fresh(monkeypatch, interpret):
-    """The backend's module, its kernel decorated anew for one mode, and gone from sys.modules afterwards."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1" if interpret else "0")
-    monkeypatch.delitem(sys.modules, NAME, raising=False)
-    module = importlib.import_module(NAME)
-    monkeypatch.delitem(sys.modules, NAME)
-    return module
-
-
 @pytest.fixture(scope="module")
-def interpreted():
+def interpreted(fresh):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        yield fresh(monkeypatch, interpret=True)
+        yield fresh(monkeypatch, NAME, interpret=True)
 
 
 @pytest.mark.parametrize("form", CASE_FORMS)
@@ -51,24 +39,13 @@ def test_round_trip(interpreted, form, seed, dtype, programs):
 
 @pytest.mark.parametrize("row_bytes", [65536, 41984, 36 * 65536])
 @pytest.mark.parametrize("gather", [True, False])
-def test_compiled_code_moves_sixteen_bytes_at_a_time(monkeypatch, row_bytes, gather):
+def test_compiled_code_moves_sixteen_bytes_at_a_time(monkeypatch, fresh, compile_for_h100, row_bytes, gather):
     """Rows are read and written by independent 16-byte accesses, eight in flight a thread, without spills."""
-    compiler = importlib.import_module("triton.compiler")
-    backend = importlib.import_module("triton.backends.compiler")
-    kernel = fresh(monkeypatch, interpret=False)._move_rows
+    kernel = fresh(monkeypatch, NAME, interpret=False)._move_rows
     words = row_bytes // 8
     constants = {"ROW_WORDS": words, "WORD": triton.language.int64, "ALIGN": 16, "TILE": 8192, "GATHER": gather}
     pointers = {"addresses": "*i64", "strides": "*i64", "ids": "*i64", "staging": "*u8"}
-    kinds = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
-    place = kernel.arg_names.index
-    source = compiler.ASTSource(
-        kernel,
-        kinds,
-        constexprs={(place(name),): value for name, value in constants.items()},
-        attrs={(place(name),): [["tt.divisibility", 16]] for name in pointers},
-    )
-    built = triton.compile(source, target=backend.GPUTarget("cuda", 90, 32), options={"num_warps": 16})
-    ptx = built.asm["ptx"]
+    ptx = compile_for_h100(kernel, constants, pointers, warps=16).asm["ptx"]
     assert ptx.count("ld.global.v2.b64") + ptx.count("ld.global.v4.b32") == 8
     assert ptx.count("st.global.v2.b64") + ptx.count("st.global.v4.b32") == 8
     assert ".local" not in ptx
