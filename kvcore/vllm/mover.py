@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,27 +11,45 @@ from kvcore.live.arena import Arena
 from kvcore.live.wire import Registered
 from kvcore.vllm.transfers import TransferFactory
 from kvkernels import Handle, PagedLayout, describe
+from kvkernels.packing import packable, packed_layout
 
 Tensors: TypeAlias = Mapping[str, Any]
+Packing: TypeAlias = Literal["auto", "lossless", "none"]
 
 
 class Cache:
-    """The engine's KV cache: its tensors by layer, and how a block lies in them.
+    """The engine's KV cache: its tensors by layer, and how a block lies in them and in the arena.
+
+    Args:
+        tensors: Each layer's.
+        num_blocks: Blocks in each.
+        block_tokens: Tokens in a block.
+        order: The engine's name for what the tensors' strides do not tell.
+        packing: Whether blocks are packed in the arena (`kvkernels.packing`): `lossless`, `none`, or `auto`, which is
+            `lossless` where it can be.
 
     Raises:
-        kvkernels.LayoutError: It cannot be copied as whole blocks.
+        kvkernels.LayoutError: It cannot be copied as whole blocks, or not be packed.
     """
 
-    def __init__(self, tensors: Tensors, *, num_blocks: int, block_tokens: int, order: str) -> None:
+    def __init__(
+        self, tensors: Tensors, *, num_blocks: int, block_tokens: int, order: str, packing: Packing = "none"
+    ) -> None:
         self.tensors = _distinct(tensors)
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         self._order = order
+        self.packed = packing == "lossless" or (packing == "auto" and packable(self.layout(block_tokens)))
         self.layer_of = _layers(tensors, self.tensors)
-        self.block = self.layout(block_tokens)
+        self.block = self.stored(block_tokens)
+
+    def stored(self, chunk_tokens: int) -> PagedLayout:
+        """Return the layout with chunks of `chunk_tokens` as they lie in the arena."""
+        layout = self.layout(chunk_tokens)
+        return packed_layout(layout) if self.packed else layout
 
     def layout(self, chunk_tokens: int) -> PagedLayout:
-        """Return the layout with chunks of `chunk_tokens`."""
+        """Return the layout with chunks of `chunk_tokens` as they lie in the engine's blocks."""
         return describe(
             self.tensors,
             num_blocks=self.num_blocks,
@@ -57,7 +75,7 @@ class Mover:
     """
 
     def __init__(self, cache: Cache, registered: Registered, shard: int, factory: TransferFactory) -> None:
-        layout = cache.layout(registered.chunk_tokens)
+        layout = cache.stored(registered.chunk_tokens)
         if layout.slot_bytes != registered.shard_bytes:
             raise ValueError(f"a chunk has {layout.slot_bytes} bytes here and {registered.shard_bytes} at the server")
         self.registered = registered
@@ -65,7 +83,7 @@ class Mover:
         self.arena = Arena.attach(Path(registered.arena_path))
         self._start = shard * registered.shard_bytes
         try:
-            self._transfers = factory(layout, cache.block, cache.tensors, self.arena.data)
+            self._transfers = factory(cache, registered.chunk_tokens, self.arena.data)
         except BaseException:
             self.arena.close()
             raise
@@ -158,6 +176,10 @@ class _Both:
         """Order the reading of all before what follows."""
         for handle in self._handles:
             handle.wait_sources()
+
+    def rejected(self) -> tuple[int, ...]:
+        """None: they are loads."""
+        return ()
 
 
 def _distinct(tensors: Tensors) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 from kvcore.live.connection import CurveKeys
 from kvcore.live.settings import Settings
 from kvcore.live.wire import DEFAULT_ARENA_DIR, ipc_endpoint
+from kvcore.vllm.mover import Packing
 from kvcore.vllm.scheduler import LoadMode
 
 
@@ -22,6 +23,8 @@ class ConnectorSettings:
         deadline_ms: A reply missing for longer marks the server away.
         fail_on_load_error: Leave vLLM's `kv_load_failure_policy` as it is. Otherwise a load that fails is recomputed,
             whatever it says, for a cache must not fail requests.
+        packing: `lossless` keeps bf16 KV packed, a fifth smaller and bit for bit the same; `none` leaves it as it is;
+            `auto` packs on a GPU, where it can be.
         layerwise: On a GPU, let attention of a layer wait for that layer's load only.
         curve_server: With the next two, keys (Z85) for a server on tcp that is not on the loopback.
         curve_public: The client's public key.
@@ -34,6 +37,7 @@ class ConnectorSettings:
     grant_wait_ms: float = 2.0
     deadline_ms: float = 500.0
     fail_on_load_error: bool = False
+    packing: Packing = "auto"
     layerwise: bool = True
     curve_server: str = ""
     curve_public: str = ""
@@ -66,8 +70,9 @@ def read(
         key: _read_one(key, extra.get(key, env.get(f"KVCORE_{key.upper()}")), default)
         for key, default in defaults.items()
     }
-    if found["load_mode"] not in get_args(LoadMode):
-        raise ValueError(f"load_mode: {found['load_mode']!r} is none of {', '.join(get_args(LoadMode))}")
+    for key, kind in (("load_mode", LoadMode), ("packing", Packing)):
+        if found[key] not in get_args(kind):
+            raise ValueError(f"{key}: {found[key]!r} is none of {', '.join(get_args(kind))}")
     if len({bool(found[key]) for key in ("curve_server", "curve_public", "curve_secret")}) > 1:
         raise ValueError("curve_server, curve_public and curve_secret go together")
     found["endpoint"] = found["endpoint"] or ipc_endpoint(env.get("KVCORE_ARENA_DIR", DEFAULT_ARENA_DIR))

@@ -381,6 +381,9 @@ class WorkerSide:
                 return
             self._storing.remove(one)
             self._end_loads()  # those before it have ended: the device read its blocks behind them
+            if rejected := one.handle.rejected() if one.valid.any() else ():
+                one.valid[list(rejected)] = False
+                self._rejected(one.copy, len(rejected))
             if one.failures_seen < self._failed_steps:
                 one.valid[:] = False  # it may hold what was computed on blocks that were not loaded
             good = one.valid & self._generations_hold(one.mover, one.copy)
@@ -402,6 +405,12 @@ class WorkerSide:
         _LOG.info(
             "Stored %d tokens of request %s: %d bytes to L1 in %.6f s%s",
             tokens, copy.request, size, seconds, self._where(),
+        )  # fmt: skip
+
+    def _rejected(self, copy: Copy, chunks: int) -> None:
+        _LOG.warning(
+            "Request %s: %d chunks cannot be packed and are not stored; with packing none they would be",
+            copy.request, chunks,
         )  # fmt: skip
 
     def _store_failed(self, copy: Copy, failed: NDArray[np.bool_]) -> None:
@@ -484,6 +493,10 @@ class _InThread:
     def wait_sources(self) -> None:
         """Nothing: the arena's pages are not written while their generation holds."""
 
+    def rejected(self) -> tuple[int, ...]:
+        """None: it is a load."""
+        return ()
+
 
 class _Nothing:
     """No copy at all."""
@@ -500,6 +513,10 @@ class _Nothing:
 
     def wait_sources(self) -> None:
         """Nothing to wait for."""
+
+    def rejected(self) -> tuple[int, ...]:
+        """None."""
+        return ()
 
 
 _NOTHING = _Nothing()

@@ -14,8 +14,9 @@ from kvcore.live.arena import Arena, ArenaPaths  # noqa: E402
 from kvcore.live.wire import Registered  # noqa: E402
 from kvcore.vllm.jobs import Copy, StepPlan  # noqa: E402
 from kvcore.vllm.mover import Cache  # noqa: E402
+from kvcore.vllm.transfers import HostTransfers  # noqa: E402
 from kvcore.vllm.worker import WorkerSide  # noqa: E402
-from kvkernels import HostArena  # noqa: E402
+from kvkernels import HostArena, LayoutError  # noqa: E402
 from kvkernels.reference import ReferenceTransfer  # noqa: E402
 
 BLOCKS, LAYERS, BLOCK, PER_CHUNK = 40, 3, 16, 4
@@ -25,8 +26,9 @@ PAGE = 4096
 class Plain:
     """torch's own indexing, without a measurement."""
 
-    def __init__(self, chunk, block, tensors, data):
-        self.whole, self.single = (ReferenceTransfer(one, tensors, HostArena(data)) for one in (chunk, block))
+    def __init__(self, cache, chunk_tokens, data):
+        layouts = (cache.layout(chunk_tokens), cache.layout(cache.block_tokens))
+        self.whole, self.single = (ReferenceTransfer(one, cache.tensors, HostArena(data)) for one in layouts)
 
     def close(self):
         self.whole.close()
@@ -57,11 +59,13 @@ class Line:
 class Rig:
     """An arena of 64 pages, a KV cache of random bytes, and the worker's half between them."""
 
-    def __init__(self, folder, rank=0, shards=1, in_step=True, factory=Plain):
+    def __init__(self, folder, rank=0, shards=1, in_step=True, factory=Plain, packing="none"):
         self.arena = Arena.create(ArenaPaths(folder, f"rig{rank}"), size_bytes=64 * PAGE, page_bytes=PAGE)
         torch.manual_seed(rank)
         self.tensors = {f"layer.{i}": torch.randn(BLOCKS, 2, BLOCK, 8) for i in range(LAYERS)}
-        cache = Cache(self.tensors, num_blocks=BLOCKS, block_tokens=BLOCK, order="")
+        if packing != "none":  # values of bf16, in rows of whole vectors
+            self.tensors = {name: one.bfloat16() for name, one in self.tensors.items()}
+        cache = Cache(self.tensors, num_blocks=BLOCKS, block_tokens=BLOCK, order="", packing=packing)
         self.block_bytes = cache.block.block_bytes
         shard = self.block_bytes * PER_CHUNK
         self.pages = -(-shard * shards // PAGE)
@@ -170,6 +174,43 @@ def test_blocks_left_out_of_a_load_keep_what_they_hold(rig):
     assert rig.equal({name: rows[[0, 1, 7]] for name, rows in before.items()}, [20, 21, 27])
     assert rig.said("loaded")[0][3]["tokens"] == 5 * BLOCK
     assert rig.side.bad_blocks() == set()
+
+
+@pytest.fixture(params=["lossless", "auto"])
+def packed(tmp_path, request):
+    made = Rig(tmp_path, factory=HostTransfers, packing=request.param)
+    yield made
+    made.side.close()
+    made.arena.close()
+
+
+def test_packed_chunks_take_less_room_and_come_back_bit_for_bit(packed):
+    stored = packed.rows(range(12))
+    packed.step(StepPlan(stores=[packed.copy(range(12))]))
+    assert packed.block_bytes < 0.85 * LAYERS * 2 * BLOCK * 8 * 2
+    before = packed.rows([30, 31])
+    packed.step(StepPlan(loads=[packed.copy([20, 21, 22, 23, 24, 25, 26, 27, 28, 29, -1, -1])]))
+    assert packed.equal({name: rows[:10] for name, rows in stored.items()}, range(20, 30))
+    assert packed.equal(before, [30, 31])
+    assert packed.said("loaded")[0][3]["nbytes"] == 10 * packed.block_bytes
+
+
+def test_a_chunk_that_cannot_be_packed_is_aborted_and_the_others_are_stored(packed, caplog):
+    packed.tensors["layer.1"][5] = torch.randint(-(1 << 15), 1 << 15, (2, BLOCK, 8), dtype=torch.int16).view(
+        torch.bfloat16
+    )
+    with caplog.at_level("WARNING", logger="kvcore"):
+        packed.step(StepPlan(stores=[packed.copy(range(12))]))
+    assert "1 chunks cannot be packed" in caplog.text
+    assert [said[2] for said in packed.said("committed")] == [(b"chunk0", b"chunk2")]
+    assert [said[2] for said in packed.said("aborted")] == [(b"chunk1",)]
+
+
+def test_what_cannot_be_packed_at_all_is_left_as_it_is_or_refused():
+    tensors = {"layer": torch.randn(BLOCKS, 2, BLOCK, 8)}  # float32
+    assert not Cache(tensors, num_blocks=BLOCKS, block_tokens=BLOCK, order="", packing="auto").packed
+    with pytest.raises(LayoutError, match="not packable"):
+        Cache(tensors, num_blocks=BLOCKS, block_tokens=BLOCK, order="", packing="lossless")
 
 
 def test_changed_generation_fails_the_load_from_there_on(rig):
@@ -282,6 +323,9 @@ class Handed:
 
     def wait_sources(self):
         self.sources_waited += 1
+
+    def rejected(self):
+        return ()
 
 
 class Device(Plain):
