@@ -1,8 +1,8 @@
 """Transfers between an engine's paged KV cache and chunk slots in host memory.
 
 `describe` works out a cache's layout, `best_backend` measures the backends and returns the fastest, and every backend
-is a `Transfer`. Slots hold blocks as they are or, for bf16, packed (`packing`). Importing this package imports NumPy only; torch, Triton, CUDA and JAX are imported by the backend
-that uses them.
+is a `Transfer`. Slots hold blocks as they are or, where `packable`, packed. Importing this package imports NumPy only;
+torch, Triton, CUDA and JAX are imported by the backend that uses them.
 """
 
 from kvkernels.arena import Arena, HostArena
