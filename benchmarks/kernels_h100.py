@@ -2,6 +2,7 @@
 """Check and time the transfer kernels on one CUDA GPU, with the KV cache of Qwen3-8B in bf16 as vLLM 0.26 lays it out.
 
     python benchmarks/kernels_h100.py --out benchmarks/results/kernels-h100.json
+    python benchmarks/kernels_h100.py --only-packed --out benchmarks/results/kernels-h100-packed.json
 
 Needs torch, and uses Triton, cuda-python and JAX where they are. Every section is checked before it is timed; one that
 fails is reported with its traceback and the rest goes on, but the exit code is then 1. Rates are 10^9 bytes a second;
@@ -34,6 +35,7 @@ from kernels_h100_beside import (
     launches_beside_transfer,
     touch,
 )
+from kernels_h100_packed import packed_sections
 
 from kvkernels import HostArena, describe
 from kvkernels.cases import CASE_DTYPES, CASE_FORMS, random_case, random_ids, random_slots, round_trip_faults
@@ -574,6 +576,7 @@ def run(bench, arguments):
     section("cuda_batch beside a matmul", lambda: beside_matmul(bench, batch, rounds=20))
     if makers:
         triton_variants(bench, makers[1])
+        packed_sections(bench, arguments)
     section("copy sizes", bench.copies)
 
 
@@ -622,12 +625,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--check-seconds", type=float, default=9, help="time for each backend's random shapes")
-    parser.add_argument("--deadline", type=float, default=140, help="start no section after so many seconds")
+    parser.add_argument("--only-packed", action="store_true", help="only the sections of triton_pack")
+    parser.add_argument("--deadline", type=float, default=240, help="start no section after so many seconds")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no CUDA device")
     bench = Bench(arguments.deadline, arguments.out)
-    run(bench, arguments)
+    if arguments.only_packed:
+        bench.section("baseline", bench.baseline)
+        bench.section("qwen3-8b", bench.allocate)
+        packed_sections(bench, arguments)
+    else:
+        run(bench, arguments)
     summary(bench.write())
     sys.exit(1 if bench.failures else 0)
 
@@ -653,6 +662,8 @@ def summary(report):
         elif name == "launches while registering":
             for beside, found in result.items():
                 print(f"{name}: {beside:18s}", found)
+        elif "unpack_gbps" in result:
+            print(f"{name:44s}", result)
         elif "faults" in result:
             print(f"{name:44s} {result['caches']} caches, {result['faults']} faults")
         elif name.startswith(("bounce", "graph")) or "unordered_equal" in result:

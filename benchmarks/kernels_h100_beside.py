@@ -21,7 +21,7 @@ def touch(memory):
         list(pool.map(lambda part: part.fill(1), parts))
 
 
-def beside_matmul(bench, make, *, rounds=40, products=40, transfers=1):
+def beside_matmul(bench, make, *, slots=None, rounds=40, products=40, transfers=1):
     """How much 8192^3 bf16 products are slowed by transfers in either direction.
 
     The products of a round are enqueued right after `transfers` transfers and must end before the last of these
@@ -32,10 +32,11 @@ def beside_matmul(bench, make, *, rounds=40, products=40, transfers=1):
     a, b = (torch.randn(8192, 8192, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
     source, target = make(bench.cache), make(bench.empty)
+    slots = bench.adjacent if slots is None else slots
     begin_transfer = {
         "alone": lambda: None,
-        "store": lambda: source.store(bench.ids, bench.adjacent),
-        "load": lambda: target.load(bench.adjacent, bench.ids),
+        "store": lambda: source.store(bench.ids, slots),
+        "load": lambda: target.load(slots, bench.ids),
         "alone again": lambda: None,
     }
     outlasted = []

@@ -2,6 +2,7 @@
 """The backends on a CUDA device against the oracle, bit for bit."""
 
 import mmap
+import time
 
 import numpy as np
 import pytest
@@ -13,13 +14,17 @@ if not torch.cuda.is_available():
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvkernels import HostArena
+from kvkernels import HostArena, describe
 from kvkernels.cases import CASE_DTYPES, CASE_FORMS, random_case, random_ids, random_slots, round_trip_faults
 from kvkernels.choose import best_backend
 from kvkernels.cuda_batch import BatchTransfer
 from kvkernels.cuda_driver import cuda_driver
 from kvkernels.cuda_streams import CudaRuntime
+from kvkernels.packed_cases import fill, packable_case, packed_round_trip_faults, rejected_chunks
+from kvkernels.packing import PackedRow, packed_layout
+from kvkernels.pieces import StagedPiece
 from kvkernels.reference import ReferenceTransfer
+from kvkernels.reference_pack import pack_rows, unpack_rows
 from kvkernels.registered import BounceTransfer, RegisteredArena
 
 pytestmark = pytest.mark.gpu
@@ -177,3 +182,216 @@ def test_choice_serves_over_an_arena_still_being_registered():
     arena.close()
     assert choice.profile["backend"] in {"triton", "cuda_batch", "reference"}
     assert all("error" not in curve for curve in choice.profile["curves"].values())
+
+
+def triton_pack(layout, tensors, arena, **options):
+    module = pytest.importorskip("kvkernels.triton_pack")
+    row = max(plane.row_bytes for plane in packed_layout(layout).planes)
+    small = {"staging_bytes": 6 * 5 * row, "copy_bytes": 4 * row, "group_bytes": row}
+    return module.triton_pack_transfer(layout, tensors, arena, CudaRuntime(0), **{**small, **options})
+
+
+@pytest.mark.parametrize("form", CASE_FORMS)
+@settings(max_examples=4, deadline=None)
+@given(seed=st.integers(0, 2**32), spoilt=st.sampled_from([0.0, 0.2]))
+def test_packed_round_trip(form, seed, spoilt):
+    rng = np.random.default_rng(seed)
+    case = packable_case(rng, form=form, spoilt=spoilt, device="cuda")
+    pinned = CudaRuntime(0).pinned
+    assert packed_round_trip_faults(case, triton_pack, triton_pack, rng, allocate=pinned) == []
+
+
+def rows_to_pack(rng, count, values):
+    """Rows of values that can be packed but for each sixth, which is of random bits; specials among them."""
+    bits = torch.from_numpy(rng.standard_normal((count, values)).astype(np.float32)).bfloat16().view(torch.int16)
+    anything = torch.from_numpy(rng.integers(-(1 << 15), 1 << 15, (count, values), dtype=np.int16))
+    bits = torch.where(torch.from_numpy(rng.random((count, values)) < 0.02), anything & -32641, bits)  # exponent 0
+    escapes = torch.from_numpy(rng.random((count, values)) < rng.choice([0, 0.001, 0.012], (count, 1)))
+    bits = torch.where(escapes, anything & -28673, bits)  # exponents below 32
+    bits[3::6, 0] = 0x7FC1  # a NaN, which makes escapes of its whole vector
+    bits[5::6] = anything[5::6]
+    return bits.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 3, 17, 64, 100, 128, 130, 256, 512])
+def test_packed_bytes_equal_the_references(vectors):
+    """Bit for bit but for the order of the escapes and what is undefined; and the way back from the reference's."""
+    rng = np.random.default_rng(vectors)
+    count, row = 96, PackedRow(128 * vectors)
+    rows = rows_to_pack(rng, count, row.values)
+    wanted, counts = pack_rows(rows)
+    tensors = [rows.view(torch.bfloat16).cuda()]
+    layout = describe(tensors, num_blocks=count, block_tokens=1, chunk_tokens=1, block_dim=0)
+    arena = HostArena(CudaRuntime(0).pinned(count * row.nbytes), is_pinned=True)
+    arena.array[:] = 0
+    slots = [[(i * row.nbytes, row.nbytes)] for i in range(count)]
+    for _ in range(2):  # the first launch is Triton's, later ones are the driver's
+        transfer = triton_pack(layout, tensors, arena)
+        handles = [transfer.store(range(count), slots) for _ in range(2)]
+        for handle in handles:
+            handle.wait()
+            assert handle.rejected() == tuple(i for i, n in enumerate(counts.tolist()) if n > row.capacity)
+        transfer.close()
+    got = torch.from_numpy(arena.array.reshape(count, -1).copy())
+    good = [i for i, n in enumerate(counts.tolist()) if n <= row.capacity]
+    assert 0 < len(good) < count
+    assert torch.equal(got[:, :4].contiguous().view(torch.int32)[:, 0], counts)
+    fixed = slice(row.bases, row.rest + row.values)
+    assert torch.equal(got[good, fixed], wanted[good, fixed])
+    for i in good:
+        listed = [
+            one[i, 16 : 16 + 4 * int(counts[i])].contiguous().view(torch.int32).sort()[0] for one in (got, wanted)
+        ]
+        assert torch.equal(*listed)
+    assert torch.equal(unpack_rows(got[good], rows.shape[1]), rows[good])
+    arena.array.reshape(count, -1)[:] = wanted.numpy()
+    tensors[0].zero_()
+    transfer = triton_pack(layout, tensors, arena)
+    transfer.load([slots[i] for i in good], good).wait()
+    assert torch.equal(tensors[0].view(torch.uint8).cpu()[good], rows[good])
+    transfer.close()
+
+
+def test_rejected_chunks_are_named_on_every_launch():
+    rng = np.random.default_rng(21)
+    case = packable_case(rng, form="joined", device="cuda")
+    packed = packed_layout(case.layout)
+    chunks = case.layout.num_blocks // case.layout.chunk_blocks
+    arena = HostArena(CudaRuntime(0).pinned(chunks * packed.slot_bytes), is_pinned=True)
+    slots = [[(i * packed.slot_bytes, packed.slot_bytes)] for i in range(chunks)]
+    transfer = triton_pack(case.layout, case.tensors, arena)
+    found = 0
+    for spoilt in (0.0, 0.1, 0.5, 0.0, 1.0):
+        fill(case, rng, spoilt=spoilt)
+        ids = random_ids(rng, case.layout, chunks)
+        handle = transfer.store(ids, slots)
+        handle.wait()
+        assert handle.rejected() == rejected_chunks(case, ids)
+        found += len(handle.rejected())
+    assert found
+    transfer.close()
+
+
+def test_packed_and_ordered_with_the_engines_stream():
+    rng = np.random.default_rng(4)
+    case = packable_case(rng, form="joined_token_major", device="cuda")
+    layout, packed = case.layout, packed_layout(case.layout)
+    ids = random_ids(rng, layout, 1)
+    arena = HostArena(CudaRuntime(0).pinned(packed.slot_bytes), is_pinned=True)
+    slots = [[(0, packed.slot_bytes)]]
+    before = [memory.clone() for memory in case.memory]
+    transfer = triton_pack(layout, case.tensors, arena)
+    for memory, content in zip(case.memory, before, strict=True):
+        memory.zero_()
+        torch.cuda._sleep(20_000_000)
+        memory.copy_(content)
+    handle = transfer.store(ids, slots)
+    handle.wait_sources()
+    for memory in case.memory:
+        memory.zero_()
+    handle.wait()
+    empty = case.emptied()
+    target = triton_pack(layout, empty.tensors, arena)
+    handle = target.load(slots, ids)
+    copies = []
+    for layer in range(layout.num_layers):
+        handle.wait_layer(layer)
+        copies.append(empty.memory[layer].clone())
+    torch.cuda.synchronize()
+    for copy, full in zip(copies, before, strict=True):
+        assert torch.equal(copy[ids].view(torch.uint8), full[ids].view(torch.uint8))
+    transfer.close()
+    target.close()
+
+
+def test_packed_slots_are_bounced_until_they_are_registered():
+    rng = np.random.default_rng(6)
+    case = packable_case(rng, form="joined_token_major", spoilt=0.1, device="cuda")
+    layout, runtime = case.layout, CudaRuntime(0)
+    chunks = layout.num_blocks // layout.chunk_blocks
+    slots, nbytes = random_slots(rng, packed_layout(layout), chunks)
+    ids = random_ids(rng, layout, chunks)
+    wanted = rejected_chunks(case, ids)
+    good = [i for i in range(chunks) if i not in wanted]
+    loaded = ids.reshape(chunks, -1)[good].ravel()
+    memory = mmap.mmap(-1, -(-nbytes // 4096) * 4096)
+    arena = RegisteredArena(memory, cuda_driver(), enter_thread=runtime.enter_thread, slice_bytes=4096)
+    for _ in range(2):
+        bounce = BounceTransfer(triton_pack(layout, case.tensors, arena), arena, runtime)
+        handle = bounce.store(ids, slots)
+        handle.wait()
+        assert handle.rejected() == wanted
+        empty = case.emptied()
+        target = BounceTransfer(triton_pack(layout, empty.tensors, arena), arena, runtime)
+        target.load([slots[i] for i in good], loaded).wait()
+        assert all(all(map(np.array_equal, empty.rows(b), case.rows(b))) for b in loaded.tolist())
+        bounce.close()
+        target.close()
+        assert arena.wait().error is None
+    arena.close()
+
+
+@pytest.mark.parametrize("spoilt", [0.0, 1.0])
+def test_the_packing_choice_serves_and_leaves_the_cache_as_it_was(spoilt):
+    rng = np.random.default_rng(8)
+    case = packable_case(rng, form="joined", spoilt=spoilt, device="cuda")
+    layout, packed = case.layout, packed_layout(case.layout)
+    before = [memory.clone() for memory in case.memory]
+    arena = HostArena(CudaRuntime(0).pinned(packed.slot_bytes), is_pinned=True)
+    choice = best_backend(layout, case.tensors, arena, packed=True, staging_bytes=24 << 20)
+    for memory, content in zip(case.memory, before, strict=True):
+        assert torch.equal(memory.view(torch.uint8), content.view(torch.uint8))
+    assert choice.profile["backend"] == "triton_pack"
+    assert ("error" in choice.profile["curves"]["triton_pack"]) == bool(spoilt)
+    fill(case, rng)
+    ids = random_ids(rng, layout, 1)
+    choice.transfer.store(ids, [[(0, packed.slot_bytes)]]).wait()
+    full = [case.rows(b) for b in ids.tolist()]
+    for memory in case.memory:
+        memory.zero_()
+    choice.transfer.load([[(0, packed.slot_bytes)]], ids).wait()
+    assert all(all(map(np.array_equal, case.rows(b), rows)) for b, rows in zip(ids.tolist(), full, strict=True))
+    choice.transfer.close()
+
+
+@pytest.mark.parametrize("programs", [1, 8, 16, 32])
+@pytest.mark.parametrize("escapes", [0.0, 1e-4, 1e-2])
+def test_rates_of_the_packing_kernels(programs, escapes):
+    """Unpacked bytes a second of the kernels alone, between the cache and staging; shown with -s."""
+    module = pytest.importorskip("kvkernels.triton_pack")
+    runtime, blocks, planes = CudaRuntime(0), 256, 4
+    tensors = [torch.randn(blocks, 16, 8, 256, device="cuda").bfloat16() for _ in range(planes)]
+    for tensor in tensors:
+        tensor[torch.rand(tensor.shape, device="cuda") < escapes] = 1e-6
+    layout = describe(tensors, num_blocks=blocks, block_tokens=16, chunk_tokens=256, block_dim=0)
+    packed = packed_layout(layout)
+    mover = module.TritonPackMover(layout, tensors, programs=programs)
+    stream = runtime.stream(urgent=False)
+    chunks = blocks // layout.chunk_blocks
+    piece = StagedPiece(range(planes), range(chunks), range(layout.chunk_blocks), packed.planes[0].row_bytes)
+    staging = runtime.staging(piece.rows * piece.row_bytes)
+    order = torch.randperm(blocks, device="cuda")
+    marks = runtime.pinned(4 * chunks).view(np.int32)
+    marks[:] = 0
+    torch.cuda.synchronize()
+    nbytes = layout.block_bytes * blocks
+    before = [tensor.clone() for tensor in tensors]
+    rates = {}
+    for way in ("pack", "unpack"):
+        for turn in range(4):
+            began = time.perf_counter()
+            for _ in range(4):
+                if way == "pack":
+                    mover.gather(stream, order, piece, staging, marks)
+                else:
+                    mover.scatter(stream, order, piece, staging)
+            stream.record().synchronize()
+            rates[way] = nbytes * 4 / (time.perf_counter() - began) / 1e9 if turn else 0.0
+        if way == "pack":
+            for tensor in tensors:
+                tensor.zero_()
+            torch.cuda.synchronize()
+    assert not marks.any()
+    for tensor, full in zip(tensors, before, strict=True):
+        assert torch.equal(tensor.view(torch.int16), full.view(torch.int16))
+    print(f"\n{programs} programs, {escapes:g} escapes: " + ", ".join(f"{w} {r:.1f} GB/s" for w, r in rates.items()))

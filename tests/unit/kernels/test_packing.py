@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from kvkernels import HostArena, LayoutError, RequestError, describe
-from kvkernels.cases import CASE_FORMS, random_case, random_ids, random_slots
+from kvkernels.cases import CASE_FORMS, random_ids
 from kvkernels.choose import UnpackableError, best_backend, measure
+from kvkernels.packed_cases import count_escapes, fill, packable_case, packed_round_trip_faults, rejected_chunks
 from kvkernels.packing import PackedRow, packable, packed_layout
 from kvkernels.reference import ReferenceTransfer
 from kvkernels.reference_pack import PackMover, pack_rows, reference_pack_transfer, unpack_rows
@@ -76,12 +77,6 @@ def as_rows(rng, kinds, n):
     return torch.from_numpy(np.stack([values(rng, kind, n) for kind in kinds])).view(torch.uint8)
 
 
-def escapes_of(row):
-    exponents = ((np.ascontiguousarray(row).view(np.uint16) >> 7) & 255).astype(np.int64).reshape(-1, 128)
-    bases = np.maximum(exponents.max(1, keepdims=True) - 15, 0)
-    return int(((exponents > 0) & (exponents <= bases)).sum())
-
-
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), vectors=st.integers(1, 9), kinds=st.lists(st.sampled_from(KINDS), max_size=8))
 def test_rows_come_back_bit_for_bit_or_are_refused(seed, vectors, kinds):
@@ -95,7 +90,7 @@ def test_rows_come_back_bit_for_bit_or_are_refused(seed, vectors, kinds):
         wanted, escapes = naive_pack(row.numpy().tobytes())
         assert (one.numpy().tobytes(), count) == (wanted, escapes)
         assert torch.equal(got, row) or count > n // 64
-    assert counts.tolist() == [escapes_of(row.numpy()) for row in rows]
+    assert counts.tolist() == [count_escapes(row.numpy()) for row in rows]
 
 
 @given(pattern=st.binary(min_size=256, max_size=256))
@@ -165,33 +160,9 @@ def test_layouts():
             packed_layout(other)
 
 
-def fill(case, rng, spoilt=0.0):
-    """Values that can be packed; in a share of the blocks, ones that cannot."""
-    for memory in case.memory:
-        normal = rng.standard_normal(memory.shape).astype(np.float32) * 2.0 ** rng.integers(0, 3, memory.shape[-1])
-        normal[rng.random(memory.shape) < 0.02] = 0
-        memory.copy_(torch.from_numpy(normal.astype(np.float32)))
-    for block in np.flatnonzero(rng.random(case.layout.num_blocks) < spoilt).tolist():
-        rows = case.form.rows(case.memory, block)
-        row = rows[int(rng.integers(len(rows)))]
-        row.copy_(torch.randint(-(1 << 15), 1 << 15, row.shape, dtype=torch.int16).view(torch.bfloat16))
-
-
-def packable_case(seed, form=None, spoilt=0.0):
+def drawn(seed, form=None, spoilt=0.0):
     rng = np.random.default_rng(seed)
-    while True:
-        case = random_case(rng, form=form, dtype=torch.bfloat16, block_tokens=16)
-        if packable(case.layout):
-            fill(case, rng, spoilt)
-            return case, rng
-
-
-def rejected_chunks(case, ids, planes=None):
-    """The chunks with a row of too many escapes, by counting them."""
-    chosen = range(len(case.layout.planes)) if planes is None else planes
-    by_block = {block: [case.rows(block)[plane] for plane in chosen] for block in set(ids.tolist())}
-    bad = {block for block, rows in by_block.items() if any(escapes_of(row) > len(row) // 128 for row in rows)}
-    return tuple(i for i, mine in enumerate(ids.reshape(-1, case.layout.chunk_blocks)) if bad & set(mine.tolist()))
+    return packable_case(rng, form=form, spoilt=spoilt), rng
 
 
 def pipeline(rng, layout):
@@ -199,86 +170,73 @@ def pipeline(rng, layout):
     return {"staging_bytes": 6 * row * int(rng.integers(1, 12)), "copy_bytes": 4 * row, "group_bytes": row}
 
 
-def reference_pack(layout, tensors, arena, rng, **options):
-    return reference_pack_transfer(layout, tensors, arena, HostRuntime(), **pipeline(rng, layout), **options)
+def reference_pack(rng, runtime=None, **options):
+    def make(layout, tensors, arena):
+        chosen = {**pipeline(rng, layout), **options}
+        return reference_pack_transfer(layout, tensors, arena, runtime or HostRuntime(), **chosen)
 
-
-def check_round_trip(case, rng, store, load, *, planes=None):
-    """Store some chunks, load those that were not rejected into an empty cache, and compare; returns the rejected."""
-    layout, packed = case.layout, packed_layout(case.layout)
-    chunks = int(rng.integers(1, min(4, layout.num_blocks // layout.chunk_blocks) + 1))
-    ids = random_ids(rng, layout, chunks)
-    slots, nbytes = random_slots(rng, packed, chunks)
-    arena = HostArena(np.full(nbytes, 0x5A, np.uint8))
-    transfer = store(layout, case.tensors, arena, rng)
-    assert transfer.layout == packed
-    handle = transfer.store(ids, slots, planes=planes)
-    handle.wait()
-    transfer.close()
-    rejected = handle.rejected()
-    assert rejected == rejected_chunks(case, ids, planes)
-    good = [chunk for chunk in range(chunks) if chunk not in rejected]
-    loaded = ids.reshape(chunks, -1)[good].ravel()
-    outside = np.ones(nbytes, bool)
-    for slot in slots:
-        for offset, length in slot:
-            outside[offset : offset + length] = False
-    assert (arena.array[outside] == 0x5A).all()
-    empty, wanted = case.emptied(), case.emptied()
-    transfer = load(layout, empty.tensors, arena, rng)
-    handle = transfer.load([slots[i] for i in good], loaded, planes=planes)
-    handle.wait()
-    assert handle.rejected() == ()
-    transfer.close()
-    whole = HostArena(np.zeros(max(1, len(good)) * layout.slot_bytes, np.uint8))
-    plain = [[(i * layout.slot_bytes, layout.slot_bytes)] for i in range(len(good))]
-    ReferenceTransfer(layout, case.tensors, whole).store(loaded, plain, planes=planes).wait()
-    ReferenceTransfer(layout, wanted.tensors, whole).load(plain, loaded, planes=planes).wait()
-    for mine, theirs in zip(empty.memory, wanted.memory, strict=True):
-        assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
-    return rejected
+    return make
 
 
 @pytest.mark.parametrize("form", CASE_FORMS)
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 2**32), spoilt=st.sampled_from([0.0, 0.3]))
 def test_transfers_of_packed_slots(form, seed, spoilt):
-    case, rng = packable_case(seed, form, spoilt)
-    check_round_trip(case, rng, reference_pack, reference_pack)
+    case, rng = drawn(seed, form, spoilt)
+    assert packed_round_trip_faults(case, reference_pack(rng), reference_pack(rng), rng) == []
 
 
 @pytest.mark.parametrize("form", CASE_FORMS)
 def test_some_planes(form):
-    case, rng = packable_case(8, form, 0.2)
+    case, rng = drawn(8, form, 0.2)
     for layer in range(case.layout.num_layers):
-        check_round_trip(case, rng, reference_pack, reference_pack, planes=case.layout.planes_of_layer(layer))
+        planes = case.layout.planes_of_layer(layer)
+        assert packed_round_trip_faults(case, reference_pack(rng), reference_pack(rng), rng, planes=planes) == []
+
+
+def test_loads_equal_those_of_plain_slots():
+    """The same request through packed slots and through the reference's."""
+    case, rng = drawn(9, "cross_layer")
+    layout, packed = case.layout, packed_layout(case.layout)
+    chunks = layout.num_blocks // layout.chunk_blocks
+    ids = random_ids(rng, layout, chunks)
+    caches = []
+    for slot_bytes, make in ((layout.slot_bytes, ReferenceTransfer), (packed.slot_bytes, reference_pack(rng))):
+        arena = HostArena(np.zeros(chunks * slot_bytes, np.uint8))
+        slots = [[(i * slot_bytes, slot_bytes)] for i in range(chunks)]
+        stored = make(layout, case.tensors, arena).store(ids, slots)
+        stored.wait()
+        assert stored.rejected() == ()
+        caches.append(case.emptied())
+        make(layout, caches[-1].tensors, arena).load(slots, ids).wait()
+    for plain, unpacked in zip(*(cache.memory for cache in caches), strict=True):
+        assert torch.equal(plain.view(torch.uint8), unpacked.view(torch.uint8))
 
 
 def test_the_rejected_are_named():
-    """That rejections happen at all in the test above, and a plain handle has none."""
-    found = 0
-    for seed in range(12):
-        case, rng = packable_case(seed, "joined", 0.2)
-        found += len(check_round_trip(case, rng, reference_pack, reference_pack))
-    assert found
-    layout = case.layout
-    arena = HostArena(np.zeros(layout.slot_bytes, np.uint8))
-    handle = ReferenceTransfer(layout, case.tensors, arena).store(
-        range(layout.chunk_blocks), [[(0, layout.slot_bytes)]]
-    )
-    assert handle.rejected() == ()
+    case, rng = drawn(2, "joined")
+    layout = replace(case.layout, chunk_blocks=2)
+    packed = packed_layout(layout)
+    row = case.memory[0][5]
+    row.view(torch.int16).copy_(torch.arange(row.numel()).to(torch.int16).view(row.shape) << 7)  # every exponent
+    arena = HostArena(np.zeros(3 * packed.slot_bytes, np.uint8))
+    slots = [[(i * packed.slot_bytes, packed.slot_bytes)] for i in range(3)]
+    transfer = reference_pack(rng)(layout, case.tensors, arena)
+    handles = [transfer.store(ids, slots) for ids in ([0, 1, 2, 3, 4, 5], [5, 0, 2, 3, 1, 5], [0, 1, 2, 3, 4, 6])]
+    assert [handle.rejected() for handle in handles] == [(2,), (0, 2), ()]
+    assert transfer.store([], []).rejected() == ()
+    assert transfer.load(slots, [0, 1, 2, 3, 4, 6]).rejected() == ()
+    plain = HostArena(np.zeros(layout.slot_bytes, np.uint8))
+    stored = ReferenceTransfer(layout, case.tensors, plain).store([4, 5], [[(0, layout.slot_bytes)]])
+    assert stored.rejected() == ()
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_any_order_that_events_allow(lazy_runtime, seed):
-    runtime = lazy_runtime(seed)
-    case, rng = packable_case(seed, None, 0.2)
-
-    def make(layout, tensors, arena, rng):
-        return reference_pack_transfer(layout, tensors, arena, runtime, buffers=2, **pipeline(rng, layout))
-
-    check_round_trip(case, rng, make, make)
+    case, rng = drawn(seed, None, 0.2)
+    make = reference_pack(rng, lazy_runtime(seed), buffers=2)
+    assert packed_round_trip_faults(case, make, make, rng) == []
 
 
 class PartlyPinned(HostArena):
@@ -294,7 +252,7 @@ class PartlyPinned(HostArena):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_bounced_chunks_are_rejected_by_their_own_places(seed):
-    case, rng = packable_case(seed, "planes_nhd", 0.1)
+    case, rng = drawn(seed, "planes_nhd", 0.1)
     layout = case.layout
     packed = packed_layout(layout)
     chunks = layout.num_blocks // layout.chunk_blocks
@@ -305,7 +263,7 @@ def test_bounced_chunks_are_rejected_by_their_own_places(seed):
     runtime = HostRuntime()
 
     def bounced(tensors):
-        inner = reference_pack(layout, tensors, arena, rng)
+        inner = reference_pack(rng)(layout, tensors, arena)
         return BounceTransfer(inner, arena, runtime, bounce_bytes=4 * packed.slot_bytes)
 
     source = bounced(case.tensors)
@@ -328,13 +286,13 @@ def test_bounced_chunks_are_rejected_by_their_own_places(seed):
 
 def test_parts_of_chunks_are_loaded_block_by_block():
     """A layout of single blocks, with little staging, over the rows of chunks' slots."""
-    case, rng = packable_case(4, "joined")
+    case, rng = drawn(4, "joined")
     layout = replace(case.layout, chunk_blocks=4)
     packed, single = packed_layout(layout), packed_layout(replace(layout, chunk_blocks=1))
     ids = random_ids(rng, layout, 2)
     arena = HostArena(np.zeros(2 * packed.slot_bytes, np.uint8))
     slots = [[(i * packed.slot_bytes, packed.slot_bytes)] for i in range(2)]
-    reference_pack(layout, case.tensors, arena, rng).store(ids, slots).wait()
+    reference_pack(rng)(layout, case.tensors, arena).store(ids, slots).wait()
     empty = case.emptied()
     choice = best_backend(
         replace(layout, chunk_blocks=1), empty.tensors, arena, packed=True, staging_bytes=1 << 20, scratch_bytes=1
@@ -354,7 +312,7 @@ def test_parts_of_chunks_are_loaded_block_by_block():
 
 
 def test_the_choice_packs_and_leaves_the_cache_as_it_was():
-    case, _ = packable_case(3, "joined")
+    case, rng = drawn(3, "joined")
     packed = packed_layout(case.layout)
     before = [memory.clone().view(torch.uint8) for memory in case.memory]
     arena = HostArena(np.full(packed.slot_bytes, 9, np.uint8))
@@ -369,14 +327,12 @@ def test_the_choice_packs_and_leaves_the_cache_as_it_was():
     ids = np.arange(case.layout.chunk_blocks)
     choice.transfer.store(ids, [[(0, packed.slot_bytes)]]).wait()
     empty = case.emptied()
-    reference_pack(case.layout, empty.tensors, arena, np.random.default_rng(0)).load(
-        [[(0, packed.slot_bytes)]], ids
-    ).wait()
+    reference_pack(rng)(case.layout, empty.tensors, arena).load([[(0, packed.slot_bytes)]], ids).wait()
     assert all(all(map(np.array_equal, empty.rows(b), case.rows(b))) for b in ids.tolist())
 
 
 def test_a_cache_that_cannot_be_packed_is_served_and_left_as_it_was():
-    case, _ = packable_case(3, "joined", spoilt=1.0)
+    case, _ = drawn(3, "joined", 1.0)
     packed = packed_layout(case.layout)
     before = [memory.clone().view(torch.uint8) for memory in case.memory]
     arena = HostArena(np.zeros(packed.slot_bytes, np.uint8))
@@ -402,7 +358,7 @@ def test_no_choice_for_what_is_not_packable():
 
 def test_plain_slots_are_too_large_a_claim_and_packed_ones_too_small():
     """A transfer checks slots by its own layout: packed ones are refused by a plain transfer."""
-    case, rng = packable_case(6, "joined")
+    case, rng = drawn(6, "joined")
     packed = packed_layout(case.layout)
     arena = HostArena(np.zeros(case.layout.slot_bytes, np.uint8))
     ids = range(case.layout.chunk_blocks)
@@ -410,7 +366,7 @@ def test_plain_slots_are_too_large_a_claim_and_packed_ones_too_small():
         ReferenceTransfer(case.layout, case.tensors, arena).store(ids, [[(0, packed.slot_bytes)]])
     with pytest.raises(LayoutError, match="does not fit"):
         StagedTransfer(packed, arena, HostRuntime(), PackMover(case.layout, case.tensors), name="x", staging_bytes=64)
-    reference_pack(case.layout, case.tensors, arena, rng).store(ids, [[(0, packed.slot_bytes)]]).wait()
+    reference_pack(rng)(case.layout, case.tensors, arena).store(ids, [[(0, packed.slot_bytes)]]).wait()
 
 
 NAME = "kvkernels.triton_pack"
@@ -423,24 +379,19 @@ def interpreted(fresh):
         yield fresh(monkeypatch, NAME, interpret=True)
 
 
-@pytest.fixture(scope="module")
-def triton_pack(interpreted):
-    def make(layout, tensors, arena, rng):
-        programs = int(rng.integers(1, 5))
-        options = pipeline(rng, layout)
-        return interpreted.triton_pack_transfer(layout, tensors, arena, HostRuntime(), programs=programs, **options)
-
-    return make
-
-
 @pytest.mark.parametrize("ways", ["pack", "unpack", "both"])
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 2**32), form=st.sampled_from(CASE_FORMS), spoilt=st.sampled_from([0.0, 0.1]))
-def test_triton_and_torch_read_each_other(triton_pack, ways, seed, form, spoilt):
-    case, rng = packable_case(seed, form, spoilt)
-    store = reference_pack if ways == "unpack" else triton_pack
-    load = reference_pack if ways == "pack" else triton_pack
-    check_round_trip(case, rng, store, load)
+def test_triton_and_torch_read_each_other(interpreted, ways, seed, form, spoilt):
+    case, rng = drawn(seed, form, spoilt)
+
+    def triton_pack(layout, tensors, arena):
+        options = {"programs": int(rng.integers(1, 5)), **pipeline(rng, layout)}
+        return interpreted.triton_pack_transfer(layout, tensors, arena, HostRuntime(), **options)
+
+    store = reference_pack(rng) if ways == "unpack" else triton_pack
+    load = reference_pack(rng) if ways == "pack" else triton_pack
+    assert packed_round_trip_faults(case, store, load, rng) == []
 
 
 @pytest.mark.parametrize("vectors", [1, 3, 100, 130, 512])
