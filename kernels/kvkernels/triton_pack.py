@@ -4,6 +4,9 @@ As in `triton_gather`, one launch serves any number of planes and chunks, and a 
 bus: 16 of them are to move 75 GB/s of unpacked bytes, so that the bus carries 0.785 of what the cache sees. A program
 takes one row at a time, in tiles of whole vectors whose two halves are two blocks of values: value j and value j + 64
 share a byte, and every thread keeps eight neighbours of each, sixteen bytes of the cache.
+
+What a program does not do matters more than for plain copies, since it has processors to itself that the model's
+kernels then lack: packing goes two values at a time, and all but ignores escapes where there are none.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ __all__ = ["TritonPackMover", "triton_pack_transfer"]
 _TILE_VALUES = 16 * 1024
 _WARPS = 16
 _ALIGNMENT = 16
+_PAIRS_VECTORS = 4
+"""Half their values are four words for each thread of a warp."""
 _VARYING = ["rejected", "first_plane", "first_chunk", "first_block", "planes", "blocks", "chunk_blocks", "rows"]
 
 
@@ -56,8 +61,9 @@ def _pack_rows(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
     PACKED: tl.constexpr,  # noqa: N803
     ALIGN: tl.constexpr,  # noqa: N803
     VECTORS: tl.constexpr,  # noqa: N803
+    PAIRS: tl.constexpr,  # noqa: N803
+    ATOMIC: tl.constexpr,  # noqa: N803
 ):
-    column = tl.arange(0, 64)[None, :]
     row = tl.program_id(0)
     while row < rows:  # not range(): Triton's interpreter cannot take it with NumPy 2.4
         block = row % blocks
@@ -67,30 +73,28 @@ def _pack_rows(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
         address = tl.load(addresses + first_plane + plane) + page * tl.load(strides + first_plane + plane)
         paged = tl.multiple_of(address.to(tl.pointer_type(tl.int16)), ALIGN)
         staged = tl.multiple_of(staging + row.to(tl.int64) * PACKED, 16)
+        counter = staged.to(tl.pointer_type(tl.int32))
         count = 0
+        if ATOMIC:
+            tl.store(counter, 0)
+            tl.debug_barrier()
         first = 0
         while first < VALUES // 128:
             vector = first + tl.arange(0, VECTORS)
-            inside = vector < VALUES // 128
-            mask = inside[:, None]
-            place = vector[:, None] * 128 + column
-            low = tl.load(paged + place, mask=mask, other=0).to(tl.int32)
-            high = tl.load(paged + place + 64, mask=mask, other=0).to(tl.int32)
-            low_exponent = (low >> 7) & 255
-            high_exponent = (high >> 7) & 255
-            base = tl.maximum(tl.max(tl.maximum(low_exponent, high_exponent), axis=1) - 15, 0)
-            tl.store(staged + BASES + vector, base.to(tl.uint8), mask=inside)
-            low_code = tl.maximum(low_exponent - base[:, None], 0)
-            high_code = tl.maximum(high_exponent - base[:, None], 0)
-            _store_bytes(staged + CODES, vector[:, None] * 64 + column, low_code | (high_code << 4), mask)
-            _store_bytes(staged + REST, place, ((low >> 8) & 128) | (low & 127), mask)
-            _store_bytes(staged + REST, place + 64, ((high >> 8) & 128) | (high & 127), mask)
-            escapes = ((low_code == 0) & (low_exponent > 0)) | ((high_code == 0) & (high_exponent > 0))
-            if tl.max(tl.max(escapes.to(tl.int32), axis=1), axis=0) > 0:
-                tl.debug_barrier()  # the bases are read again, by other threads
-                count = _list_escapes(paged, staged, first * 128, count, VALUES, LIST, CAPACITY, BASES, VECTORS)
+            if PAIRS:
+                escapes = _pack_pairs(paged, staged, vector, VALUES, LIST, CAPACITY, BASES, CODES, REST, ATOMIC)
+            else:
+                escapes = _pack_values(paged, staged, vector, VALUES, BASES, CODES, REST)
+            if not ATOMIC:  # noqa: SIM102  (known when it is compiled, the other is not)
+                if tl.max(tl.max(escapes.to(tl.int32), axis=1), axis=0) > 0:
+                    tl.debug_barrier()  # the bases are read again, by other threads
+                    count = _list_escapes(paged, staged, first * 128, count, VALUES, LIST, CAPACITY, BASES, VECTORS)
             first += VECTORS
-        tl.store(staged.to(tl.pointer_type(tl.int32)), count)
+        if ATOMIC:
+            tl.debug_barrier()
+            count = tl.load(counter, volatile=True)
+        else:
+            tl.store(counter, count)
         if count > CAPACITY:
             tl.store((rejected + chunk.to(tl.int64) * 4).to(tl.pointer_type(tl.int32)), 1)
         row += tl.num_programs(0)
@@ -108,10 +112,11 @@ def _list_escapes(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
     BASES: tl.constexpr,  # noqa: N803
     VECTORS: tl.constexpr,  # noqa: N803
 ):
-    """The escapes of a tile behind the `count` of tiles before it; they are few, and most tiles have none.
+    """The escapes of a tile behind the `count` of tiles before it, without what only a GPU has.
 
     The tile is read again, a quarter at a time: slots of the list are for single values, and what the tile has in its
-    registers, eight neighbours a thread, would all have to change threads.
+    registers, eight neighbours a thread, would all have to change threads. On an H100 that takes four times as long
+    as all the rest of the packing.
     """
     PIECE: tl.constexpr = VECTORS * 32  # noqa: N806
     turn = 0
@@ -129,6 +134,148 @@ def _list_escapes(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
         count += tl.sum(one, axis=0)
         turn += 1
     return count
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _pack_values(  # type: ignore[no-untyped-def]
+    paged,
+    staged,
+    vector,
+    VALUES: tl.constexpr,  # noqa: N803
+    BASES: tl.constexpr,  # noqa: N803
+    CODES: tl.constexpr,  # noqa: N803
+    REST: tl.constexpr,  # noqa: N803
+):
+    """Pack these vectors of a row but for the list of escapes; return where they are."""
+    column = tl.arange(0, 64)[None, :]
+    inside = vector < VALUES // 128
+    mask = inside[:, None]
+    place = vector[:, None] * 128 + column
+    low = tl.load(paged + place, mask=mask, other=0).to(tl.int32)
+    high = tl.load(paged + place + 64, mask=mask, other=0).to(tl.int32)
+    low_exponent = (low >> 7) & 255
+    high_exponent = (high >> 7) & 255
+    base = tl.maximum(tl.max(tl.maximum(low_exponent, high_exponent), axis=1) - 15, 0)
+    tl.store(staged + BASES + vector, base.to(tl.uint8), mask=inside)
+    low_code = tl.maximum(low_exponent - base[:, None], 0)
+    high_code = tl.maximum(high_exponent - base[:, None], 0)
+    _store_bytes(staged + CODES, vector[:, None] * 64 + column, low_code | (high_code << 4), mask)
+    _store_bytes(staged + REST, place, ((low >> 8) & 128) | (low & 127), mask)
+    _store_bytes(staged + REST, place + 64, ((high >> 8) & 128) | (high & 127), mask)
+    return ((low_code == 0) & (low_exponent > 0)) | ((high_code == 0) & (high_exponent > 0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _pack_pairs(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
+    paged,
+    staged,
+    vector,
+    VALUES: tl.constexpr,  # noqa: N803
+    LIST: tl.constexpr,  # noqa: N803
+    CAPACITY: tl.constexpr,  # noqa: N803
+    BASES: tl.constexpr,  # noqa: N803
+    CODES: tl.constexpr,  # noqa: N803
+    REST: tl.constexpr,  # noqa: N803
+    ATOMIC: tl.constexpr,  # noqa: N803
+):
+    """The same, two neighbours at a time in the halves of a word, which takes half as many instructions."""
+    words = paged.to(tl.pointer_type(tl.int32), bitcast=True)
+    column = tl.arange(0, 32)[None, :]
+    inside = vector < VALUES // 128
+    mask = inside[:, None]
+    place = vector[:, None] * 64 + column
+    low = tl.load(words + place, mask=mask, other=0)
+    high = tl.load(words + place + 32, mask=mask, other=0)
+    low_exponent = (low >> 7) & 0xFF00FF
+    high_exponent = (high >> 7) & 0xFF00FF
+    largest = _larger_halves(low_exponent, high_exponent, ATOMIC)
+    base = tl.maximum(tl.max(tl.maximum(largest & 0xFFFF, largest >> 16), axis=1) - 15, 0)
+    tl.store(staged + BASES + vector, base.to(tl.uint8), mask=inside)
+    both = (base * 0x10001)[:, None]
+    low_code = _larger_halves(low_exponent, both, ATOMIC) - both
+    high_code = _larger_halves(high_exponent, both, ATOMIC) - both
+    _store_halves(staged + CODES, place - 32 * vector[:, None], low_code | (high_code << 4), mask)
+    _store_halves(staged + REST, place, ((low >> 8) & 0x800080) | (low & 0x7F007F), mask)
+    _store_halves(staged + REST, place + 32, ((high >> 8) & 0x800080) | (high & 0x7F007F), mask)
+    if ATOMIC:
+        _note_escapes(low_code, low, 2 * place, staged, LIST, CAPACITY)
+        _note_escapes(high_code, high, 2 * place + 64, staged, LIST, CAPACITY)
+    return (((low_code & 0xFFFF) == 0) | (low_code < 0x10000)) | (((high_code & 0xFFFF) == 0) | (high_code < 0x10000))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _larger_halves(a, b, ON_GPU: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    """The larger of the lower halves and the larger of the upper ones, none of them negative."""
+    if ON_GPU:
+        return tl.inline_asm_elementwise(
+            "max.u16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return tl.maximum(a & 0xFFFF, b & 0xFFFF) | (tl.maximum(a >> 16, b >> 16) << 16)
+
+
+def _listing(words: int) -> str:
+    """PTX that lists the escapes of so many words of two values: given are codes, values and places, as words.
+
+    Nearly always no code is 0, and all that is done is to see that.
+    """
+
+    def operand(number: int, word: int) -> str:
+        return f"${words * (number + 1) + word}"
+
+    lines = [".reg .pred some, one, fits;", ".reg .b32 all, slot, code, value, entry;", ".reg .b64 address;"]
+    lines.append("mov.b32 all, 0x80008000;")
+    for word in range(words):  # the top bit of a half is set where 0x7FFF and its code make that much
+        lines += [f"add.u32 code, {operand(0, word)}, 0x7FFF7FFF;", "and.b32 all, all, code;"]
+    lines += ["setp.eq.u32 some, all, 0x80008000;", "@some bra NONE;"]
+    for word in range(words):
+        for half, place in ((0, 0), (16, 1)):
+            lines += [
+                f"bfe.u32 code, {operand(0, word)}, {half}, 16;",
+                f"bfe.u32 value, {operand(1, word)}, {half}, 16;",
+                "and.b32 entry, value, 0x7F80;",
+                "setp.eq.u32 one, code, 0;",
+                "setp.ne.and.u32 one, entry, 0, one;",
+                "mov.b32 slot, -1;",
+                f"@one atom.global.add.u32 slot, [{operand(3, 0)}], 1;",
+                f"setp.lt.u32 fits, slot, {operand(5, 0)};",
+                f"add.u32 entry, {operand(2, word)}, {place};",
+                "shl.b32 entry, entry, 16;",
+                "or.b32 entry, entry, value;",
+                f"mad.wide.u32 address, slot, 4, {operand(4, 0)};",
+                "@fits st.global.b32 [address], entry;",
+            ]
+    lines += ["NONE:", *(f"mov.b32 ${word}, 0;" for word in range(words))]
+    return "{" + " ".join(lines) + "}"
+
+
+_WORDS = tl.constexpr(4)
+_LISTING = tl.constexpr(_listing(4))
+_OPERANDS = tl.constexpr(",".join(["=r"] * 4 + ["r"] * 12 + ["l"] * 8 + ["r"] * 4))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _note_escapes(code, value, place, staged, LIST: tl.constexpr, CAPACITY: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    """Give every escape the next slot of the row's list.
+
+    By hand, for they are few: threads without one go on, and one with one waits for its own slot alone. Triton's
+    atomics on a whole tile send all of it through shared memory.
+    """
+    counter = staged.to(tl.int64, bitcast=True)
+    tl.inline_asm_elementwise(
+        _LISTING,
+        _OPERANDS,
+        [code, value, place, counter, counter + LIST, CAPACITY],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=_WORDS,
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_halves(start, offsets, words, mask):  # type: ignore[no-untyped-def]
+    """Store the lower byte of both halves of every word, side by side."""
+    halves = start.to(tl.pointer_type(tl.int16), bitcast=True) + offsets
+    tl.store(tl.max_contiguous(halves, [1, 4]), (words | (words >> 8)).to(tl.int16), mask=mask)
 
 
 @triton.jit
@@ -257,7 +404,8 @@ class TritonPackMover:
             kernel.launch(stream, grid, [*(tensor.data_ptr() for tensor in tensors), *marks], sizes)
             return
         function = _pack_rows if marks else _unpack_rows
-        constants = row_constants(row_bytes, self._align, packing=bool(marks))
+        on_gpu = isinstance(stream, CudaStream)
+        constants = row_constants(row_bytes, self._align, packing=bool(marks), atomic=on_gpu)
         warps = warps_of(constants["VECTORS"])
         compiled: list[Any] = []
         stream.launch(
@@ -268,8 +416,12 @@ class TritonPackMover:
             self._kernels[row_bytes, bool(marks)] = CompiledKernel(compiled[0], pointers=pointers, integers=len(sizes))
 
 
-def row_constants(row_bytes: int, align: int, *, packing: bool) -> dict[str, int]:
-    """The kernels' constants for rows of so many bytes, in blocks whose addresses are multiples of `align`."""
+def row_constants(row_bytes: int, align: int, *, packing: bool, atomic: bool = True) -> dict[str, int]:
+    """The kernels' constants for rows of so many bytes, in blocks whose addresses are multiples of `align`.
+
+    `atomic`: escapes are listed by a GPU's own atomics, in any order; not in rows so short that several threads hold
+    the same value.
+    """
     row = PackedRow.of(row_bytes)
     constants = {
         "VALUES": row.values,
@@ -282,7 +434,12 @@ def row_constants(row_bytes: int, align: int, *, packing: bool) -> dict[str, int
         "ALIGN": align,
         "VECTORS": min(_TILE_VALUES // VECTOR, 1 << (row.vectors - 1).bit_length()),
     }
-    return constants if packing else {**constants, "ENTRIES": 1 << (row.capacity - 1).bit_length()}
+    pairs = align % 4 == 0 and row.vectors % 2 == 0 and constants["VECTORS"] >= _PAIRS_VECTORS
+    return (
+        {**constants, "PAIRS": int(pairs), "ATOMIC": int(pairs and atomic)}
+        if packing
+        else {**constants, "ENTRIES": 1 << (row.capacity - 1).bit_length()}
+    )
 
 
 def warps_of(vectors: int) -> int:
