@@ -15,7 +15,8 @@ from kvkernels.pieces import StagedPiece
 
 MIB = 1 << 20
 PAGE = 2 * MIB
-PROGRAMS = (8, 16, 32)
+PROGRAMS = (8, 16, 32, 1 << 16)
+"""The last: a program a row, for the device to put where nothing else is."""
 
 
 class Packed:

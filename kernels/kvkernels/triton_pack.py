@@ -271,7 +271,7 @@ def _note_escapes(code, value, place, staged, LIST: tl.constexpr, CAPACITY: tl.c
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _store_halves(start, offsets, words, mask):  # type: ignore[no-untyped-def]
     """Store the lower byte of both halves of every word, side by side."""
     halves = start.to(tl.pointer_type(tl.int16), bitcast=True) + offsets
