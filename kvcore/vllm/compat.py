@@ -4,6 +4,7 @@ Tested with 0.26 and 0.32; any other version is tried, with a warning.
 """
 
 import logging
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, MLAAttentionSpec
 
+from kvcore.vllm.mover import Packing
 from kvcore.vllm.transfers import CudaTransfers, HostTransfers, TransferFactory
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "isa",
     "kv_layout",
     "log_with_vllm",
+    "packing",
     "runs_as_one_graph",
     "transfer_factory",
     "worker_connector",
@@ -155,6 +158,12 @@ def copies_in_step(vllm_config: Any) -> bool:
 def transfer_factory(vllm_config: Any) -> TransferFactory:
     """Return what makes the copies between the KV cache and the arena on this device."""
     return HostTransfers if on_cpu(vllm_config) else CudaTransfers
+
+
+def packing(vllm_config: Any, wanted: Packing) -> Packing:
+    """Return how KV is kept beyond this device; `auto` packs where kernels do it, which the CPU has none for."""
+    can = not on_cpu(vllm_config) and find_spec("triton") is not None
+    return wanted if wanted != "auto" or can else "none"
 
 
 def runs_as_one_graph(forward_context: Any) -> bool:

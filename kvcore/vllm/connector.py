@@ -144,7 +144,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             num_blocks=self._kv_cache_config.num_blocks,
             block_tokens=self._spec.block_size,
             order="/".join(filter(None, [compat.kv_layout(config), isa])),
-            packing="none" if self._settings.packing == "auto" and compat.on_cpu(config) else self._settings.packing,
+            packing=compat.packing(config, self._settings.packing),
         )
         self._worker = WorkerSide(
             self._cache,

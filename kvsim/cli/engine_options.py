@@ -136,7 +136,13 @@ def build(costs: "Costs", *, l1_size_gb: float = 0.0, l2_size_gb: float = 0.0, *
     from kvsim.engine.settings import RunSettings  # noqa: PLC0415 - loaded when a command runs
 
     lowered = {name: value.lower() if name in {"policy", "l2_policy"} else value for name, value in given.items()}
-    return RunSettings(profile=costs.run_profile, l1_gb=_size(l1_size_gb), l2_gb=_size(l2_size_gb), **lowered)
+    return RunSettings(
+        profile=costs.run_profile,
+        packed_share=costs.kv.packed_share,
+        l1_gb=_size(l1_size_gb),
+        l2_gb=_size(l2_size_gb),
+        **lowered,
+    )
 
 
 def _size(value: float) -> float | None:

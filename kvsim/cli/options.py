@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import typer
 
@@ -34,6 +34,14 @@ TensorParallel: TypeAlias = Annotated[
 ]
 KvDtype: TypeAlias = Annotated[
     str, typer.Option(help="The KV cache's dtype: auto, bf16, fp8, fp32, ...", rich_help_panel="Costs")
+]
+PackingName: TypeAlias = Annotated[
+    Literal["none", "lossless"],
+    typer.Option(
+        "--packing",
+        help="lossless: bf16 KV beyond the GPU as kvcore's connectors pack it there, a fifth smaller.",
+        rich_help_panel="Costs",
+    ),
 ]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel="Output")]
 ShowProgress: TypeAlias = Annotated[

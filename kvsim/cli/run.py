@@ -7,8 +7,8 @@ import typer
 
 from kvsim.cli.engine_options import (
     AdmissionName,
-    AsyncScheduling,
     ArrivalsName,
+    AsyncScheduling,
     ChunkedPrefill,
     ChunkTokens,
     Engines,
@@ -41,6 +41,7 @@ from kvsim.cli.options import (
     Json,
     KvDtype,
     Model,
+    PackingName,
     ProfilePath,
     ShowProgress,
     SkipBad,
@@ -59,6 +60,7 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
     profile: ProfilePath = None,
     tensor_parallel: TensorParallel = None,
     kv_dtype: KvDtype = "auto",
+    packing: PackingName = "none",
     block_size: BlockSize = None,
     skip_bad: SkipBad = False,
     rate_scale: RateScale = 1.0,
@@ -119,7 +121,9 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
     from kvsim.tuner.pricing import costs  # noqa: PLC0415
 
     settings = build(
-        costs(model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype),
+        costs(
+            model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype, packing=packing
+        ),
         rate_scale=rate_scale,
         arrivals=arrivals,
         rate_per_s=rate_per_s,

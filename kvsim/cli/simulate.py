@@ -4,7 +4,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvsim.cli.options import BlockSize, Json, KvDtype, Model, ShowProgress, SkipBad, TensorParallel, Traces
+from kvsim.cli.options import (
+    BlockSize,
+    Json,
+    KvDtype,
+    Model,
+    PackingName,
+    ShowProgress,
+    SkipBad,
+    TensorParallel,
+    Traces,
+)
 from kvsim.errors import UsageError
 
 
@@ -22,6 +32,7 @@ def simulate(  # noqa: PLR0913, PLR0917 - a command's options
     model: Model = None,
     tensor_parallel: TensorParallel = None,
     kv_dtype: KvDtype = "auto",
+    packing: PackingName = "none",
     json: Json = False,
     progress: ShowProgress = None,
 ) -> None:
@@ -32,7 +43,7 @@ def simulate(  # noqa: PLR0913, PLR0917 - a command's options
     if l1_size_gb is not None:
         if capacity_chunks is not None:
             raise UsageError("--capacity-chunks and --l1-size-gb say the same: give one")
-        capacity_chunks = _capacity(l1_size_gb, chunk_tokens, model, tensor_parallel, kv_dtype)
+        capacity_chunks = _capacity(l1_size_gb, chunk_tokens, model, tensor_parallel, kv_dtype, packing)
     with stages(progress) as shown:
         log = read_log(trace, block_size, skip_bad, shown)
     result = api.simulate(
@@ -57,7 +68,12 @@ def simulate(  # noqa: PLR0913, PLR0917 - a command's options
 
 
 def _capacity(
-    l1_size_gb: float, chunk_tokens: int, model: str | None, tensor_parallel: int | None, kv_dtype: str
+    l1_size_gb: float,
+    chunk_tokens: int,
+    model: str | None,
+    tensor_parallel: int | None,
+    kv_dtype: str,
+    packing: PackingName,
 ) -> int:
     from kvsim.tuner.pricing import kv_size  # noqa: PLC0415
 
@@ -67,5 +83,6 @@ def _capacity(
         raise UsageError(f"--l1-size-gb {l1_size_gb:g}: it cannot be negative or infinite")
     if chunk_tokens < 1:
         raise UsageError(f"--chunk-tokens {chunk_tokens}: at least 1")
-    size = kv_size(model, tensor_parallel=1 if tensor_parallel is None else tensor_parallel, kv_dtype=kv_dtype)
+    ranks = 1 if tensor_parallel is None else tensor_parallel
+    size = kv_size(model, tensor_parallel=ranks, kv_dtype=kv_dtype, packing=packing)
     return size.capacity_chunks(l1_size_gb, chunk_tokens)

@@ -21,6 +21,7 @@ from kvsim.cli.options import (
     Json,
     KvDtype,
     Model,
+    PackingName,
     ProfilePath,
     ShowProgress,
     SkipBad,
@@ -48,6 +49,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
     profile: ProfilePath = None,
     tensor_parallel: TensorParallel = None,
     kv_dtype: KvDtype = "auto",
+    packing: PackingName = "none",
     block_size: BlockSize = None,
     skip_bad: SkipBad = False,
     chunk_sizes: Annotated[
@@ -133,7 +135,9 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
     from kvsim.tuner import Rule, costs  # noqa: PLC0415
     from kvsim.tuner import tune as run  # noqa: PLC0415
 
-    priced = costs(model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype)
+    priced = costs(
+        model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype, packing=packing
+    )
     chosen_sizes, chosen_l1 = integers("--chunk-sizes", chunk_sizes), sizes("--l1-sizes-gb", l1_sizes_gb)
     chosen_policies = names("--policies", policies)
     trial = _trial(

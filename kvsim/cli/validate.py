@@ -37,6 +37,7 @@ from kvsim.cli.options import (
     Json,
     KvDtype,
     Model,
+    PackingName,
     ProfilePath,
     ShowProgress,
     SkipBad,
@@ -53,6 +54,7 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     profile: ProfilePath = None,
     tensor_parallel: TensorParallel = None,
     kv_dtype: KvDtype = "auto",
+    packing: PackingName = "none",
     block_size: BlockSize = None,
     skip_bad: SkipBad = False,
     seed: Seed = 0,
@@ -125,7 +127,9 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     from kvsim.validation import validate as compared  # noqa: PLC0415
 
     settings = build(
-        costs(model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype),
+        costs(
+            model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype, packing=packing
+        ),
         seed=seed,
         engines=engines,
         routing=routing,

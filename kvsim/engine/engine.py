@@ -223,7 +223,7 @@ class Engine:
         self.pending_tokens -= job.computed
         if end <= cached:
             return False
-        size = self._settings.profile.kv_bytes(end - cached)
+        size = self._settings.chunk_bytes(end - cached)
         job.loaded += end - cached
         if self._settings.load != "async":
             self._loads.append((job, size))

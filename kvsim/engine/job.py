@@ -77,9 +77,8 @@ class Job:
         self.whole_findable = findable
         self.output_chain: tuple[Chunk, ...] = ()
         """Chunks that follow the prompt's once the output is appended, where they are to be stored."""
-        self.arrived = self.enqueued = 0.0
-        self.came = 0.0
-        """When it was last put in the queue from outside."""
+        self.arrived = self.enqueued = self.came = 0.0
+        """Came to the server, to the queue, and to the queue again when what it waited for was there."""
         self.first_scheduled = -1.0
         self.first_token = -1.0
         self.finished = -1.0

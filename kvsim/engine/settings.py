@@ -1,6 +1,7 @@
 """What a simulation is told: the engines, the tiers, the arrivals."""
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -15,6 +16,7 @@ LoadMode: TypeAlias = Literal["layerwise", "sync", "async"]
 LowerKind: TypeAlias = Literal["disk", "network"]
 
 GIB = 2**30
+_FINITE = sys.float_info.max
 ROUTINGS: tuple[Routing, ...] = ("round-robin", "least-loaded", "prefix-aware", "recorded")
 
 
@@ -39,8 +41,8 @@ class RunSettings:
         max_num_batched_tokens: Token budget of a step.
         max_num_seqs: Most requests running at once.
         chunked_prefill: Whether a prompt may be computed over several steps.
-        async_scheduling: Whether a step is put together when the one before it begins, as vLLM does on GPUs, or when that
-            one has ended.
+        async_scheduling: Whether a step is put together when the one before it begins, as vLLM does on GPUs, or when
+            that one has ended.
         l0_gb: GPU memory for KV; None: 90% of the device less the weights and 2 GiB.
         l0_block_tokens: Tokens of an engine block.
         l0_prefix_caching: Whether the engine reuses its own blocks.
@@ -56,6 +58,7 @@ class RunSettings:
         load_or_recompute: Whether the core leaves hits that are faster to compute than to load.
         store_output: Whether the chunks that an output completes are stored too; the log has to have their hashes. (L0
             has them either way, as vLLM does, where the log has.)
+        packed_share: What KV takes beyond the GPU, of its size there: 1, or less where it is packed.
         page_bytes: Page of the L1 arena; a chunk takes whole ones.
         load: How the engine loads: `layerwise` (in the step, layers overlapped with compute), `sync` (in the step,
             before compute) or `async` (the request waits beside the batch).
@@ -89,6 +92,7 @@ class RunSettings:
     ttl_s: float | None = None
     load_or_recompute: bool = False
     store_output: bool = False
+    packed_share: float = 1.0
     page_bytes: int = 2 * 2**20
     load: LoadMode = "layerwise"
     lookup_s: float = 0.0
@@ -103,12 +107,12 @@ class RunSettings:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise SettingsError(f"{name} is {value}; not negative, and finite")
-        if not 0 < self.rate_scale < math.inf:
-            raise SettingsError(f"rate_scale is {self.rate_scale}; above zero is needed")
+        for name, most in (("rate_scale", _FINITE), ("rate_per_s", _FINITE), ("packed_share", 1.0)):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= most:
+                raise SettingsError(f"{name} is {value}; above zero is needed, and at most {most:g}")
         if (self.arrivals == "recorded") != (self.rate_per_s is None):
             raise SettingsError("rate_per_s goes with arrivals poisson or uniform, and they with it")
-        if self.rate_per_s is not None and not 0 < self.rate_per_s < math.inf:
-            raise SettingsError(f"rate_per_s is {self.rate_per_s}; above zero is needed")
         if self.max_model_len is not None and self.max_model_len < 1:
             raise SettingsError(f"max_model_len is {self.max_model_len}; at least 1 is needed")
         if self.l2_gb != 0 and f"{self.l2_kind}_read" not in self.profile.transfers:
@@ -138,8 +142,8 @@ class RunSettings:
         return self.profile.max_model_len if self.max_model_len is None else self.max_model_len
 
     def chunk_bytes(self, chunk_tokens: int) -> int:
-        """Return the size of a chunk, over all ranks."""
-        return self.profile.kv_bytes(chunk_tokens)
+        """Return the size of a chunk beyond the GPU, over all ranks."""
+        return math.ceil(self.profile.kv_bytes(chunk_tokens) * self.packed_share)
 
     def chunk_pages(self, chunk_tokens: int) -> int:
         """Return the pages that a chunk takes."""

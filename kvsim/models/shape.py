@@ -62,6 +62,10 @@ class ModelShape:
             "whole, as vLLM does under a KV connector, so they are counted whole"
         )
 
+    def is_bf16(self, kv_dtype: str = "auto") -> bool:
+        """Return whether KV of this dtype (`auto`: the model's) is bf16."""
+        return (self.kv_dtype if kv_dtype == "auto" else kv_dtype.lower()) in {"bf16", "bfloat16"}
+
     def _value_bytes(self, kv_dtype: str) -> int:
         dtype = self.kv_dtype if kv_dtype == "auto" else kv_dtype.lower()
         if dtype not in KV_DTYPES:

@@ -160,7 +160,7 @@ def log_facts(result: TuneResult) -> list[tuple[str, str]]:
         ("prompt tokens", f"{log.input_tokens:,}, {log.input_tokens / log.requests:,.0f} a request"),
         ("output tokens", f"{log.output_tokens:,}"),
         ("block", f"{log.block_tokens:,} tokens"),
-        ("KV", f"{kv.stored_bytes_per_token:,} bytes a token in L1, all ranks together"),
+        ("KV", f"{kv.l1_bytes_per_token:,.0f} bytes a token in L1, all ranks together"),
         (
             "cost profile",
             f"{profile.name}: {profile.model} on {profile.gpu}, tensor parallel {profile.tensor_parallel}",

@@ -1,7 +1,9 @@
 """What a setting costs: bytes of L1, and time to first token without a queue."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,22 +19,38 @@ GIB = 1 << 30
 PAGE_BYTES = 2 << 20
 """The arena's page: a chunk owns whole pages, so a chunk of 2.1 MiB takes 4 MiB of L1."""
 
+Packing: TypeAlias = Literal["none", "lossless"]
+PACKED_SHARE = 51_472 / 65_536
+"""What bf16 KV takes packed (`kvkernels.packing`), of its size on the GPU: a row of 16 tokens and 8 heads."""
+
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvSize:
-    """How large KV is: bytes a token in L1 and on the way to the GPU, all ranks together."""
+    """How large KV is: bytes a token in the engine's form and on the way to the GPU, all ranks together.
+
+    Beyond the GPU it takes `packed_share` of both: 1, or less where it is packed.
+    """
 
     stored_bytes_per_token: int
     moved_bytes_per_token: int
     note: str | None = None
+    packed_share: float = 1.0
 
     @classmethod
-    def of(cls, shape: ModelShape, *, tensor_parallel: int = 1, kv_dtype: str = "auto") -> "KvSize":
-        """Return the sizes of a model's KV. Raises UsageError as `ModelShape.bytes_per_token` does."""
+    def of(
+        cls, shape: ModelShape, *, tensor_parallel: int = 1, kv_dtype: str = "auto", packing: Packing = "none"
+    ) -> "KvSize":
+        """Return the sizes of a model's KV.
+
+        Raises UsageError as `ModelShape.bytes_per_token` does, and for packing of what is not bf16.
+        """
+        if packing == "lossless" and not shape.is_bf16(kv_dtype):
+            raise UsageError(f"--packing lossless: KV of {shape.name} is not bf16, and nothing else is packed")
         return cls(
+            packed_share=_share(packing),
             stored_bytes_per_token=shape.bytes_per_token(tensor_parallel=tensor_parallel, kv_dtype=kv_dtype),
             moved_bytes_per_token=shape.moved_bytes_per_token(tensor_parallel=tensor_parallel, kv_dtype=kv_dtype),
             note=shape.note(),
@@ -40,7 +58,12 @@ class KvSize:
 
     def chunk_bytes(self, chunk_tokens: int) -> int:
         """Return the bytes of L1 that a chunk takes: whole pages."""
-        return -(-chunk_tokens * self.stored_bytes_per_token // PAGE_BYTES) * PAGE_BYTES
+        return math.ceil(chunk_tokens * self.l1_bytes_per_token / PAGE_BYTES) * PAGE_BYTES
+
+    @property
+    def l1_bytes_per_token(self) -> float:
+        """Bytes of a token in L1."""
+        return self.stored_bytes_per_token * self.packed_share
 
     def capacity_chunks(self, l1_size_gb: float, chunk_tokens: int) -> int:
         """Return how many chunks fit in an L1 of so many GiB, all ranks together."""
@@ -76,7 +99,7 @@ class Costs:
         """
         cached = np.minimum(hit_tokens, np.maximum(input_tokens, 1) - 1)
         new = np.maximum(input_tokens, 1) - cached
-        copy = self.profile.transfer_s(hit_tokens * self.kv.moved_bytes_per_token, "h2d")
+        copy = self.profile.transfer_s(hit_tokens * self.kv.moved_bytes_per_token * self.kv.packed_share, "h2d")
         step = self.profile.prefill_s_array(new, cached)
         return copy + step + self.profile.handling_s(0) + self._handling_tokens(input_tokens)
 
@@ -103,9 +126,13 @@ class Costs:
         return self.profile.handling_token_s * input_tokens.astype(np.float64)
 
 
-def kv_size(name: str, *, tensor_parallel: int = 1, kv_dtype: str = "auto") -> KvSize:
+def kv_size(name: str, *, tensor_parallel: int = 1, kv_dtype: str = "auto", packing: Packing = "none") -> KvSize:
     """Return the KV sizes of a model by name or config.json. Raises UsageError."""
-    return KvSize.of(models.model(name), tensor_parallel=tensor_parallel, kv_dtype=kv_dtype)
+    return KvSize.of(models.model(name), tensor_parallel=tensor_parallel, kv_dtype=kv_dtype, packing=packing)
+
+
+def _share(packing: Packing) -> float:
+    return PACKED_SHARE if packing == "lossless" else 1.0
 
 
 def costs(
@@ -115,6 +142,7 @@ def costs(
     profile: str | Path | None = None,
     tensor_parallel: int | None = None,
     kv_dtype: str = "auto",
+    packing: Packing = "none",
 ) -> Costs:
     """Return the costs of a model on a GPU, from a shipped profile or from the file `profile`.
 
@@ -137,6 +165,7 @@ def costs(
             raise UsageError(f"--tensor-parallel {ranks}: the profile {profile} is of {found.tensor_parallel}")
         if model is None and kv_dtype == "auto":
             size = found.kv_bytes_per_token
-            return Costs(profile=found, kv=KvSize(stored_bytes_per_token=size, moved_bytes_per_token=size))
+            kv = KvSize(stored_bytes_per_token=size, moved_bytes_per_token=size, packed_share=_share(packing))
+            return Costs(profile=found, kv=kv)
         shape = models.model(model or found.model)
-    return Costs(profile=found, kv=KvSize.of(shape, tensor_parallel=ranks, kv_dtype=kv_dtype))
+    return Costs(profile=found, kv=KvSize.of(shape, tensor_parallel=ranks, kv_dtype=kv_dtype, packing=packing))

@@ -191,6 +191,7 @@ class TuneResult:
             "kv": {
                 "stored_bytes_per_token": kv.stored_bytes_per_token,
                 "moved_bytes_per_token": kv.moved_bytes_per_token,
+                "packed_share": kv.packed_share,
             },
             "profile": json.loads(to_json(self.costs.profile)),
             "sweep": [point.to_dict() for point in self.points],

@@ -186,6 +186,14 @@ def test_loads_overlap_with_compute_only_layer_by_layer(serve, load, expected):
     assert result.columns["prefill_s"][1] == pytest.approx(0.640)
 
 
+def test_packed_kv_takes_less_of_the_bus_and_of_l1_and_not_of_the_gpu(serve):
+    chains = [list(range(40)), [*range(40), 100]]
+    given = {"profile": {"linear": 1e-2, "rate": 1e3}, "load": "sync", "l0_prefix_caching": False}
+    result = serve([0, 100], [640, 656], chains=chains, l1_gb=320.5 / GIB, packed_share=0.5, l0_gb=672.5 / GIB, **given)
+    assert result.columns["matched_l1"].tolist() == [0, 640]
+    assert result.columns["load_s"][1] == pytest.approx(0.320)
+
+
 def test_chunks_can_be_matched_when_they_are_stored_and_not_before(serve):
     chains = [[1, 2, 3, 4]] * 3
     # Computed at 0.64 s; 64 bytes at 100 bytes/s are stored at 1.28 s.

@@ -7,7 +7,7 @@ import pytest
 from kvsim.errors import UsageError
 from kvsim.models import gpu, gpu_names, model, model_names
 from kvsim.models.config import read_config
-from kvsim.tuner.pricing import KvSize
+from kvsim.tuner.pricing import KvSize, kv_size
 
 QWEN3_8B = {
     "model_type": "qwen3",
@@ -182,3 +182,12 @@ def test_chunks_own_whole_pages():
     assert small.chunk_bytes(64) == 2 << 20
     assert small.capacity_chunks(1, 64) == 512
     assert small.chunk_bytes(2098) == 4 << 20
+
+
+def test_packed_chunks_are_a_fifth_smaller_and_only_bf16_is_packed():
+    plain, packed = (kv_size("qwen3-8b", packing=packing) for packing in ("none", "lossless"))
+    assert (plain.chunk_bytes(256), packed.chunk_bytes(256)) == (36 << 20, 30 << 20)  # 28.3 MiB in pages of 2 MiB
+    assert packed.stored_bytes_per_token == plain.stored_bytes_per_token
+    assert packed.capacity_chunks(20, 512) == 353 > plain.capacity_chunks(20, 512) == 284
+    with pytest.raises(UsageError, match="not bf16"):
+        kv_size("qwen3-8b", kv_dtype="fp8", packing="lossless")
