@@ -9,6 +9,8 @@ that follow from the block's id, so equal prefixes stay equal; prompts and outpu
 timestamp are spread until the next one, and all are scaled to take `--seconds`. Every replay starts from empty caches
 and a new server; vLLM stays up. Without --log a generated chat workload is replayed.
 
+A connector packs KV here, so it is `kvsim validate --packing lossless` that predicts these logs.
+
 OUT_DIR gets predict.json (what was set, client-side TTFT, what the journal's replay says, hits) and logs.tar (the
 recorded logs, and with --keep-journals the journals). With --settings each of several further settings is replayed
 once as well, for the order in which a simulator ranks them. About 60 s to start, then 20 s a replay beside the replay.

@@ -25,6 +25,7 @@ from kvcore.vllm.transfers import TransferFactory
 from kvkernels import DeviceError, Handle, LayoutError
 
 _LOG = logging.getLogger("kvcore.vllm")
+_SAY_AGAIN_S = 60.0
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +96,9 @@ class WorkerSide:
         self._received: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._failed_steps = 0
+        self._rejected = 0
+        """Chunks that could not be packed."""
+        self._rejected_said = -_SAY_AGAIN_S
         self._report = StepReport()
         self.counters = Counters()
 
@@ -383,7 +387,7 @@ class WorkerSide:
             self._end_loads()  # those before it have ended: the device read its blocks behind them
             if rejected := one.handle.rejected() if one.valid.any() else ():
                 one.valid[list(rejected)] = False
-                self._rejected(one.copy, len(rejected))
+                self._reject(len(rejected))
             if one.failures_seen < self._failed_steps:
                 one.valid[:] = False  # it may hold what was computed on blocks that were not loaded
             good = one.valid & self._generations_hold(one.mover, one.copy)
@@ -407,11 +411,16 @@ class WorkerSide:
             tokens, copy.request, size, seconds, self._where(),
         )  # fmt: skip
 
-    def _rejected(self, copy: Copy, chunks: int) -> None:
-        _LOG.warning(
-            "Request %s: %d chunks cannot be packed and are not stored; with packing none they would be",
-            copy.request, chunks,
-        )  # fmt: skip
+    def _reject(self, chunks: int) -> None:
+        """Say now and then that chunks cannot be packed: with some models that is every request's."""
+        self._rejected += chunks
+        now = time.monotonic()
+        if now - self._rejected_said >= _SAY_AGAIN_S:
+            self._rejected_said = now
+            _LOG.warning(
+                "%d chunks so far could not be packed and are not stored; with \"packing\": \"none\" they would be%s",
+                self._rejected, self._where(),
+            )  # fmt: skip
 
     def _store_failed(self, copy: Copy, failed: NDArray[np.bool_]) -> None:
         self.counters.aborted_tokens += self._counted(

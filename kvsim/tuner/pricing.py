@@ -31,13 +31,14 @@ FloatArray = NDArray[np.float64]
 class KvSize:
     """How large KV is: bytes a token in the engine's form and on the way to the GPU, all ranks together.
 
-    Beyond the GPU it takes `packed_share` of both: 1, or less where it is packed.
+    Beyond the GPU it takes `packed_share` of both: 1, or less where it is packed, which `packable` KV can be.
     """
 
     stored_bytes_per_token: int
     moved_bytes_per_token: int
     note: str | None = None
     packed_share: float = 1.0
+    packable: bool = False
 
     @classmethod
     def of(
@@ -54,6 +55,7 @@ class KvSize:
             stored_bytes_per_token=shape.bytes_per_token(tensor_parallel=tensor_parallel, kv_dtype=kv_dtype),
             moved_bytes_per_token=shape.moved_bytes_per_token(tensor_parallel=tensor_parallel, kv_dtype=kv_dtype),
             note=shape.note(),
+            packable=shape.is_bf16(kv_dtype),
         )
 
     def chunk_bytes(self, chunk_tokens: int) -> int:

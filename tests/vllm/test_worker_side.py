@@ -201,7 +201,7 @@ def test_a_chunk_that_cannot_be_packed_is_aborted_and_the_others_are_stored(pack
     )
     with caplog.at_level("WARNING", logger="kvcore"):
         packed.step(StepPlan(stores=[packed.copy(range(12))]))
-    assert "1 chunks cannot be packed" in caplog.text
+    assert "1 chunks so far could not be packed" in caplog.text
     assert [said[2] for said in packed.said("committed")] == [(b"chunk0", b"chunk2")]
     assert [said[2] for said in packed.said("aborted")] == [(b"chunk1",)]
 

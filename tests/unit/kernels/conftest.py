@@ -1,11 +1,16 @@
 """Streams that run late and in any order that events allow, to find a missing wait without a GPU; Triton both ways."""
 
 import importlib
+import os
+import pickle
+import subprocess
 import sys
+import tempfile
 import threading
 import weakref
 from collections import deque
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -225,21 +230,15 @@ def fresh():
     return fresh_module
 
 
-def compiled_for_h100(kernel, constants, pointers, *, warps, wide=()):
-    """A kernel as compiled for an H100: pointers divisible by 16, numbers of 32 bits but for the wide ones."""
-    triton = importlib.import_module("triton")
-    compiler = importlib.import_module("triton.compiler")
-    backend = importlib.import_module("triton.backends.compiler")
-    kinds = {name: "i64" if name in wide else "i32" for name in kernel.arg_names}
-    kinds |= pointers | dict.fromkeys(constants, "constexpr")
-    place = kernel.arg_names.index
-    source = compiler.ASTSource(
-        kernel,
-        kinds,
-        constexprs={(place(name),): value for name, value in constants.items()},
-        attrs={(place(name),): [["tt.divisibility", 16]] for name in pointers},
-    )
-    return triton.compile(source, target=backend.GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+def compiled_for_h100(*jobs):
+    """Kernels as compiled for an H100, from nothing: see `compile_child.py`."""
+    child = Path(__file__).with_name("compile_child.py")
+    with tempfile.TemporaryDirectory(prefix="kvkernels-compiled-") as cache:
+        environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
+        command = [sys.executable, str(child)]
+        run = subprocess.run(command, input=pickle.dumps(jobs), capture_output=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr.decode()[-3000:]
+    return pickle.loads(run.stdout)
 
 
 @pytest.fixture(scope="session")

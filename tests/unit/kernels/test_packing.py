@@ -3,6 +3,7 @@
 
 import struct
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -440,39 +441,32 @@ def test_triton_unpacks_what_was_not_packed_within_its_row(interpreted):
 POINTERS = {"addresses": "*i64", "strides": "*i64", "ids": "*i64", "staging": "*u8"}
 
 
-def test_compiled_unpacking_is_wide_and_within_registers(monkeypatch, fresh, compile_for_h100):
-    """Eight values a thread by 16-byte stores, their bytes by 8-byte loads; threads exchange nothing."""
+def test_compiled_code_is_wide_and_within_registers(monkeypatch, fresh, compile_for_h100):
+    """Eight values a thread by 16-byte accesses, their bytes by 8-byte ones; threads exchange nothing to unpack."""
+    pytest.importorskip("triton")
+    constants = fresh(monkeypatch, NAME, interpret=False).row_constants
+    pack, unpack = compile_for_h100(
+        (NAME, "_pack_rows", constants(65536, 16, packing=True), POINTERS, 16, ("rejected",)),
+        (NAME, "_unpack_rows", constants(65536, 16, packing=False), POINTERS, 16, ()),
+    )
+    assert unpack["ptx"].count("ld.global.v2.b32") == 6
+    assert unpack["ptx"].count("st.global.v4.b32") == 4
+    assert "shared" not in unpack["ptx"].split(".visible .entry")[1]
+    assert pack["ptx"].count("ld.global.v4.b32") == 4
+    assert pack["ptx"].count("st.global.v2.b32") == 6
+    assert pack["ptx"].count("atom.global.add") == 4 * 4 * 2  # four words of two values a thread, four times
+    for built in (pack, unpack):
+        assert ".local" not in built["ptx"]
+        assert not built["scratch"]
+
+
+def test_every_row_size_compiles(monkeypatch, fresh, compile_for_h100):
     pytest.importorskip("triton")
     module = fresh(monkeypatch, NAME, interpret=False)
-    constants = module.row_constants(65536, 16, packing=False)
-    built = compile_for_h100(module._unpack_rows, constants, POINTERS, warps=16)
-    ptx = built.asm["ptx"]
-    assert ptx.count("ld.global.v2.b32") == 6
-    assert ptx.count("st.global.v4.b32") == 4
-    assert "shared" not in ptx.split(".visible .entry")[1]
-    assert ".local" not in ptx
-    assert not built.metadata.global_scratch_size
-
-
-def test_compiled_packing_is_wide_and_within_registers(monkeypatch, fresh, compile_for_h100):
-    pytest.importorskip("triton")
-    module = fresh(monkeypatch, NAME, interpret=False)
-    constants = module.row_constants(65536, 16, packing=True)
-    built = compile_for_h100(module._pack_rows, constants, POINTERS, warps=16, wide=("rejected",))
-    ptx = built.asm["ptx"]
-    assert ptx.count("ld.global.v4.b32") >= 4
-    assert ptx.count("st.global.v2.b32") == 6
-    assert ".local" not in ptx
-    assert not built.metadata.global_scratch_size
-
-
-@pytest.mark.parametrize("row_bytes", [256, 768, 41984, 131072])
-@pytest.mark.parametrize("align", [2, 16])
-def test_every_row_size_compiles(monkeypatch, fresh, compile_for_h100, row_bytes, align):
-    pytest.importorskip("triton")
-    module = fresh(monkeypatch, NAME, interpret=False)
-    for kernel, packing in ((module._pack_rows, True), (module._unpack_rows, False)):
-        constants = module.row_constants(row_bytes, align, packing=packing)
-        warps = module.warps_of(constants["VECTORS"])
-        wide = ("rejected",) if packing else ()
-        assert compile_for_h100(kernel, constants, POINTERS, warps=warps, wide=wide).asm["cubin"]
+    jobs = []
+    for row_bytes, align in product((256, 768, 41984, 131072), (2, 16)):
+        for kernel, packing in (("_pack_rows", True), ("_unpack_rows", False)):
+            constants = module.row_constants(row_bytes, align, packing=packing)
+            warps = module.warps_of(constants["VECTORS"])
+            jobs.append((NAME, kernel, constants, POINTERS, warps, ("rejected",) if packing else ()))
+    assert all(built["binary"] for built in compile_for_h100(*jobs))

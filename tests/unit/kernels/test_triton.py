@@ -37,15 +37,17 @@ def test_round_trip(interpreted, form, seed, dtype, programs):
     assert round_trip_faults(case, make, rng) == []
 
 
-@pytest.mark.parametrize("row_bytes", [65536, 41984, 36 * 65536])
-@pytest.mark.parametrize("gather", [True, False])
-def test_compiled_code_moves_sixteen_bytes_at_a_time(monkeypatch, fresh, compile_for_h100, row_bytes, gather):
+def test_compiled_code_moves_sixteen_bytes_at_a_time(compile_for_h100):
     """Rows are read and written by independent 16-byte accesses, eight in flight a thread, without spills."""
-    kernel = fresh(monkeypatch, NAME, interpret=False)._move_rows
-    words = row_bytes // 8
-    constants = {"ROW_WORDS": words, "WORD": triton.language.int64, "ALIGN": 16, "TILE": 8192, "GATHER": gather}
     pointers = {"addresses": "*i64", "strides": "*i64", "ids": "*i64", "staging": "*u8"}
-    ptx = compile_for_h100(kernel, constants, pointers, warps=16).asm["ptx"]
-    assert ptx.count("ld.global.v2.b64") + ptx.count("ld.global.v4.b32") == 8
-    assert ptx.count("st.global.v2.b64") + ptx.count("st.global.v4.b32") == 8
-    assert ".local" not in ptx
+    fixed = {"WORD": triton.language.int64, "ALIGN": 16, "TILE": 8192}
+    jobs = [
+        (NAME, "_move_rows", {**fixed, "ROW_WORDS": row_bytes // 8, "GATHER": gather}, pointers, 16, ())
+        for row_bytes in (65536, 41984, 36 * 65536)
+        for gather in (True, False)
+    ]
+    for built in compile_for_h100(*jobs):
+        ptx = built["ptx"]
+        assert ptx.count("ld.global.v2.b64") + ptx.count("ld.global.v4.b32") == 8
+        assert ptx.count("st.global.v2.b64") + ptx.count("st.global.v4.b32") == 8
+        assert ".local" not in ptx
