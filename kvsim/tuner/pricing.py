@@ -133,6 +133,18 @@ def kv_size(name: str, *, tensor_parallel: int = 1, kv_dtype: str = "auto", pack
     return KvSize.of(models.model(name), tensor_parallel=tensor_parallel, kv_dtype=kv_dtype, packing=packing)
 
 
+def _is_of_bf16(profile: Profile) -> bool:
+    """Return whether a profile's KV is as large as bf16 makes that of its model, where the model is known."""
+    name = canonical(profile.model)
+    if name is None:
+        return False
+    try:
+        size = models.model(name).bytes_per_token(tensor_parallel=profile.tensor_parallel, kv_dtype="bf16")
+    except UsageError:  # ranks that the model's heads do not allow: the profile is of another model
+        return False
+    return size == profile.kv_bytes_per_token
+
+
 def _share(packing: Packing) -> float:
     return PACKED_SHARE if packing == "lossless" else 1.0
 
@@ -167,7 +179,12 @@ def costs(
             raise UsageError(f"--tensor-parallel {ranks}: the profile {profile} is of {found.tensor_parallel}")
         if model is None and kv_dtype == "auto":
             size = found.kv_bytes_per_token
-            kv = KvSize(stored_bytes_per_token=size, moved_bytes_per_token=size, packed_share=_share(packing))
+            kv = KvSize(
+                stored_bytes_per_token=size,
+                moved_bytes_per_token=size,
+                packed_share=_share(packing),
+                packable=_is_of_bf16(found),
+            )
             return Costs(profile=found, kv=kv)
         shape = models.model(model or found.model)
     return Costs(profile=found, kv=KvSize.of(shape, tensor_parallel=ranks, kv_dtype=kv_dtype, packing=packing))
