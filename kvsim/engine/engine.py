@@ -406,9 +406,9 @@ class Engine:
         self._wake_at(self._began + delay + _run_s(steps, first, slope))
 
     def _shorten(self, macro: tuple[int, float, float]) -> None:
-        """A request has come that may be admitted: end the run of decodes with the last step that is put together."""
+        """A request has come that may be admitted: end the run of decodes with the step that is under way."""
         steps, first, slope = macro
-        done = _steps_until(self._env.now - self._began, first, slope) + self._settings.async_scheduling
+        done = _steps_until(self._env.now - self._began, first, slope)
         if done < steps:
             self._macro = (done, first, slope)
             self._wake_at(self._began + _run_s(done, first, slope))
