@@ -18,7 +18,6 @@ from kvkernels.layouts import PagedLayout
 from kvkernels.packing import packed_layout
 from kvkernels.registered import BounceTransfer, StreamTransfer
 from kvkernels.slots import Slot
-from kvkernels.staged import STAGING_BYTES
 from kvkernels.streams import HostRuntime, Runtime
 from kvkernels.transfer import Tensors, Transfer, listed
 
@@ -61,7 +60,6 @@ def best_backend(
     only: Sequence[str] = (),
     scratch_bytes: int = _SCRATCH_BYTES,
     packed: bool = False,
-    staging_bytes: int = STAGING_BYTES,
 ) -> Choice:
     """Measure every backend for this cache's device and return the fastest (see `preferred`), built over `arena`.
 
@@ -78,13 +76,11 @@ def best_backend(
         packed: keep slots packed (see `packing`): by `triton_pack` on a GPU, by `reference_pack` on the CPU. The
             transfer's layout is then `packed_layout(layout)`. Where the cache holds what cannot be packed, nothing is
             loaded back, and the backend serves unmeasured, its curve an `error`.
-        staging_bytes: device memory of a backend with staging. Two transfers of one cache, such as one of chunks and
-            one of single blocks that is only loaded from, share what is to be spent: 216 MiB and 24 MiB, say.
 
     Raises:
         LayoutError: no backend can serve this layout on this device, or it is not packable.
     """
-    runtime, makers = (_packing_candidates if packed else _candidates)(layout, tensors, staging_bytes)
+    runtime, makers = (_packing_candidates if packed else _candidates)(layout, tensors)
     layout = packed_layout(layout) if packed else layout
     chosen = {name: make for name, make in makers.items() if not only or name in only}
     counts = _chunk_counts(layout, scratch_bytes)
@@ -189,7 +185,7 @@ def _chunk_counts(layout: PagedLayout, scratch_bytes: int) -> list[int]:
     return [*powers, most]
 
 
-def _candidates(layout: PagedLayout, tensors: Tensors, staging_bytes: int) -> tuple[Runtime, dict[str, Make]]:
+def _candidates(layout: PagedLayout, tensors: Tensors) -> tuple[Runtime, dict[str, Make]]:
     # The backends import torch, Triton and CUDA; only the ones that this device can use are touched.
     from kvkernels.cuda_batch import BatchTransfer  # noqa: PLC0415
     from kvkernels.reference import ReferenceTransfer  # noqa: PLC0415
@@ -210,29 +206,23 @@ def _candidates(layout: PagedLayout, tensors: Tensors, staging_bytes: int) -> tu
     if importlib.util.find_spec("triton") is not None:
         from kvkernels.triton_gather import triton_transfer  # noqa: PLC0415
 
-        makers["triton"] = lambda arena: triton_transfer(layout, tensors, arena, cuda, staging_bytes=staging_bytes)
+        makers["triton"] = lambda arena: triton_transfer(layout, tensors, arena, cuda)
     return cuda, makers
 
 
-def _packing_candidates(layout: PagedLayout, tensors: Tensors, staging_bytes: int) -> tuple[Runtime, dict[str, Make]]:
+def _packing_candidates(layout: PagedLayout, tensors: Tensors) -> tuple[Runtime, dict[str, Make]]:
     if layout.device == "cpu":
         from kvkernels.reference_pack import reference_pack_transfer  # noqa: PLC0415
 
         host = _host_runtime()
-        return host, {
-            "reference_pack": lambda arena: reference_pack_transfer(
-                layout, tensors, arena, host, staging_bytes=staging_bytes
-            )
-        }
+        return host, {"reference_pack": lambda arena: reference_pack_transfer(layout, tensors, arena, host)}
     if layout.device != "cuda" or importlib.util.find_spec("triton") is None:
         raise LayoutError(f"no backend packs on device {layout.device}: it takes CUDA and Triton, or the CPU")
     from kvkernels.cuda_streams import CudaRuntime  # noqa: PLC0415
     from kvkernels.triton_pack import triton_pack_transfer  # noqa: PLC0415
 
     cuda = CudaRuntime(listed(tensors)[0].device)
-    return cuda, {
-        "triton_pack": lambda arena: triton_pack_transfer(layout, tensors, arena, cuda, staging_bytes=staging_bytes)
-    }
+    return cuda, {"triton_pack": lambda arena: triton_pack_transfer(layout, tensors, arena, cuda)}
 
 
 def _host_runtime() -> HostRuntime:

@@ -147,8 +147,9 @@ class BatchTransfer:
         chunks = np.arange(request.chunks, dtype=np.int64)[None, :, None] * self.layout.slot_bytes
         starts = chunks + firsts + rows * np.arange(shape[2], dtype=np.int64)
         pages = self._bases[group.start : group.stop, None, None] + strides * request.block_ids
-        found = request.table.resolve(starts.ravel(), np.broadcast_to(rows, shape).ravel())
-        device = pages.ravel()[found.index] + found.within
+        kept = np.broadcast_to(request.block_ids >= 0, shape)
+        found = request.table.resolve(starts[kept], np.broadcast_to(rows, shape)[kept])
+        device = pages[kept][found.index] + found.within
         split_bytes = self._arena.split_bytes
         _, host, device, length = merge_copies(found.offset, device, found.length, split_bytes=split_bytes)
         return self._arena.address + host, device, length

@@ -106,11 +106,15 @@ class JaxTransfer:
         """Copy slots into blocks; `arrays` holds the new cache at once, its bytes follow in the device's order."""
         request = check_request(self.layout, self._arena, block_ids, slots, planes, loading=True)
         for tensor, piece in self._pieces(request):
-            staged = jax.device_put(jax.device_put(self._lift(request, tensor, piece), self._host), self._device)
+            ids, lifted = self._row_ids(request, piece), self._lift(request, tensor, piece)
+            if (ids < 0).all():
+                continue
+            if (ids < 0).any():  # a row that is written twice takes the place of one that is left out
+                chosen = np.where(ids < 0, np.argmax(ids >= 0), np.arange(len(ids)))
+                ids, lifted = ids[chosen], lifted[chosen]
+            staged = jax.device_put(jax.device_put(lifted, self._host), self._device)
             shape = self.arrays[tensor].shape
-            filled = scatter_rows(
-                self._row_ids(request, piece), staged, self._rows_view(tensor), platform=self._platform
-            )
+            filled = scatter_rows(ids, staged, self._rows_view(tensor), platform=self._platform)
             self.arrays[tensor] = filled.reshape(shape)
         return _ArraysHandle(self.arrays)
 
@@ -134,11 +138,11 @@ class JaxTransfer:
         return array.reshape(-1, words)
 
     def _row_ids(self, request: Request, piece: StagedPiece) -> Any:
-        """Row numbers of `_rows_view` in staging order, the last chunk repeated up to a power of two."""
+        """Row numbers of `_rows_view` in staging order, the last chunk repeated up to a power of two; -1: none."""
         chunks = _rounded(piece.chunks)
         ids = request.block_ids[np.ix_(chunks, np.asarray(piece.blocks))]
         first = np.array([p.offset // p.row_bytes for p in self.layout.planes], np.int64)[np.asarray(piece.planes)]
-        rows = first[None, :, None] + ids[:, None, :]
+        rows = np.where(ids[:, None, :] < 0, -1, first[None, :, None] + ids[:, None, :])
         return rows.ravel().astype(np.int32)
 
     def _ranges(self, request: Request, piece: StagedPiece) -> tuple[Ints, Ints, Ints]:

@@ -62,7 +62,10 @@ class ReferenceTransfer:
             whole = self._whole(pieces, view.dtype)
             if whole is None:
                 whole = torch.cat([piece for _, piece in pieces]).view(view.dtype)
-            view.index_copy_(0, ids, whole.view(len(ids), -1).to(view.device))
+            rows, kept = whole.view(len(ids), -1).to(view.device), ids >= 0
+            if not kept.all():
+                ids, rows = ids[kept], rows[kept]
+            view.index_copy_(0, ids, rows)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         return DoneHandle()

@@ -81,7 +81,10 @@ class Transfer(Protocol):
         ...
 
     def load(self, slots: Slots, block_ids: BlockIds, *, planes: range | None = None) -> Handle:
-        """Copy slots into blocks. Raises RequestError before anything is copied; repeated ids are refused."""
+        """Copy slots into blocks, but for those whose id is -1, which a chunk is loaded without.
+
+        Raises RequestError before anything is copied; repeated ids are refused.
+        """
         ...
 
     def close(self) -> None:
@@ -91,7 +94,10 @@ class Transfer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A checked transfer: block ids `(chunks, chunk_blocks)` int64, the slots' table, the planes to copy."""
+    """A checked transfer: block ids `(chunks, chunk_blocks)` int64, the slots' table, the planes to copy.
+
+    Blocks of a load whose id is -1 are left out.
+    """
 
     block_ids: Ints
     table: SlotTable
@@ -144,10 +150,12 @@ def check_request(
         raise RequestError(
             f"{ids.size} block ids for {len(slots)} slots of {layout.chunk_blocks} blocks: only whole chunks are copied"
         )
-    if ids.size and (ids.min() < 0 or ids.max() >= layout.num_blocks):
+    if ids.size and (ids.min() < (-1 if loading else 0) or ids.max() >= layout.num_blocks):
         raise RequestError(f"block ids reach from {ids.min()} to {ids.max()} in a cache of {layout.num_blocks} blocks")
-    if loading and len(np.unique(ids)) != ids.size:
-        raise RequestError("a block id appears twice in one load")
+    if loading:
+        kept = ids[ids >= 0]
+        if len(np.unique(kept)) != kept.size:
+            raise RequestError("a block id appears twice in one load")
     chosen = range(len(layout.planes)) if planes is None else planes
     if chosen.step != 1 or chosen.start < 0 or chosen.stop > len(layout.planes) or chosen.start > chosen.stop:
         raise RequestError(f"{chosen} are not contiguous planes of the layout's {len(layout.planes)}")

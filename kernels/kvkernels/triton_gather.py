@@ -63,7 +63,7 @@ def _move_rows(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
         paged = tl.multiple_of((address + page * stride).to(tl.pointer_type(WORD)), ALIGN)
         staged = tl.multiple_of(staging.to(tl.pointer_type(WORD)) + row.to(tl.int64) * ROW_WORDS, ALIGN)
         word = (unit % tiles) * TILE + tl.arange(0, TILE)
-        inside = word < ROW_WORDS
+        inside = (word < ROW_WORDS) & (page >= 0)  # a block that is left out has no page
         if GATHER:
             tl.store(staged + word, tl.load(paged + word, mask=inside), mask=inside)
         else:

@@ -330,7 +330,7 @@ def _unpack_rows(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
         first = 0
         while first < VALUES // 128:
             vector = first + tl.arange(0, VECTORS)
-            inside = vector < VALUES // 128
+            inside = (vector < VALUES // 128) & (page >= 0)  # a block that is left out has no page
             mask = inside[:, None]
             place = vector[:, None] * 128 + column
             codes = _load_bytes(staged + CODES, vector[:, None] * 64 + column, mask)
@@ -342,7 +342,8 @@ def _unpack_rows(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
             first += VECTORS
         tl.debug_barrier()  # an escape is written over what other threads wrote
         place = (listed >> 16) & 0xFFFF
-        tl.store(paged + place, listed.to(tl.int16), mask=(entry < count) & (entry < CAPACITY) & (place < VALUES))
+        written = (entry < count) & (entry < CAPACITY) & (place < VALUES) & (page >= 0)
+        tl.store(paged + place, listed.to(tl.int16), mask=written)
         row += tl.num_programs(0)
 
 

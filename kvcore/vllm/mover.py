@@ -1,6 +1,6 @@
-"""Copies between the engine's blocks and a shard of chunks in the arena: whole chunks, or single blocks of them."""
+"""Copies between the engine's blocks and a shard of chunks in the arena."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -87,8 +87,6 @@ class Mover:
         except BaseException:
             self.arena.close()
             raise
-        self._row_bytes = np.array([plane.row_bytes for plane in layout.planes], np.int64)
-        self._row_starts = self._start + np.array(layout.plane_starts()[:-1], np.int64)
 
     def serves(self, registered: Registered) -> bool:
         """Return whether this can go on under another registration, as it can with the same server's same arena."""
@@ -99,20 +97,11 @@ class Mover:
 
     def store(self, pages: NDArray[np.uint32], blocks: NDArray[np.int64]) -> Handle:
         """Copy whole chunks to the arena; pages (chunks, pages a chunk), blocks (chunks, blocks a chunk)."""
-        return self._transfers.whole.store(blocks.ravel(), self._slots(pages))
+        return self._transfers.transfer.store(blocks.ravel(), self._slots(pages))
 
     def load(self, pages: NDArray[np.uint32], blocks: NDArray[np.int64]) -> Handle:
         """Copy chunks from the arena; blocks that are -1 are left as they are, since they are others' and live."""
-        whole: NDArray[np.bool_] = np.all(blocks >= 0, axis=1)
-        rows, columns = np.nonzero((blocks >= 0) & ~whole[:, None])
-        handles = []
-        # Parts of chunks go first: every layer has some of their rows, so behind the whole chunks, which the copy
-        # engine takes in the order in which they come, they would keep even the first layer waiting to the end.
-        if len(rows):
-            handles.append(self._transfers.single.load(self._rows(pages[rows], columns), blocks[rows, columns]))
-        if whole.any():
-            handles.append(self._transfers.whole.load(self._slots(pages[whole]), blocks[whole].ravel()))
-        return handles[0] if len(handles) == 1 else _Both(handles)
+        return self._transfers.transfer.load(self._slots(pages), blocks.ravel())
 
     def block_bytes(self, blocks: NDArray[np.int64]) -> int:
         """Return the bytes that copying these blocks takes, -1 left out."""
@@ -133,53 +122,6 @@ class Mover:
         slots[:, :, 0] = pages[:, first:stop].astype(np.int64) * size + begin % size
         slots[:, :, 1] = end - begin
         return slots
-
-    def _rows(self, pages: NDArray[np.uint32], columns: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return where single blocks lie, a row in every plane, as `kvkernels.Slots`: (blocks, pieces, 2).
-
-        `pages` holds the pages of each block's chunk, `columns` its place in the chunk. A row has as many pieces as it
-        can have pages; those that it does not need are empty.
-        """
-        size = self.registered.page_bytes
-        start = self._row_starts + columns[:, None] * self._row_bytes
-        most = (int(self._row_bytes.max()) - 2) // size + 2
-        page = start[:, :, None] // size + np.arange(most)
-        begin = np.maximum(start[:, :, None], page * size)
-        length = np.maximum(np.minimum((start + self._row_bytes)[:, :, None], (page + 1) * size) - begin, 0)
-        shape = (len(columns), most * len(self._row_bytes))
-        page, begin, length = page.reshape(shape), begin.reshape(shape), length.reshape(shape)
-        found = np.take_along_axis(pages.astype(np.int64), np.minimum(page, pages.shape[1] - 1), axis=1)
-        return np.stack([np.where(length > 0, found * size + begin - page * size, 0), length], axis=2)
-
-
-class _Both:
-    """Several transfers as one."""
-
-    def __init__(self, handles: Sequence[Handle]) -> None:
-        self._handles = handles
-
-    def done(self) -> bool:
-        """Whether all have ended."""
-        return all(handle.done() for handle in self._handles)
-
-    def wait(self) -> None:
-        """Block until all have ended."""
-        for handle in self._handles:
-            handle.wait()
-
-    def wait_layer(self, layer: int) -> None:
-        """Order one layer of all before what follows."""
-        for handle in self._handles:
-            handle.wait_layer(layer)
-
-    def wait_sources(self) -> None:
-        """Order the reading of all before what follows."""
-        for handle in self._handles:
-            handle.wait_sources()
-
-    def rejected(self) -> tuple[int, ...]:
-        """None: they are loads."""
-        return ()
 
 
 def _distinct(tensors: Tensors) -> dict[str, Any]:

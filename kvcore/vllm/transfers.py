@@ -1,4 +1,4 @@
-"""What copies between one cache and one arena: the fastest backend for whole chunks, another for single blocks."""
+"""What copies between one cache and one arena: the fastest backend, over memory that it can reach."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -8,17 +8,12 @@ from kvkernels import HostArena, PagedLayout, Transfer
 
 _LOG = logging.getLogger("kvcore.vllm")
 _CPU_SCRATCH_BYTES = 32 << 20
-_FEW_BYTES = 1 << 20
-_PACKED_STAGING_BYTES = 216 << 20
-_SINGLE_STAGING_BYTES = 24 << 20
-"""With it staging stays at 240 MiB, as without packing."""
 
 
 class Transfers(Protocol):
-    """The two backends, and what pins the arena for them."""
+    """The backend, and what pins the arena for it."""
 
-    whole: Transfer
-    single: Transfer
+    transfer: Transfer
 
     def close(self) -> None:
         """Wait for what is under way; the arena is not pinned afterwards."""
@@ -30,11 +25,6 @@ class Paged(Protocol):
     @property
     def tensors(self) -> Mapping[str, Any]:
         """By layer."""
-        ...
-
-    @property
-    def block_tokens(self) -> int:
-        """Tokens in a block."""
         ...
 
     @property
@@ -56,23 +46,15 @@ class HostTransfers:
 
     def __init__(self, cache: Paged, chunk_tokens: int, data: Any) -> None:
         from kvkernels.choose import best_backend  # noqa: PLC0415 - the backends import torch
-        from kvkernels.reference import ReferenceTransfer  # noqa: PLC0415
 
-        arena = HostArena(data)
-        chunk, block = cache.layout(chunk_tokens), cache.layout(cache.block_tokens)
-        choice = best_backend(chunk, cache.tensors, arena, scratch_bytes=_CPU_SCRATCH_BYTES, packed=cache.packed)
-        self.whole = choice.transfer
-        self.single: Transfer = (
-            best_backend(block, cache.tensors, arena, scratch_bytes=_CPU_SCRATCH_BYTES, packed=True).transfer
-            if cache.packed
-            else ReferenceTransfer(block, cache.tensors, arena)
-        )
+        layout, arena = cache.layout(chunk_tokens), HostArena(data)
+        choice = best_backend(layout, cache.tensors, arena, scratch_bytes=_CPU_SCRATCH_BYTES, packed=cache.packed)
+        self.transfer = choice.transfer
         _report(choice.profile)
 
     def close(self) -> None:
-        """Let go of both."""
-        self.whole.close()
-        self.single.close()
+        """Let go of it."""
+        self.transfer.close()
 
 
 class CudaTransfers:
@@ -87,22 +69,13 @@ class CudaTransfers:
 
         runtime = CudaRuntime(listed(cache.tensors)[0].device)
         self._arena = RegisteredArena(data, cuda_driver(), enter_thread=runtime.enter_thread)
-        chunk, block, tensors = cache.layout(chunk_tokens), cache.layout(cache.block_tokens), cache.tensors
-        if cache.packed:
-            size, few = _PACKED_STAGING_BYTES, _SINGLE_STAGING_BYTES
-            choice = best_backend(chunk, tensors, self._arena, packed=True, staging_bytes=size)
-            single = best_backend(block, tensors, self._arena, scratch_bytes=_FEW_BYTES, packed=True, staging_bytes=few)
-        else:
-            choice = best_backend(chunk, tensors, self._arena)
-            # Part of a chunk is few rows of every plane: copies of their own, without a second staging buffer.
-            single = best_backend(block, tensors, self._arena, only=("cuda_batch",), scratch_bytes=_FEW_BYTES)
-        self.whole, self.single = choice.transfer, single.transfer
+        choice = best_backend(cache.layout(chunk_tokens), cache.tensors, self._arena, packed=cache.packed)
+        self.transfer = choice.transfer
         _report(choice.profile)
 
     def close(self) -> None:
-        """Let go of both, then unpin."""
-        self.whole.close()
-        self.single.close()
+        """Let go of it, then unpin."""
+        self.transfer.close()
         self._arena.close()
 
 

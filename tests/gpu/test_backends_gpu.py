@@ -338,7 +338,7 @@ def test_the_packing_choice_serves_and_leaves_the_cache_as_it_was(spoilt):
     layout, packed = case.layout, packed_layout(case.layout)
     before = [memory.clone() for memory in case.memory]
     arena = HostArena(CudaRuntime(0).pinned(packed.slot_bytes), is_pinned=True)
-    choice = best_backend(layout, case.tensors, arena, packed=True, staging_bytes=24 << 20)
+    choice = best_backend(layout, case.tensors, arena, packed=True)
     for memory, content in zip(case.memory, before, strict=True):
         assert torch.equal(memory.view(torch.uint8), content.view(torch.uint8))
     assert choice.profile["backend"] == "triton_pack"

@@ -31,14 +31,14 @@ class Slow:
             if self.kind != kind:
                 return copy(mover, pages, blocks)
             self.kind = None
-            whole = mover._transfers.whole
+            transfer = mover._transfers.transfer
             planes, slots, ids = len(mover.layout.planes), mover._slots(pages), blocks.ravel()
             halves = range(planes // 2), range(planes // 2, planes)
             first, second = (ids, slots) if kind == "store" else (slots, ids)
-            getattr(whole, kind)(first, second, planes=halves[0]).wait()
+            getattr(transfer, kind)(first, second, planes=halves[0]).wait()
             say("COPYING")
             time.sleep(SLOW_S)
-            return getattr(whole, kind)(first, second, planes=halves[1])
+            return getattr(transfer, kind)(first, second, planes=halves[1])
 
         return slow
 

@@ -27,12 +27,10 @@ class Plain:
     """torch's own indexing, without a measurement."""
 
     def __init__(self, cache, chunk_tokens, data):
-        layouts = (cache.layout(chunk_tokens), cache.layout(cache.block_tokens))
-        self.whole, self.single = (ReferenceTransfer(one, cache.tensors, HostArena(data)) for one in layouts)
+        self.transfer = ReferenceTransfer(cache.layout(chunk_tokens), cache.tensors, HostArena(data))
 
     def close(self):
-        self.whole.close()
-        self.single.close()
+        self.transfer.close()
 
 
 class Line:
@@ -124,32 +122,6 @@ def rig(tmp_path):
     yield made
     made.side.close()
     made.arena.close()
-
-
-def test_parts_of_chunks_are_handed_over_before_whole_ones(tmp_path):
-    """Every layer has rows of theirs: behind the whole chunks they would keep the first layer waiting to the end."""
-    handed = []
-
-    class Noted(Plain):
-        def __init__(self, *given):
-            super().__init__(*given)
-            for name in ("whole", "single"):
-                setattr(self, name, self.noting(name, getattr(self, name)))
-
-        @staticmethod
-        def noting(name, transfer):
-            load = transfer.load
-            transfer.load = lambda *call: handed.append(name) or load(*call)
-            return transfer
-
-    rig = Rig(tmp_path, in_step=False, factory=Noted)
-    stored = rig.rows(range(12))
-    rig.step(StepPlan(stores=[rig.copy(range(12))]))
-    rig.step(StepPlan(loads=[rig.copy([20, 21, 22, 23, 24, 25, 26, 27, 28, 29, -1, -1])]))
-    assert handed == ["single", "whole"]
-    assert rig.equal({name: rows[:10] for name, rows in stored.items()}, range(20, 30))
-    rig.side.close()
-    rig.arena.close()
 
 
 @pytest.mark.parametrize("scattered", [False, True])
@@ -334,11 +306,11 @@ class Device(Plain):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.handles = []
-        whole = self.whole
-        self.whole = self
-        self.store = lambda *call: self.hand(whole.store(*call))
-        self.load = lambda *call: self.hand(whole.load(*call))
-        self.closes = whole.close
+        inner = self.transfer
+        self.transfer = self
+        self.store = lambda *call: self.hand(inner.store(*call))
+        self.load = lambda *call: self.hand(inner.load(*call))
+        self.closes = inner.close
 
     def hand(self, _):
         self.handles.append(Handed())

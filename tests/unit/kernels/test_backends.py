@@ -102,7 +102,7 @@ def refused():
         ([0, 1, 2], [0, 1], None, "whole chunks"),
         ([0], [0], None, "whole chunks"),
         ([0, 10], [0], None, "cache of 10 blocks"),
-        ([-1, 3], [0], None, "cache of 10 blocks"),
+        ([-2, 3], [0], None, "cache of 10 blocks"),
         ([0, 1], [4], None, "outside the arena"),
         ([0, 1], [0], range(3), "not contiguous planes"),
         ([0, 1], [0], range(0, 2, 2), "not contiguous planes"),
@@ -129,6 +129,24 @@ def test_repeated_ids_are_refused_on_load_only(make, refused):
     transfer.store([4, 4], slots).wait()
     with pytest.raises(RequestError, match="twice"):
         transfer.load(slots, [4, 4])
+
+
+@BACKENDS
+def test_a_load_may_leave_blocks_out_and_a_store_may_not(make, refused):
+    layout, tensors, arena = refused
+    transfer = make(layout, tensors, arena)
+    slots = [[(0, layout.slot_bytes)], [(layout.slot_bytes, layout.slot_bytes)]]
+    with pytest.raises(RequestError, match="from -1 to 3"):
+        transfer.store([0, 1, -1, 3], slots)
+    arena.array[:] = 7
+    transfer.load(slots, [-1, -1, -1, -1]).wait()
+    assert not any(tensor.any() for tensor in tensors)
+    transfer.load(slots, [-1, 5, -1, -1]).wait()
+    assert all(
+        bool((tensor[block].view(torch.uint8) == (7 if block == 5 else 0)).all())
+        for tensor in tensors
+        for block in range(10)
+    )
 
 
 @BACKENDS

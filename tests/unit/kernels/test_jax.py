@@ -58,7 +58,7 @@ def slot_of(form, host, ids):
 
 @pytest.mark.parametrize("platform", ["interpret", "interpret_tpu"])
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 2**32), dtype=st.sampled_from(DTYPES), chunks=st.integers(1, 4))
 def test_round_trip(platform, form, seed, dtype, chunks):
     rng = np.random.default_rng(seed)
@@ -75,6 +75,7 @@ def test_round_trip(platform, form, seed, dtype, chunks):
         got = np.concatenate([arena.array[o : o + n] for o, n in slot])[:size]
         assert np.array_equal(got, slot_of(form, host, mine))
     empty = JaxTransfer(layout, [jnp.zeros_like(array) for array in arrays], arena, **options)
+    ids = np.where(rng.random(len(ids)) < rng.choice([0, 0.3, 1]), -1, ids)  # some blocks may be left out
     handle = empty.load(slots, ids)
     handle.wait()
     assert handle.done()

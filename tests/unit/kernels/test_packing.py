@@ -285,33 +285,6 @@ def test_bounced_chunks_are_rejected_by_their_own_places(seed):
     target.close()
 
 
-def test_parts_of_chunks_are_loaded_block_by_block():
-    """A layout of single blocks, with little staging, over the rows of chunks' slots."""
-    case, rng = drawn(4, "joined")
-    layout = replace(case.layout, chunk_blocks=4)
-    packed, single = packed_layout(layout), packed_layout(replace(layout, chunk_blocks=1))
-    ids = random_ids(rng, layout, 2)
-    arena = HostArena(np.zeros(2 * packed.slot_bytes, np.uint8))
-    slots = [[(i * packed.slot_bytes, packed.slot_bytes)] for i in range(2)]
-    reference_pack(rng)(layout, case.tensors, arena).store(ids, slots).wait()
-    empty = case.emptied()
-    choice = best_backend(
-        replace(layout, chunk_blocks=1), empty.tensors, arena, packed=True, staging_bytes=1 << 20, scratch_bytes=1
-    )
-    assert choice.transfer.layout == single
-    assert choice.transfer.staging_bytes == 1 << 20
-    starts = packed.plane_starts()
-    wanted = [(0, 1), (1, 0), (1, 3)]
-    rows = [plane.row_bytes for plane in packed.planes]
-    parts = [
-        [(chunk * packed.slot_bytes + starts[p] + column * rows[p], rows[p]) for p in range(len(rows))]
-        for chunk, column in wanted
-    ]
-    blocks = [int(ids[4 * chunk + column]) for chunk, column in wanted]
-    choice.transfer.load(parts, blocks).wait()
-    assert all(all(map(np.array_equal, empty.rows(b), case.rows(b))) for b in blocks)
-
-
 def test_the_choice_packs_and_leaves_the_cache_as_it_was():
     case, rng = drawn(3, "joined")
     packed = packed_layout(case.layout)

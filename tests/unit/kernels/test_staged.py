@@ -54,7 +54,7 @@ class TorchMover:
 
     def scatter_now(self, ids, piece, staging):
         for view, blocks, rows in self.rows(ids, piece, staging):
-            view[blocks] = rows
+            view[blocks[blocks >= 0]] = rows[blocks >= 0]
 
 
 def staged(runtime, layout, tensors, arena, *, rows=3, buffers=2, **options):
