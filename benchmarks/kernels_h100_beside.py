@@ -12,6 +12,7 @@ from kvkernels.cuda_driver import cuda_driver
 from kvkernels.registered import RegisteredArena
 
 MIB, GIB = 1 << 20, 1 << 30
+_REST_S = 0.05
 
 
 def touch(memory):
@@ -25,9 +26,11 @@ def beside_matmul(bench, make, *, slots=None, rounds=40, products=40, transfers=
     """How much 8192^3 bf16 products are slowed by transfers in either direction.
 
     The products of a round are enqueued right after `transfers` transfers and must end before the last of these
-    (`transfer_outlasted_products`), so every product runs beside one. Rounds alternate between alone, store, load and
-    alone; each is compared with the mean of its own round's two lone runs, since clocks drift. They drift by 4% within
-    seconds, so there are many short rounds, and the standard error of their mean says what they can tell.
+    (`transfer_outlasted_products`), so every product runs beside one. A round is two lone runs, a store and a load, in
+    any order; each is compared with the mean of its own round's lone runs, since clocks drift. They drift by 4% within
+    seconds, so there are many short rounds, and the standard error of their mean says what they can tell. Before every
+    run the GPU rests for as long: one that comes right after another begins at the clocks to which that one's power
+    had brought it down.
     """
     a, b = (torch.randn(8192, 8192, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
@@ -43,6 +46,7 @@ def beside_matmul(bench, make, *, slots=None, rounds=40, products=40, transfers=
 
     def timed(name):
         torch.cuda.synchronize()
+        time.sleep(_REST_S)
         handles = [begin_transfer[name]() for _ in range(transfers)]
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -62,7 +66,7 @@ def beside_matmul(bench, make, *, slots=None, rounds=40, products=40, transfers=
     for name in begin_transfer:
         timed(name)
     outlasted.clear()
-    rows = [{name: timed(name) for name in begin_transfer} for _ in range(rounds)]
+    rows = [{name: timed(name) for name in bench.rng.permutation(list(begin_transfer))} for _ in range(rounds)]
     source.close()
     target.close()
     alone = [(row["alone"] + row["alone again"]) / 2 for row in rows]

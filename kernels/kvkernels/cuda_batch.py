@@ -19,7 +19,7 @@ from kvkernels.arena import Arena, Ints
 from kvkernels.handles import InFlight, StreamHandle
 from kvkernels.layouts import PagedLayout
 from kvkernels.slots import Slots, merge_copies
-from kvkernels.staged import give_up, ready_request
+from kvkernels.staged import CopyLanes, give_up, ready_request
 from kvkernels.streams import Event, Runtime
 from kvkernels.submit import Window, Work
 from kvkernels.transfer import BlockIds, Handle, Request, Tensors, listed
@@ -28,16 +28,16 @@ __all__ = ["BatchTransfer"]
 
 
 class _Direction:
-    """One direction's stream, and what enqueues on it."""
+    """One direction's streams, and what enqueues on them."""
 
     def __init__(self, runtime: Runtime, name: str, *, urgent: bool, ahead: int) -> None:
-        self.stream = runtime.stream(urgent=urgent)
+        self.copies = CopyLanes(runtime)
         self.submitter = runtime.submitter(name, urgent=urgent)
         self.window = Window(ahead)
 
     def give_up(self) -> list[Event]:
         """After a failure half-way: what was enqueued is over at this event."""
-        return [self.stream.record()]
+        return [self.copies.give_up()]
 
 
 class BatchTransfer:
@@ -116,7 +116,6 @@ class BatchTransfer:
     def _steps(
         self, request: Request, side: _Direction, after: Event, handle: StreamHandle, *, loading: bool
     ) -> Iterator[Event | None]:
-        side.stream.wait(after)
         last: list[Event] = []
         for group in self._groups(request):
             host, device, length = self._copies(request, group)
@@ -124,8 +123,10 @@ class BatchTransfer:
             for at in range(0, len(length), self._call_copies):
                 yield side.window.full()
                 mine = slice(at, at + self._call_copies)
-                side.stream.copy(target[mine], source[mine], length[mine])
-                last = [side.stream.record()]
+                copies = side.copies.turn()
+                copies.wait(after)
+                copies.copy(target[mine], source[mine], length[mine])
+                last = [side.copies.record()]
                 side.window.add(last[0])
             handle.arrived(group.stop, last)
         handle.ended(last, last)

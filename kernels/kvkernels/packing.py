@@ -5,9 +5,9 @@ its largest. A packed row keeps four bits of exponent a value, below the largest
 whole value of the few that lie lower still (`escapes`). A row with too many of those cannot be packed, and its chunk is
 rejected.
 
-One packed row of n values, little-endian, each part behind the one before, the whole rounded up to 16 bytes:
+One packed row of n values, little-endian, its parts one behind another and each padded to 16 bytes:
 
-    int32 count            escapes; padded to 16 bytes
+    int32 count            escapes
     int32 escapes[n / 64]  place in the row << 16 | the value's 16 bits, in any order; undefined beyond `count`
     uint8 bases[n / 128]   a vector each: its largest exponent - 15, or 0 where that is negative
     uint8 codes[n / 2]     64 bytes a vector: value j in the low half of byte j, value j + 64 in the high half
@@ -68,22 +68,26 @@ class PackedRow:
     @property
     def bases(self) -> int:
         """Where the bases begin."""
-        return self.escapes + 4 * self.capacity
+        return _aligned(self.escapes + 4 * self.capacity)
 
     @property
     def codes(self) -> int:
         """Where the codes begin."""
-        return self.bases + self.vectors
+        return _aligned(self.bases + self.vectors)
 
     @property
     def rest(self) -> int:
         """Where signs and mantissas begin."""
-        return self.codes + self.values // 2
+        return _aligned(self.codes + self.values // 2)
 
     @property
     def nbytes(self) -> int:
         """The packed row's size."""
-        return -(-(self.rest + self.values) // _ALIGNMENT) * _ALIGNMENT
+        return _aligned(self.rest + self.values)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def packable(layout: PagedLayout) -> bool:
@@ -104,4 +108,4 @@ def packed_layout(layout: PagedLayout) -> PagedLayout:
     if not packable(layout):
         raise LayoutError(f"not packable: {layout.fingerprint()}")
     planes = tuple(replace(plane, row_bytes=PackedRow.of(plane.row_bytes).nbytes) for plane in layout.planes)
-    return replace(layout, planes=planes, form=layout.form + "/packed4")
+    return replace(layout, planes=planes, form=layout.form + "/packed-4")

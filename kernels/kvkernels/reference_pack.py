@@ -40,14 +40,14 @@ def pack_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     exponents = (bits >> 7).to(torch.uint8)
     bases = exponents.amax(2, keepdim=True).clamp_(min=15) - 15
     codes = torch.maximum(exponents, bases) - bases
-    packed[:, row.bases : row.codes] = bases[:, :, 0]
-    packed[:, row.codes : row.rest] = (codes[:, :, :HALF] | (codes[:, :, HALF:] << 4)).flatten(1)
+    packed[:, row.bases : row.bases + row.vectors] = bases[:, :, 0]
+    packed[:, row.codes : row.codes + row.values // 2] = (codes[:, :, :HALF] | (codes[:, :, HALF:] << 4)).flatten(1)
     packed[:, row.rest : row.rest + row.values] = _rest(bits).flatten(1)
     escaped = ((codes == 0) & (exponents > 0)).flatten(1)
     counts = escaped.sum(1, dtype=torch.int32)
     packed[:, :4] = counts[:, None].view(torch.uint8)
     lists = _escape_lists(escaped, counts, bits.flatten(1), row)
-    packed[:, row.escapes : row.bases] = lists.view(torch.uint8)
+    packed[:, row.escapes : row.escapes + 4 * row.capacity] = lists.view(torch.uint8)
     return packed, counts
 
 
@@ -57,13 +57,13 @@ def unpack_rows(packed: torch.Tensor, row_bytes: int) -> torch.Tensor:
     Of rows that could not be packed it makes something, and reads nothing outside them.
     """
     row = PackedRow.of(row_bytes)
-    halves = packed[:, row.codes : row.rest].reshape(len(packed), row.vectors, HALF)
+    halves = packed[:, row.codes : row.codes + row.values // 2].reshape(len(packed), row.vectors, HALF)
     codes = torch.cat((halves & 15, halves >> 4), 2)
-    exponents = (codes + packed[:, row.bases : row.codes, None]) * (codes > 0)
+    exponents = (codes + packed[:, row.bases : row.bases + row.vectors, None]) * (codes > 0)
     rest = packed[:, row.rest : row.rest + row.values].view(torch.int8).to(torch.int16)
     bits = rest.bitwise_and_(_SIGN_AND_MANTISSA).bitwise_or_(exponents.flatten(1).to(torch.int16) << 7)
     counts = packed[:, :4].contiguous().view(torch.int32)
-    lists = packed[:, row.escapes : row.bases].contiguous().view(torch.int32)
+    lists = packed[:, row.escapes : row.escapes + 4 * row.capacity].contiguous().view(torch.int32)
     places = (lists >> 16) & 0xFFFF
     listed = (torch.arange(row.capacity, device=packed.device) < counts) & (places < row.values)
     index, slot = listed.nonzero(as_tuple=True)

@@ -29,10 +29,11 @@ from kvkernels.streams import Event, Runtime, Stream
 from kvkernels.submit import Window, Work
 from kvkernels.transfer import BlockIds, Handle, Request, check_request
 
-__all__ = ["STAGING_BYTES", "Mover", "StagedTransfer", "give_up", "ready_request"]
+__all__ = ["STAGING_BYTES", "CopyLanes", "Mover", "StagedTransfer", "give_up", "ready_request"]
 
 MIB = 1 << 20
 STAGING_BYTES = 240 * MIB
+_LANES = 2
 _PLANNED_PIECES = 4, 32
 """Pieces planned at once: few at first, so that the bus need not wait, then many, for a plan has a fixed cost."""
 
@@ -65,6 +66,39 @@ class _Buffer:
         self.emptied: Event | None = None
 
 
+class CopyLanes:
+    """Streams that take one direction's copies by turns, each behind the one before.
+
+    The copy engine that serves a direction serves its streams by turns, but leaves one only when that has to wait: on
+    a single stream a load of 32,000 tokens kept the engine's own small copies, its next step's input, waiting to the
+    load's end (72 ms on an H100). Since each copy waits for another stream's, the engine's get in between any two.
+    None of these streams is urgent, or they would always go first.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._lanes = [runtime.stream(urgent=False) for _ in range(_LANES)]
+        self._last: Event | None = None
+
+    def turn(self) -> Stream:
+        """The stream for the next copies, behind all before."""
+        self._lanes.append(self._lanes.pop(0))
+        if self._last is not None:
+            self._lanes[0].wait(self._last)
+        return self._lanes[0]
+
+    def record(self) -> Event:
+        """An event behind all copies so far."""
+        self._last = self._lanes[0].record()
+        return self._last
+
+    def give_up(self) -> Event:
+        """An event behind all copies so far, one included that was put on its stream and not recorded."""
+        first, *others = self._lanes
+        for lane in others:
+            first.wait(lane.record())
+        return self.record()
+
+
 class _Direction:
     """One direction's staging ring, its streams for kernels and copies, and what enqueues on them."""
 
@@ -73,7 +107,7 @@ class _Direction:
         self._buffers = [_Buffer(runtime.staging(self.capacity)) for _ in range(buffers)]
         self._turn = 0
         self.kernels = runtime.stream(urgent=urgent)
-        self.copies = runtime.stream(urgent=urgent)
+        self.copies = CopyLanes(runtime)
         self.submitter = runtime.submitter(name, urgent=urgent)
         self.window = Window(ahead)
 
@@ -83,7 +117,7 @@ class _Direction:
 
     def give_up(self) -> list[Event]:
         """After a failure half-way: what was enqueued is over, and every buffer is empty, at these events."""
-        self.kernels.wait(self.copies.record())
+        self.kernels.wait(self.copies.give_up())
         over = self.kernels.record()
         for buffer in self._buffers:
             buffer.emptied = over
@@ -188,8 +222,9 @@ class StagedTransfer:
                 side.kernels.wait(buffer.emptied)
             self._mover.gather(side.kernels, ids, piece, buffer.memory, rejected)
             gathered = side.kernels.record()
-            side.copies.wait(gathered)
-            side.copies.copy(self._arena.address + ranges.host, buffer.address + ranges.staged, ranges.length)
+            copies = side.copies.turn()
+            copies.wait(gathered)
+            copies.copy(self._arena.address + ranges.host, buffer.address + ranges.staged, ranges.length)
             copied = buffer.emptied = side.copies.record()
             side.window.add(copied)
         handle.ended([copied], [gathered])
@@ -203,9 +238,10 @@ class StagedTransfer:
         for (piece, ranges), planes_after in zip_longest(self._planned(request, pieces), followers):
             yield side.window.full()
             buffer = side.next()
+            copies = side.copies.turn()
             if buffer.emptied is not None:
-                side.copies.wait(buffer.emptied)
-            side.copies.copy(buffer.address + ranges.staged, self._arena.address + ranges.host, ranges.length)
+                copies.wait(buffer.emptied)
+            copies.copy(buffer.address + ranges.staged, self._arena.address + ranges.host, ranges.length)
             side.kernels.wait(side.copies.record())
             self._mover.scatter(side.kernels, ids, piece, buffer.memory)
             scattered = buffer.emptied = side.kernels.record()

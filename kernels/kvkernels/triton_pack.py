@@ -1,12 +1,13 @@
 """Packing and unpacking of bf16 rows in Triton, between paged blocks and staging (see `packing` for the format).
 
 As in `triton_gather`, one launch serves any number of planes and chunks, and a handful of programs keeps up with the
-bus: 16 of them are to move 75 GB/s of unpacked bytes, so that the bus carries 0.785 of what the cache sees. A program
+bus: 8 of them are to move 75 GB/s of unpacked bytes, so that the bus carries 0.785 of what the cache sees. A program
 takes one row at a time, in tiles of whole vectors whose two halves are two blocks of values: value j and value j + 64
 share a byte, and every thread keeps eight neighbours of each, sixteen bytes of the cache.
 
 What a program does not do matters more than for plain copies, since it has processors to itself that the model's
-kernels then lack: packing goes two values at a time, and all but ignores escapes where there are none.
+kernels then lack: packing goes two values at a time, all but ignores escapes where there are none, and no warp waits
+for another.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import triton.language as tl
 from kvkernels.arena import Arena
 from kvkernels.compiled import CompiledKernel
 from kvkernels.cuda_streams import CudaStream
+from kvkernels.errors import LayoutError
 from kvkernels.layouts import PagedLayout
 from kvkernels.packing import VECTOR, PackedRow, packed_layout
 from kvkernels.pieces import StagedPiece
@@ -30,11 +32,12 @@ from kvkernels.transfer import Tensors, listed
 
 __all__ = ["TritonPackMover", "triton_pack_transfer"]
 
-_TILE_VALUES = 16 * 1024
-_WARPS = 16
+_TILE_VALUES = 32 * 1024
+_WARPS = 32
 _ALIGNMENT = 16
-_PAIRS_VECTORS = 4
-"""Half their values are four words for each thread of a warp."""
+_WORD = 4
+_LEAST_VECTORS = 4
+"""Half the values of so many are four words for each thread of a warp."""
 _VARYING = ["rejected", "first_plane", "first_chunk", "first_block", "planes", "blocks", "chunk_blocks", "rows"]
 
 
@@ -61,43 +64,67 @@ def _pack_rows(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
     PACKED: tl.constexpr,  # noqa: N803
     ALIGN: tl.constexpr,  # noqa: N803
     VECTORS: tl.constexpr,  # noqa: N803
-    PAIRS: tl.constexpr,  # noqa: N803
-    ATOMIC: tl.constexpr,  # noqa: N803
+    ON_GPU: tl.constexpr,  # noqa: N803
 ):
+    # Where a row begins and ends nothing waits: its counter is set before all rows and read behind all, and where the
+    # next one lies is asked for a row ahead. So each warp goes on by itself, and some work while others wait.
     row = tl.program_id(0)
-    while row < rows:  # not range(): Triton's interpreter cannot take it with NumPy 2.4
-        block = row % blocks
-        plane = (row // blocks) % planes
-        chunk = first_chunk + row // (blocks * planes)
-        page = tl.load(ids + chunk * chunk_blocks + first_block + block)
-        address = tl.load(addresses + first_plane + plane) + page * tl.load(strides + first_plane + plane)
+    step = tl.num_programs(0)
+    mine = tl.arange(0, 128) * step
+    first = row
+    while first < rows:  # not range(): Triton's interpreter cannot take it with NumPy 2.4
+        _store_counts(staging, first + mine, 0, rows, PACKED)
+        first += 128 * step
+    tl.debug_barrier()
+    address = _paged(row, addresses, strides, ids, first_plane, first_chunk, first_block, planes, blocks, chunk_blocks)
+    while row < rows:
+        later = tl.minimum(row + step, rows - 1)
+        following = _paged(
+            later, addresses, strides, ids, first_plane, first_chunk, first_block, planes, blocks, chunk_blocks
+        )
         paged = tl.multiple_of(address.to(tl.pointer_type(tl.int16)), ALIGN)
         staged = tl.multiple_of(staging + row.to(tl.int64) * PACKED, 16)
-        counter = staged.to(tl.pointer_type(tl.int32))
         count = 0
-        if ATOMIC:
-            tl.store(counter, 0)
-            tl.debug_barrier()
         first = 0
         while first < VALUES // 128:
             vector = first + tl.arange(0, VECTORS)
-            if PAIRS:
-                escapes = _pack_pairs(paged, staged, vector, VALUES, LIST, CAPACITY, BASES, CODES, REST, ATOMIC)
-            else:
-                escapes = _pack_values(paged, staged, vector, VALUES, BASES, CODES, REST)
-            if not ATOMIC:  # noqa: SIM102  (known when it is compiled, the other is not)
+            escapes = _pack_vectors(paged, staged, vector, VALUES, LIST, CAPACITY, BASES, CODES, REST, ON_GPU)
+            if not ON_GPU:  # noqa: SIM102  (known when it is compiled, the other is not)
                 if tl.max(tl.max(escapes.to(tl.int32), axis=1), axis=0) > 0:
                     tl.debug_barrier()  # the bases are read again, by other threads
                     count = _list_escapes(paged, staged, first * 128, count, VALUES, LIST, CAPACITY, BASES, VECTORS)
             first += VECTORS
-        if ATOMIC:
-            tl.debug_barrier()
-            count = tl.load(counter, volatile=True)
-        else:
-            tl.store(counter, count)
-        if count > CAPACITY:
-            tl.store((rejected + chunk.to(tl.int64) * 4).to(tl.pointer_type(tl.int32)), 1)
-        row += tl.num_programs(0)
+        if not ON_GPU:
+            tl.store(staged.to(tl.pointer_type(tl.int32)), count)
+        address = following
+        row += step
+    tl.debug_barrier()
+    first = tl.program_id(0)
+    while first < rows:
+        row_numbers = first + mine
+        counters = (staging + row_numbers.to(tl.int64) * PACKED).to(tl.pointer_type(tl.int32))
+        counts = tl.load(counters, mask=row_numbers < rows, other=0, volatile=True)
+        chunk = first_chunk + row_numbers // (blocks * planes)
+        marks = (rejected + chunk.to(tl.int64) * 4).to(tl.pointer_type(tl.int32))
+        tl.store(marks, 1, mask=counts > CAPACITY)
+        first += 128 * step
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _paged(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
+    row, addresses, strides, ids, first_plane, first_chunk, first_block, planes, blocks, chunk_blocks
+):
+    """The address of the block that a row of staging is for, 0 where it is left out."""
+    plane = first_plane + (row // blocks) % planes
+    chunk = first_chunk + row // (blocks * planes)
+    page = tl.load(ids + chunk * chunk_blocks + first_block + row % blocks)
+    return tl.where(page < 0, 0, tl.load(addresses + plane) + page * tl.load(strides + plane))
+
+
+@triton.jit
+def _store_counts(staging, row, count, rows, PACKED: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    counters = (staging + row.to(tl.int64) * PACKED).to(tl.pointer_type(tl.int32))
+    tl.store(counters, count, mask=row < rows)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -137,36 +164,7 @@ def _list_escapes(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _pack_values(  # type: ignore[no-untyped-def]
-    paged,
-    staged,
-    vector,
-    VALUES: tl.constexpr,  # noqa: N803
-    BASES: tl.constexpr,  # noqa: N803
-    CODES: tl.constexpr,  # noqa: N803
-    REST: tl.constexpr,  # noqa: N803
-):
-    """Pack these vectors of a row but for the list of escapes; return where they are."""
-    column = tl.arange(0, 64)[None, :]
-    inside = vector < VALUES // 128
-    mask = inside[:, None]
-    place = vector[:, None] * 128 + column
-    low = tl.load(paged + place, mask=mask, other=0).to(tl.int32)
-    high = tl.load(paged + place + 64, mask=mask, other=0).to(tl.int32)
-    low_exponent = (low >> 7) & 255
-    high_exponent = (high >> 7) & 255
-    base = tl.maximum(tl.max(tl.maximum(low_exponent, high_exponent), axis=1) - 15, 0)
-    tl.store(staged + BASES + vector, base.to(tl.uint8), mask=inside)
-    low_code = tl.maximum(low_exponent - base[:, None], 0)
-    high_code = tl.maximum(high_exponent - base[:, None], 0)
-    _store_bytes(staged + CODES, vector[:, None] * 64 + column, low_code | (high_code << 4), mask)
-    _store_bytes(staged + REST, place, ((low >> 8) & 128) | (low & 127), mask)
-    _store_bytes(staged + REST, place + 64, ((high >> 8) & 128) | (high & 127), mask)
-    return ((low_code == 0) & (low_exponent > 0)) | ((high_code == 0) & (high_exponent > 0))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _pack_pairs(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
+def _pack_vectors(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
     paged,
     staged,
     vector,
@@ -176,31 +174,54 @@ def _pack_pairs(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
     BASES: tl.constexpr,  # noqa: N803
     CODES: tl.constexpr,  # noqa: N803
     REST: tl.constexpr,  # noqa: N803
-    ATOMIC: tl.constexpr,  # noqa: N803
+    ON_GPU: tl.constexpr,  # noqa: N803
 ):
-    """The same, two neighbours at a time in the halves of a word, which takes half as many instructions."""
+    """Pack these vectors of a row, on a GPU with their escapes; return which pairs of values hold one.
+
+    It goes two neighbours at a time, in the halves of a word, which takes half as many instructions.
+    """
     words = paged.to(tl.pointer_type(tl.int32), bitcast=True)
     column = tl.arange(0, 32)[None, :]
-    inside = vector < VALUES // 128
-    mask = inside[:, None]
+    mask = (vector < VALUES // 128)[:, None]
     place = vector[:, None] * 64 + column
     low = tl.load(words + place, mask=mask, other=0)
     high = tl.load(words + place + 32, mask=mask, other=0)
     low_exponent = (low >> 7) & 0xFF00FF
     high_exponent = (high >> 7) & 0xFF00FF
-    largest = _larger_halves(low_exponent, high_exponent, ATOMIC)
-    base = tl.maximum(tl.max(tl.maximum(largest & 0xFFFF, largest >> 16), axis=1) - 15, 0)
-    tl.store(staged + BASES + vector, base.to(tl.uint8), mask=inside)
-    both = (base * 0x10001)[:, None]
-    low_code = _larger_halves(low_exponent, both, ATOMIC) - both
-    high_code = _larger_halves(high_exponent, both, ATOMIC) - both
+    largest = _larger_halves(low_exponent, high_exponent, ON_GPU)
+    base = tl.maximum(tl.max(tl.maximum(largest & 0xFFFF, largest >> 16), axis=1) - 15, 0)[:, None]
+    bases = staged + BASES + vector[:, None]
+    if ON_GPU:
+        _store_bases(bases, base, mask & (column == 0))
+    else:
+        tl.store(bases, base.to(tl.uint8), mask=mask)
+    both = base * 0x10001
+    low_code = _larger_halves(low_exponent, both, ON_GPU) - both
+    high_code = _larger_halves(high_exponent, both, ON_GPU) - both
     _store_halves(staged + CODES, place - 32 * vector[:, None], low_code | (high_code << 4), mask)
     _store_halves(staged + REST, place, ((low >> 8) & 0x800080) | (low & 0x7F007F), mask)
     _store_halves(staged + REST, place + 32, ((high >> 8) & 0x800080) | (high & 0x7F007F), mask)
-    if ATOMIC:
+    if ON_GPU:
         _note_escapes(low_code, low, 2 * place, staged, LIST, CAPACITY)
         _note_escapes(high_code, high, 2 * place + 64, staged, LIST, CAPACITY)
     return (((low_code & 0xFFFF) == 0) | (low_code < 0x10000)) | (((high_code & 0xFFFF) == 0) | (high_code < 0x10000))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_bases(start, base, mask):  # type: ignore[no-untyped-def]
+    """Store a byte a row of the mask, where that is true, by the thread which has it.
+
+    A thread has four neighbours of a row at a time, of which the mask has the first alone. Triton would pass the bytes
+    through shared memory to other threads, and every warp would wait for all.
+    """
+    tl.inline_asm_elementwise(
+        _STORING,
+        _STORING_OPERANDS,
+        [tl.broadcast_to(start.to(tl.int64, bitcast=True), mask.shape), base, mask.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=_WORDS,
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -249,6 +270,12 @@ def _listing(words: int) -> str:
 
 
 _WORDS = tl.constexpr(4)
+_STORING = tl.constexpr(
+    "{ .reg .pred first; setp.ne.u32 first, $12, 0; @first st.global.u8 [$4], $8;"
+    + "".join(f" mov.b32 ${word}, 0;" for word in range(4))
+    + " }"
+)
+_STORING_OPERANDS = tl.constexpr(",".join(["=r"] * 4 + ["l"] * 4 + ["r"] * 8))
 _LISTING = tl.constexpr(_listing(4))
 _OPERANDS = tl.constexpr(",".join(["=r"] * 4 + ["r"] * 12 + ["l"] * 8 + ["r"] * 4))
 
@@ -279,13 +306,8 @@ def _store_halves(start, offsets, words, mask):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _store_bytes(start, offsets, values, mask):  # type: ignore[no-untyped-def]
-    # Eight a thread, as values of two bytes have it: of sixteen, every second eight would change threads on their way.
-    tl.store(tl.max_contiguous(start + offsets, [1, 8]), values.to(tl.uint8), mask=mask)
-
-
-@triton.jit
 def _load_bytes(start, offsets, mask):  # type: ignore[no-untyped-def]
+    # Eight a thread, as values of two bytes have it: of sixteen, every second eight would change threads on their way.
     return tl.load(tl.max_contiguous(start + offsets, [1, 8]), mask=mask, other=0).to(tl.int32)
 
 
@@ -316,12 +338,14 @@ def _unpack_rows(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
     column = tl.arange(0, 64)[None, :]
     entry = tl.arange(0, ENTRIES)
     row = tl.program_id(0)
+    step = tl.num_programs(0)
+    address = _paged(row, addresses, strides, ids, first_plane, first_chunk, first_block, planes, blocks, chunk_blocks)
     while row < rows:
-        block = row % blocks
-        plane = (row // blocks) % planes
-        chunk = first_chunk + row // (blocks * planes)
-        page = tl.load(ids + chunk * chunk_blocks + first_block + block)
-        address = tl.load(addresses + first_plane + plane) + page * tl.load(strides + first_plane + plane)
+        later = tl.minimum(row + step, rows - 1)
+        following = _paged(
+            later, addresses, strides, ids, first_plane, first_chunk, first_block, planes, blocks, chunk_blocks
+        )
+        wanted = address != 0
         paged = tl.multiple_of(address.to(tl.pointer_type(tl.int16)), ALIGN)
         staged = tl.multiple_of(staging + row.to(tl.int64) * PACKED, 16)
         # The whole list, before its length is known: these two need not wait for each other, nor the rest for them.
@@ -330,7 +354,7 @@ def _unpack_rows(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
         first = 0
         while first < VALUES // 128:
             vector = first + tl.arange(0, VECTORS)
-            inside = (vector < VALUES // 128) & (page >= 0)  # a block that is left out has no page
+            inside = (vector < VALUES // 128) & wanted
             mask = inside[:, None]
             place = vector[:, None] * 128 + column
             codes = _load_bytes(staged + CODES, vector[:, None] * 64 + column, mask)
@@ -342,9 +366,10 @@ def _unpack_rows(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
             first += VECTORS
         tl.debug_barrier()  # an escape is written over what other threads wrote
         place = (listed >> 16) & 0xFFFF
-        written = (entry < count) & (entry < CAPACITY) & (place < VALUES) & (page >= 0)
+        written = (entry < count) & (entry < CAPACITY) & (place < VALUES) & wanted
         tl.store(paged + place, listed.to(tl.int16), mask=written)
-        row += tl.num_programs(0)
+        address = following
+        row += step
 
 
 @triton.jit
@@ -360,11 +385,14 @@ class TritonPackMover:
         layout: the cache's layout, not the packed one.
         tensors: the cache.
         programs: the most programs of one launch: what they take from the model's kernels.
+
+    Raises:
+        LayoutError: a block lies at no multiple of four bytes.
     """
 
     rejects = True
 
-    def __init__(self, layout: PagedLayout, tensors: Tensors, *, programs: int = 16) -> None:
+    def __init__(self, layout: PagedLayout, tensors: Tensors, *, programs: int = 8) -> None:
         self._tensors = listed(tensors)  # the table holds bare addresses, so the tensors must outlive it
         self._programs = programs
         self._kernels: dict[tuple[int, bool], CompiledKernel] = {}
@@ -377,6 +405,8 @@ class TritonPackMover:
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device=device)
         self._strides = torch.tensor(strides, dtype=torch.int64, device=device)
         self._align = gcd(_ALIGNMENT, *addresses, *strides)
+        if self._align % _WORD:
+            raise LayoutError("values are packed by twos, and a block lies at an odd one")
 
     def gather(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any, rejected: Any) -> None:
         """Launch the packing of the piece's blocks."""
@@ -406,7 +436,7 @@ class TritonPackMover:
             return
         function = _pack_rows if marks else _unpack_rows
         on_gpu = isinstance(stream, CudaStream)
-        constants = row_constants(row_bytes, self._align, packing=bool(marks), atomic=on_gpu)
+        constants = row_constants(row_bytes, self._align, packing=bool(marks), on_gpu=on_gpu)
         warps = warps_of(constants["VECTORS"])
         compiled: list[Any] = []
         stream.launch(
@@ -417,11 +447,10 @@ class TritonPackMover:
             self._kernels[row_bytes, bool(marks)] = CompiledKernel(compiled[0], pointers=pointers, integers=len(sizes))
 
 
-def row_constants(row_bytes: int, align: int, *, packing: bool, atomic: bool = True) -> dict[str, int]:
+def row_constants(row_bytes: int, align: int, *, packing: bool, on_gpu: bool = True) -> dict[str, int]:
     """The kernels' constants for rows of so many bytes, in blocks whose addresses are multiples of `align`.
 
-    `atomic`: escapes are listed by a GPU's own atomics, in any order; not in rows so short that several threads hold
-    the same value.
+    `on_gpu`: by instructions that only a GPU has; escapes are listed in any order.
     """
     row = PackedRow.of(row_bytes)
     constants = {
@@ -433,14 +462,11 @@ def row_constants(row_bytes: int, align: int, *, packing: bool, atomic: bool = T
         "REST": row.rest,
         "PACKED": row.nbytes,
         "ALIGN": align,
-        "VECTORS": min(_TILE_VALUES // VECTOR, 1 << (row.vectors - 1).bit_length()),
+        "VECTORS": min(_TILE_VALUES // VECTOR, max(_LEAST_VECTORS, 1 << (row.vectors - 1).bit_length())),
     }
-    pairs = align % 4 == 0 and row.vectors % 2 == 0 and constants["VECTORS"] >= _PAIRS_VECTORS
-    return (
-        {**constants, "PAIRS": int(pairs), "ATOMIC": int(pairs and atomic)}
-        if packing
-        else {**constants, "ENTRIES": 1 << (row.capacity - 1).bit_length()}
-    )
+    if packing:
+        return {**constants, "ON_GPU": int(on_gpu)}
+    return {**constants, "ENTRIES": 1 << (row.capacity - 1).bit_length()}
 
 
 def warps_of(vectors: int) -> int:
@@ -449,7 +475,7 @@ def warps_of(vectors: int) -> int:
 
 
 def triton_pack_transfer(
-    layout: PagedLayout, tensors: Tensors, arena: Arena, runtime: Runtime, *, programs: int = 16, **pipeline: Any
+    layout: PagedLayout, tensors: Tensors, arena: Arena, runtime: Runtime, *, programs: int = 8, **pipeline: Any
 ) -> StagedTransfer:
     """The packing Triton backend: `StagedTransfer` (which names the further arguments) over `TritonPackMover`.
 

@@ -236,8 +236,8 @@ def test_packed_bytes_equal_the_references(vectors):
     good = [i for i, n in enumerate(counts.tolist()) if n <= row.capacity]
     assert 0 < len(good) < count
     assert torch.equal(got[:, :4].contiguous().view(torch.int32)[:, 0], counts)
-    fixed = slice(row.bases, row.rest + row.values)
-    assert torch.equal(got[good, fixed], wanted[good, fixed])
+    for start, size in ((row.bases, row.vectors), (row.codes, row.values // 2), (row.rest, row.values)):
+        assert torch.equal(got[good, start : start + size], wanted[good, start : start + size])
     for i in good:
         listed = [
             one[i, 16 : 16 + 4 * int(counts[i])].contiguous().view(torch.int32).sort()[0] for one in (got, wanted)

@@ -3,7 +3,7 @@
 
 import struct
 from dataclasses import replace
-from itertools import product
+from itertools import accumulate, product
 
 import numpy as np
 import pytest
@@ -30,8 +30,9 @@ def naive_pack(row):
     """The format, value after value; and the number of escapes."""
     values = struct.unpack(f"<{len(row) // 2}H", row)
     n = len(values)
-    packed = bytearray(-(-(16 + n // 16 + n // 128 + n // 2 + n) // 16) * 16)
-    bases, codes, rest, escapes = 16 + n // 16, 16 + n // 16 + n // 128, 16 + n // 16 + n // 128 + n // 2, []
+    sizes = [4, 4 * (n // 64), n // 128, n // 2, n]
+    _, _, bases, codes, rest, end = accumulate((-(-size // 16) * 16 for size in sizes), initial=0)
+    packed, escapes = bytearray(end), []
     for place, bits in enumerate(values):
         vector, j = divmod(place, 128)
         of_vector = [(one >> 7) & 255 for one in values[vector * 128 : vector * 128 + 128]]
@@ -152,7 +153,7 @@ def test_layouts():
         (p.offset, p.block_stride, p.layer) for p in layout.planes
     ]
     assert packed.fingerprint() != layout.fingerprint()
-    assert packed.fingerprint().endswith("/packed4")
+    assert packed.fingerprint().endswith("/packed-4")
     assert packed.slot_bytes < 0.8 * layout.slot_bytes
     unpackable = [cache(torch.float16), cache(torch.uint8), cache(dim=20, tokens=17), cache(tokens=1024)]
     for other in unpackable:
@@ -389,7 +390,8 @@ def test_triton_packs_what_torch_does(interpreted, vectors):
     got = arena.array.reshape(len(kinds), -1)
     assert got[:, :4].copy().view(np.int32)[:, 0].tolist() == counts.tolist()
     for i in good:
-        assert np.array_equal(got[i, packed.bases : packed.rest + n], wanted[i, packed.bases : packed.rest + n])
+        for start, size in ((packed.bases, vectors), (packed.codes, n // 2), (packed.rest, n)):
+            assert np.array_equal(got[i, start : start + size], wanted[i, start : start + size])
         lists = [np.sort(one[16 : 16 + 4 * counts[i]].copy().view(np.int32)) for one in (got[i], wanted[i].numpy())]
         assert np.array_equal(*lists)
     tensors[0].zero_()
@@ -419,8 +421,8 @@ def test_compiled_code_is_wide_and_within_registers(monkeypatch, fresh, compile_
     pytest.importorskip("triton")
     constants = fresh(monkeypatch, NAME, interpret=False).row_constants
     pack, unpack = compile_for_h100(
-        (NAME, "_pack_rows", constants(65536, 16, packing=True), POINTERS, 16, ("rejected",)),
-        (NAME, "_unpack_rows", constants(65536, 16, packing=False), POINTERS, 16, ()),
+        (NAME, "_pack_rows", constants(65536, 16, packing=True), POINTERS, 32, ("rejected",)),
+        (NAME, "_unpack_rows", constants(65536, 16, packing=False), POINTERS, 32, ()),
     )
     assert unpack["ptx"].count("ld.global.v2.b32") == 6
     assert unpack["ptx"].count("st.global.v4.b32") == 4
@@ -437,7 +439,7 @@ def test_every_row_size_compiles(monkeypatch, fresh, compile_for_h100):
     pytest.importorskip("triton")
     module = fresh(monkeypatch, NAME, interpret=False)
     jobs = []
-    for row_bytes, align in product((256, 768, 41984, 131072), (2, 16)):
+    for row_bytes, align in product((256, 768, 41984, 131072), (4, 16)):
         for kernel, packing in (("_pack_rows", True), ("_unpack_rows", False)):
             constants = module.row_constants(row_bytes, align, packing=packing)
             warps = module.warps_of(constants["VECTORS"])
