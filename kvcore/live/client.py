@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger("kvcore.client")
+_PATIENCE_S = 0.02
 
 
 class NotYet:
@@ -145,6 +146,7 @@ class SchedulerClient:
         queued_bytes: int = 0,
         probe: bytes = b"",
         waited_ms: float = 0.0,
+        patient: bool = False,
     ) -> Found | NotYet:
         """Return what is cached of a prompt, or NOT_YET: then call again, in the next step, with the same arguments.
 
@@ -158,6 +160,7 @@ class SchedulerClient:
             queued_bytes: Bytes waiting on the link to the engine, for load-or-recompute.
             probe: A digest of the first chunk's tokens alone, without the namespace.
             waited_ms: Milliseconds since the request arrived, for the recorded log.
+            patient: Wait longer before saying NOT_YET, since nothing else is to be done.
 
         Every chunk of `Found`'s run is to be acknowledged: by the workers (`loaded`, `load_failed`), or by
         `drop_load` where no worker is told of it. The lookup pins what it found until then and until `end`.
@@ -185,7 +188,7 @@ class SchedulerClient:
         elif asked.found is not None:  # it was pending
             asked.found = None
             asked.id = self._send(Poll(session.registered.member, request), "lookup", request)
-        return self._answer(request, asked)
+        return self._answer(request, asked, max(_PATIENCE_S, self._wait_s) if patient else self._wait_s)
 
     def ask(self, request: str, chunks: Sequence[bytes]) -> None:
         """Ask room for chunks of the request's prompt, head first; the answer comes by `granted`."""
@@ -271,9 +274,9 @@ class SchedulerClient:
         self._pending[correlation] = (time.monotonic(), what, request)
         return correlation
 
-    def _answer(self, request: str, asked: _Asked) -> Found | NotYet:
+    def _answer(self, request: str, asked: _Asked, wait_s: float) -> Found | NotYet:
         """Wait a little for the answer to a lookup."""
-        until = time.monotonic() + self._wait_s
+        until = time.monotonic() + wait_s
         while True:
             left = until - time.monotonic()
             self._pump(max(0.0, left))

@@ -26,6 +26,7 @@ class SchedulerLink(Protocol):
         queued_bytes: int = 0,
         probe: bytes = b"",
         waited_ms: float = 0.0,
+        patient: bool = False,
     ) -> Found | NotYet:
         """Return what is cached, or NOT_YET: ask again in the next step."""
 

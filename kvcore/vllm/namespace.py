@@ -10,7 +10,8 @@ from kvcore.policy.hashing import MultimodalItem, Namespace, block_hashes, token
 from kvcore.vllm.requests import EngineRequest
 
 _MOST_ROOTS = 10_000  # salts can be as many as users
-_MOST_BLOCKS = 1 << 18  # about 60 MB: the blocks of 4 M tokens at 16 a block
+_RUN = 16  # blocks that are remembered together: a dictionary of single ones takes longer than it saves
+_MOST_RUNS = 1 << 14  # about 20 MB: the blocks of 4 M tokens at 16 a block
 
 
 class Hasher:
@@ -27,8 +28,8 @@ class Hasher:
         self.namespace = namespace
         self._engine_hashes = engine_hashes
         self._roots: dict[tuple[str | None, str | None], bytes] = {}
-        self._known: dict[tuple[bytes, bytes], bytes] = {}
-        """Hashes by root and the engine's hash."""
+        self._known: dict[tuple[bytes, bytes], list[bytes]] = {}
+        """Hashes of runs of blocks, by root and the engine's hash of the run's last block."""
 
     def __call__(self, request: EngineRequest) -> list[bytes] | None:
         """Return the hash of every full block of the prompt; None where tokens alone do not say what is computed."""
@@ -46,7 +47,8 @@ class Hasher:
             return known
         new = block_hashes(tokens[start:], block, known[-1] if known else root, items, start=start)
         self._remember(root, theirs[len(known) :], new)
-        return known + new
+        known += new
+        return known
 
     def marked(self, mark: str) -> "Hasher":
         """Return one that names everything differently."""
@@ -78,17 +80,18 @@ class Hasher:
 
     def _remembered(self, root: bytes, theirs: Sequence[bytes]) -> list[bytes]:
         found: list[bytes] = []
-        for hash_ in theirs:
-            ours = self._known.get((root, hash_))
-            if ours is None:
+        for last in theirs[_RUN - 1 :: _RUN]:
+            run = self._known.get((root, last))
+            if run is None:
                 break
-            found.append(ours)
+            found += run
         return found
 
     def _remember(self, root: bytes, theirs: Sequence[bytes], ours: Sequence[bytes]) -> None:
-        if len(self._known) > _MOST_BLOCKS:
+        if len(self._known) > _MOST_RUNS:
             self._known.clear()
-        self._known.update(zip([(root, hash_) for hash_ in theirs], ours, strict=False))
+        for stop in range(_RUN, len(theirs) + 1, _RUN):
+            self._known[root, theirs[stop - 1]] = ours[stop - _RUN : stop]
 
 
 def multimodal_items(features: Sequence[Any]) -> list[MultimodalItem] | None:

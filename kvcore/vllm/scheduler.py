@@ -260,6 +260,7 @@ class SchedulerSide:
             queued_bytes=sum(self._loading.values()) * life.session.shard_bytes // life.session.chunk_tokens,
             probe=self._hasher.probe(tracked.request, life.session.chunk_tokens),
             waited_ms=1000.0 * max(0.0, self._clock() - tracked.arrived_s),
+            patient=len(self._tracked) == 1,  # vLLM looks up its own cache anew after each NOT_YET
         )
         self.counters.lookup_seconds += time.perf_counter() - started
         if self._link.registered is not life.session:

@@ -28,6 +28,19 @@ def test_what_was_stored_is_found_and_read_back(start):
     assert counters["kvcore_missed_tokens", "cold"] == 7 * 256
 
 
+def test_a_patient_lookup_waits_for_its_answer(start):
+    server = start()
+    sizes = {"instance": "i", "role": "scheduler", "block_tokens": 16, "block_bytes": 16}
+    client = SchedulerClient(server.endpoint, Register(**sizes), wait_s=0.0)
+    assert client.register() is not None
+    answers = {
+        patient: [client.lookup(f"{patient} {at}", chain("a", 5), patient=patient) for at in range(20)]
+        for patient in (False, True)
+    }
+    assert answers[False].count(NOT_YET) > answers[True].count(NOT_YET)
+    client.leave()
+
+
 def test_a_lookup_is_idempotent_and_follows_what_the_engine_lost(start):
     server = start()
     prompt = chain("a", 6)

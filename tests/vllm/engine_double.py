@@ -47,8 +47,8 @@ class Line:
         self.at_once = True
         self.recorded = []
 
-    def lookup(self, request, chunks, *, computed_chunks=0, queued_bytes=0, waited_ms=0.0, **_):
-        self.queued_bytes, self.waited_ms = queued_bytes, waited_ms
+    def lookup(self, request, chunks, *, computed_chunks=0, queued_bytes=0, waited_ms=0.0, patient=False, **_):
+        self.queued_bytes, self.waited_ms, self.patient = queued_bytes, waited_ms, patient
         if self.registered is None:
             return MISS
         if self.pending:

@@ -16,6 +16,9 @@ from kvcore.vllm.stats import Counters, add
 
 NAMESPACE = Namespace(model="m", kv_dtype="float32", layout="x", block_tokens=BLOCK)
 TOKENS = list(range(100))
+LONG = list(range(40 * BLOCK + 5))
+REMEMBERED = 32 * BLOCK
+"""Tokens of LONG that are remembered: whole runs of 16 blocks."""
 
 
 def hashes(**fields):
@@ -75,41 +78,49 @@ def engine_hashes(tokens, *extra, block=BLOCK):
 def test_what_the_engine_hashed_alike_is_named_once_and_the_same(monkeypatch):
     hasher, named = Hasher(NAMESPACE, engine_hashes=True), []
     monkeypatch.setattr(namespace, "block_hashes", lambda *a, **k: named.append(len(a[0])) or block_hashes(*a, **k))
-    longer = [*TOKENS, *range(40)]
-    for tokens, fields in [
-        (TOKENS, {}),
-        (TOKENS, {}),
-        (longer, {}),
-        ([*TOKENS[:50], 7, *TOKENS[51:]], {}),
-        (TOKENS, {"cache_salt": "s"}),
-        (TOKENS, {"mm_features": [image("x", 40)]}),
+    changed = [*LONG[:300], 7, *LONG[301:]]
+    for tokens, fields, hashed in [
+        (LONG, {}, len(LONG)),
+        (LONG, {}, len(LONG) - REMEMBERED),
+        ([*LONG, *range(40)], {}, len(LONG) - REMEMBERED + 40),
+        (LONG[:REMEMBERED], {}, None),
+        (LONG[: REMEMBERED - 1], {}, REMEMBERED // 2 - 1),
+        (changed, {}, len(LONG) - REMEMBERED // 2),  # the run that it differs in, and what lies behind
+        (LONG, {"cache_salt": "s"}, len(LONG)),
+        (LONG, {"mm_features": [image("x", 40)]}, len(LONG)),
     ]:
         request = EngineRequest("a", tokens, **fields)
         request.block_hashes = engine_hashes(tokens, repr(fields))
         named.clear()
-        assert hasher(request) == Hasher(NAMESPACE)(EngineRequest("b", tokens, **fields))
-        named.pop()  # the other hasher's
-        if fields:
-            assert named == [100]
-    request = EngineRequest("a", TOKENS)
-    request.block_hashes = engine_hashes(TOKENS, repr({}))
-    named.clear()
-    hasher(request)
-    assert named == []
+        ours = hasher(request)
+        assert named == ([] if hashed is None else [hashed])
+        assert ours == Hasher(NAMESPACE)(EngineRequest("b", tokens, **fields))
+
+
+def test_the_memory_of_names_is_bounded(monkeypatch):
+    monkeypatch.setattr(namespace, "_MOST_RUNS", 3)
+    hasher = Hasher(NAMESPACE, engine_hashes=True)
+    for seed in range(6):
+        tokens = [seed, *LONG]
+        for _ in range(2):
+            request = EngineRequest("a", tokens)
+            request.block_hashes = engine_hashes(tokens)
+            assert hasher(request) == Hasher(NAMESPACE)(EngineRequest("b", tokens))
+            assert len(hasher._known) <= 5
 
 
 def test_images_count_from_their_position_behind_a_remembered_prefix_too():
     hasher = Hasher(NAMESPACE, engine_hashes=True)
-    for tokens in (TOKENS, [*TOKENS, *range(40)]):
-        request = EngineRequest("a", tokens, mm_features=[image("x", 90)])
-        request.block_hashes = engine_hashes(tokens, "x at 90")
-        assert hasher(request) == Hasher(NAMESPACE)(EngineRequest("b", tokens, mm_features=[image("x", 90)]))
+    for tokens in (LONG, [*LONG, *range(40)]):
+        request = EngineRequest("a", tokens, mm_features=[image("x", 590)])
+        request.block_hashes = engine_hashes(tokens, "x at 590")
+        assert hasher(request) == Hasher(NAMESPACE)(EngineRequest("b", tokens, mm_features=[image("x", 590)]))
 
 
-@pytest.mark.parametrize("theirs", [[], engine_hashes(TOKENS)[:-1], engine_hashes(TOKENS, block=BLOCK // 2)])
+@pytest.mark.parametrize("theirs", [[], engine_hashes(LONG)[:-1], engine_hashes(LONG, block=BLOCK // 2)])
 def test_engine_hashes_in_other_units_are_ignored(theirs):
     hasher = Hasher(NAMESPACE, engine_hashes=True)
-    for tokens in (TOKENS, TOKENS[::-1]):
+    for tokens in (LONG, LONG[::-1]):
         request = EngineRequest("a", tokens)
         request.block_hashes = theirs
         assert hasher(request) == Hasher(NAMESPACE)(EngineRequest("b", tokens))
@@ -121,8 +132,8 @@ def test_the_engines_hashes_do_not_tell_an_overwritten_adapter_apart_and_the_roo
     hasher, seen = Hasher(NAMESPACE, engine_hashes=True), []
     for changed_ns in (1, 2):
         os.utime(weights, ns=(changed_ns, changed_ns))
-        request = EngineRequest("a", TOKENS, lora_request=lora("l", tmp_path))
-        request.block_hashes = engine_hashes(TOKENS, "l")
+        request = EngineRequest("a", LONG, lora_request=lora("l", tmp_path))
+        request.block_hashes = engine_hashes(LONG, "l")
         seen.append(hasher(request))
     assert not set(seen[0]) & set(seen[1])
 

@@ -50,6 +50,13 @@ def test_miss_stores_every_full_chunk():
     assert line.named("end") == [("end", "a")]
 
 
+def test_a_lookup_takes_its_time_while_the_engine_has_nothing_else_to_do():
+    line, side = make()
+    for name, alone in (("a", True), ("b", False)):
+        admit(side, EngineRequest(name, prompt(200)))
+        assert line.patient is alone
+
+
 def test_hit_loads_and_stores_the_rest():
     line, side = make()
     request = EngineRequest("a", prompt(200))
