@@ -33,6 +33,7 @@ from kernels_h100_beside import (
     capture_beside_registration,
     launches_beside_registration,
     launches_beside_transfer,
+    small_copies_beside,
     touch,
 )
 from kernels_h100_packed import packed_sections
@@ -579,7 +580,8 @@ def run(bench, arguments):
     section("choice while registering", bench.choice_while_registering)
     section("jax random shapes", lambda: jax_random_shapes(bench, arguments.check_seconds))
     section("jax, 8192 tokens", lambda: jax_whole(bench, 8192))
-    section("cuda_batch beside a matmul", lambda: beside_matmul(bench, batch, rounds=20))
+    section("cuda_batch beside a matmul", lambda: beside_matmul(bench, batch, rounds=20, products=30))
+    section("cuda_batch, small copies beside", lambda: small_copies_beside(bench, batch, bench.scattered))
     if makers:
         triton_variants(bench, makers[1])
         packed_sections(bench, arguments)
@@ -598,7 +600,8 @@ def triton_sections(bench, arguments, small, big):
     section("triton, 256 tokens", lambda: bench.whole(big(), bench.scattered, tokens=256))
     section("triton overwritten", lambda: bench.overwritten(big()))
     section("triton random shapes", lambda: bench.random_shapes(small, arguments.check_seconds))
-    section("triton beside a matmul", lambda: beside_matmul(bench, big()))
+    section("triton beside a matmul", lambda: beside_matmul(bench, big(), rounds=20, products=30))
+    section("triton, small copies beside", lambda: small_copies_beside(bench, big(), bench.scattered))
     for ahead in (16, 64, 256):
         section(
             f"triton, launches beside, ahead {ahead}", lambda n=ahead: launches_beside_transfer(bench, big(ahead=n))
@@ -662,6 +665,8 @@ def summary(report):
             print(f"{name:44s} {ratios};", "; ".join(times), "ms")
         elif "store_slowdown_pct" in result:
             print(f"{name:44s}", {k: v for k, v in result.items() if "pct" in k or "outlasted" in k})
+        elif "small_copies" in result:
+            print(f"{name:44s}", result["small_copies"])
         elif "launch_us" in result:
             for beside, found in result["launch_us"].items():
                 print(f"{name}: {beside:10s}", found)

@@ -30,7 +30,8 @@ def beside_matmul(bench, make, *, slots=None, rounds=40, products=40, transfers=
     any order; each is compared with the mean of its own round's lone runs, since clocks drift. They drift by 4% within
     seconds, so there are many short rounds, and the standard error of their mean says what they can tell. Before every
     run the GPU rests for as long: one that comes right after another begins at the clocks to which that one's power
-    had brought it down.
+    had brought it down. The products are one graph, or what is timed would be how their launches share the host with
+    the thread that hands a store over.
     """
     a, b = (torch.randn(8192, 8192, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
@@ -43,6 +44,11 @@ def beside_matmul(bench, make, *, slots=None, rounds=40, products=40, transfers=
         "alone again": lambda: None,
     }
     outlasted = []
+    graph = torch.cuda.CUDAGraph()
+    torch.mm(a, b, out=out)
+    with torch.cuda.graph(graph):
+        for _ in range(products):
+            torch.mm(a, b, out=out)
 
     def timed(name):
         torch.cuda.synchronize()
@@ -50,8 +56,7 @@ def beside_matmul(bench, make, *, slots=None, rounds=40, products=40, transfers=
         handles = [begin_transfer[name]() for _ in range(transfers)]
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for _ in range(products):
-            torch.mm(a, b, out=out)
+        graph.replay()
         end.record()
         end.synchronize()
         if handles[0] is not None:
@@ -143,6 +148,54 @@ def launches_beside_transfer(bench, make):
     source.close()
     target.close()
     return {"launch_us": found}
+
+
+def small_copies_beside(bench, make, slots, *, copies=10):
+    """An engine's own small copies, each with a kernel behind it, alone and while 32,000 tokens are copied likewise.
+
+    A step's input goes to the GPU by such copies and its tokens come back by one: behind a whole load or store, a step
+    would begin or end that much later.
+
+    Returns:
+        Milliseconds until the last of them is over, by direction; and of the transfers, which go on behind them.
+    """
+    source, target = make(bench.cache), make(bench.empty)
+    host, device = (
+        torch.zeros(4096, dtype=torch.int32).pin_memory(),
+        torch.zeros(4096, dtype=torch.int32, device="cuda"),
+    )
+    ways = {
+        "store": (lambda: source.store(bench.ids, slots), host, device),
+        "load": (lambda: target.load(slots, bench.ids), device, host),
+    }
+
+    def once(way, beside):
+        begin, to, origin = ways[way]
+        torch.cuda.synchronize()
+        handle = begin() if beside else None
+        began = time.perf_counter()
+        for _ in range(copies):
+            to.copy_(origin, non_blocking=True)
+            device.add_(0)
+        torch.cuda.current_stream().synchronize()
+        copied = time.perf_counter() - began
+        if handle is not None:
+            handle.wait()
+        return copied * 1e3, (time.perf_counter() - began) * 1e3
+
+    found = {}
+    for way in ways:
+        alone = median(once(way, beside=False)[0] for _ in range(8))
+        copied, ended = zip(*(once(way, beside=True) for _ in range(8)), strict=True)
+        found[way] = {
+            "alone_ms": round(alone, 2),
+            "beside_ms": round(median(copied), 2),
+            "longest_ms": round(max(copied), 2),
+            "transfer_ms": round(median(ended), 1),
+        }
+    source.close()
+    target.close()
+    return {"small_copies": found}
 
 
 def launches_beside_registration(runtime, nbytes=2 * GIB):

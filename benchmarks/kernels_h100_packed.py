@@ -5,7 +5,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from kernels_h100_beside import beside_matmul
+from kernels_h100_beside import beside_matmul, small_copies_beside
 
 from kvkernels.cases import CASE_FORMS
 from kvkernels.cuda_streams import CudaRuntime
@@ -15,8 +15,7 @@ from kvkernels.pieces import StagedPiece
 
 MIB = 1 << 20
 PAGE = 2 * MIB
-PROGRAMS = (8, 16, 32, 1 << 16)
-"""The last: a program a row, for the device to put where nothing else is."""
+PROGRAMS = (4, 8, 16)
 
 
 class Packed:
@@ -133,6 +132,7 @@ def packed_sections(bench, arguments):
             f"triton_pack, {n} programs, beside a matmul",
             lambda m=make: beside_matmul(bench, m, slots=packed.adjacent, rounds=20, products=30),
         )
+    section("triton_pack, small copies beside", lambda: small_copies_beside(bench, packed.make(), packed.scattered))
     section("triton_pack, 32000 tokens, pages of 2 MiB", lambda: bench.whole(packed.make(), packed.scattered))
     section(
         "triton_pack, 2048 tokens, pages of 2 MiB", lambda: bench.whole(packed.make(), packed.scattered, tokens=2048)

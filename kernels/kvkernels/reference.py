@@ -63,9 +63,10 @@ class ReferenceTransfer:
             if whole is None:
                 whole = torch.cat([piece for _, piece in pieces]).view(view.dtype)
             rows, kept = whole.view(len(ids), -1).to(view.device), ids >= 0
-            if not kept.all():
-                ids, rows = ids[kept], rows[kept]
-            view.index_copy_(0, ids, rows)
+            if kept.all():
+                view.index_copy_(0, ids, rows)
+            else:
+                view.index_copy_(0, ids[kept], rows[kept])
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         return DoneHandle()

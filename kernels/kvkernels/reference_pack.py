@@ -122,9 +122,8 @@ class PackMover:
     def _unpack(self, ids: Any, piece: StagedPiece, staging: Any) -> None:
         for plane, _, blocks, rows in self._batches(ids, piece, staging):
             view = self._views[plane]
-            packed, blocks = rows.reshape(-1, piece.row_bytes), blocks.flatten()
             kept = blocks >= 0
-            bits = unpack_rows(packed[kept], self._planes[plane].row_bytes)
+            bits = unpack_rows(rows[kept], self._planes[plane].row_bytes)
             view.index_copy_(0, blocks[kept], bits.view(view.dtype))
 
     def _batches(

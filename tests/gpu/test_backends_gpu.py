@@ -395,3 +395,35 @@ def test_rates_of_the_packing_kernels(programs, escapes):
     for tensor, full in zip(tensors, before, strict=True):
         assert torch.equal(tensor.view(torch.int16), full.view(torch.int16))
     print(f"\n{programs} programs, {escapes:g} escapes: " + ", ".join(f"{w} {r:.1f} GB/s" for w, r in rates.items()))
+
+
+@pytest.mark.parametrize("loading", [True, False], ids=["load", "store"])
+@pytest.mark.parametrize("kind", ["batched", "triton", "triton_pack"])
+def test_an_engines_own_copies_get_in_between(kind, loading):
+    """A step's input and its tokens go by small copies, which must not come behind a whole transfer."""
+    pytest.importorskip("triton")
+    from kvkernels.triton_gather import triton_transfer  # noqa: PLC0415
+    from kvkernels.triton_pack import triton_pack_transfer  # noqa: PLC0415
+
+    make = {"batched": BatchTransfer, "triton": triton_transfer, "triton_pack": triton_pack_transfer}[kind]
+    runtime, blocks = CudaRuntime(0), 1024
+    tensors = [torch.randn(blocks, 16, 8, 256, device="cuda").bfloat16() for _ in range(24)]
+    layout = describe(tensors, num_blocks=blocks, block_tokens=16, chunk_tokens=256, block_dim=0)
+    size = (packed_layout(layout) if kind == "triton_pack" else layout).slot_bytes
+    arena = HostArena(runtime.pinned(blocks // 16 * size), is_pinned=True)
+    slots = [[(chunk * size, size)] for chunk in range(blocks // 16)]
+    transfer = make(layout, tensors, arena, runtime)
+    transfer.store(range(blocks), slots).wait()
+    host, device = torch.zeros(4096).pin_memory(), torch.zeros(4096, device="cuda")
+    for _ in range(3):  # kernels are compiled in the first turn
+        torch.cuda.synchronize()
+        handle = transfer.load(slots, range(blocks)) if loading else transfer.store(range(blocks), slots)
+        for _ in range(6):
+            target, source = (device, host) if loading else (host, device)
+            target.copy_(source, non_blocking=True)
+            device.add_(1)
+        torch.cuda.current_stream().synchronize()
+        before_its_end = not handle.done()
+        handle.wait()
+    assert before_its_end
+    transfer.close()
