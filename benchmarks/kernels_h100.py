@@ -665,15 +665,13 @@ def summary(report):
             print(f"{name:44s} {ratios};", "; ".join(times), "ms")
         elif "store_slowdown_pct" in result:
             print(f"{name:44s}", {k: v for k, v in result.items() if "pct" in k or "outlasted" in k})
-        elif "small_copies" in result:
-            print(f"{name:44s}", result["small_copies"])
         elif "launch_us" in result:
             for beside, found in result["launch_us"].items():
                 print(f"{name}: {beside:10s}", found)
         elif name == "launches while registering":
             for beside, found in result.items():
                 print(f"{name}: {beside:18s}", found)
-        elif "unpack_gbps" in result:
+        elif "unpack_gbps" in result or "small_copies" in result:
             print(f"{name:44s}", result)
         elif "faults" in result:
             print(f"{name:44s} {result['caches']} caches, {result['faults']} faults")
