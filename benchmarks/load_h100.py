@@ -10,6 +10,7 @@ and the next goes on; exit code 1 then.
 
 import argparse
 import asyncio
+import shlex
 import tempfile
 import time
 from collections import defaultdict
@@ -23,6 +24,9 @@ from kvcore.vllm.ttft.systems import SYSTEMS, Sizes, started
 from kvtraces import Chat, Poisson, Spread, workload
 
 BLOCK = 16
+GRAPHS = [1, 2, 4, 8, 16, 24, 32, 64, 128, 256, 512]
+FEW_GRAPHS = f"""--compilation-config '{{"cudagraph_capture_sizes": {GRAPHS}}}'"""
+"""A graph for every batch that comes up, padded more than by vLLM's own sizes: each engine is up half a minute sooner."""
 
 
 def sessions_of(given):
@@ -107,6 +111,7 @@ def run(name, given, model, sessions, gpu_blocks, longest):
     flags += ["--load-format", given.load_format, "--gpu-memory-utilization", given.gpu_memory_utilization]
     flags += ["--max-num-batched-tokens", given.max_num_batched_tokens, "--block-size", given.block_size]
     flags += ["--enforce-eager"] if given.eager else []
+    flags += shlex.split(given.serve_flags)
     sizes = Sizes(l1_gb=given.l1_gb, chunk_tokens=given.chunk)
     with started(name, sizes, folder) as running:
         config = running.arguments.get("kv_transfer_config")
@@ -162,6 +167,7 @@ def arguments():
     parser.add_argument("--l1-gb", type=float, default=40.0, help="host memory of every system, 2^30 bytes")
     parser.add_argument("--chunk", type=int, default=256)
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--serve-flags", default=FEW_GRAPHS, help="more flags of vllm serve")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--load-format", default="dummy")
     parser.add_argument("--block-size", type=int, default=BLOCK)

@@ -8,30 +8,28 @@ engine's (see `staged.py`).
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
 from kvkernels.arena import Arena
-from kvkernels.compiled import CompiledKernel
-from kvkernels.cuda_streams import CudaStream
 from kvkernels.layouts import PagedLayout
 from kvkernels.pieces import StagedPiece
-from kvkernels.reference import word_bytes
 from kvkernels.staged import StagedTransfer
 from kvkernels.streams import Runtime, Stream
-from kvkernels.transfer import Tensors, listed
+from kvkernels.transfer import Tensors
+from kvkernels.triton_rows import VARYING, RowKernels
 
 __all__ = ["TritonMover", "triton_transfer"]
 
 _TILE_BYTES = 64 * 1024
+_WORD_BYTES = 8
 _WARPS = 16
-_VARYING = ["first_plane", "first_chunk", "first_block", "planes", "blocks", "chunk_blocks", "rows"]
 
 
-@triton.jit(do_not_specialize=_VARYING)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def _move_rows(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
     addresses,
     strides,
@@ -83,19 +81,9 @@ class TritonMover:
     rejects = False
 
     def __init__(self, layout: PagedLayout, tensors: Tensors, *, programs: int = 8) -> None:
-        self._tensors = listed(tensors)  # the table holds bare addresses, so the tensors must outlive it
-        self._programs = programs
-        self._kernels: dict[tuple[int, bool], CompiledKernel] = {}
-        """Compiled kernels by the words of a row and the direction, once they have run."""
-        self._chunk_blocks = layout.chunk_blocks
-        device = self._tensors[0].device
-        addresses = [self._tensors[plane.tensor].data_ptr() + plane.offset for plane in layout.planes]
-        strides = [plane.block_stride for plane in layout.planes]
-        self._addresses = torch.tensor(addresses, dtype=torch.int64, device=device)
-        self._strides = torch.tensor(strides, dtype=torch.int64, device=device)
-        sizes = [plane.row_bytes for plane in layout.planes]
-        self._word = word_bytes(*addresses, *strides, *sizes)
-        self._align = 16 if all(value % 16 == 0 for value in (*addresses, *strides, *sizes)) else self._word
+        self._rows = RowKernels(layout, tensors, programs=programs)
+        self._align = gcd(self._rows.align, *(plane.row_bytes for plane in layout.planes))
+        self._word = min(_WORD_BYTES, self._align)
 
     def gather(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any, rejected: Any) -> None:
         """Launch the gather."""
@@ -108,33 +96,14 @@ class TritonMover:
     def _launch(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any, *, gather: bool) -> None:
         row_words = piece.row_bytes // self._word
         tile = min(_TILE_BYTES // self._word, 1 << (row_words - 1).bit_length())
-        grid = min(self._programs, piece.rows * -(-row_words // tile))
-        tensors = (self._addresses, self._strides, ids, staging)
-        sizes = (
-            piece.planes.start,
-            piece.chunks.start,
-            piece.blocks.start,
-            len(piece.planes),
-            len(piece.blocks),
-            self._chunk_blocks,
-            piece.rows,
-        )
-        kernel = self._kernels.get((row_words, gather))
-        if kernel is not None and isinstance(stream, CudaStream):
-            kernel.launch(stream, grid, [tensor.data_ptr() for tensor in tensors], sizes)
-            return
-        constants = {
-            "ROW_WORDS": row_words,
-            "WORD": {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[self._word],
-            "ALIGN": self._align,
-            "TILE": tile,
-            "GATHER": gather,
-        }
-        warps = _WARPS if tile * self._word >= _TILE_BYTES // 4 else 4
-        compiled: list[Any] = []
-        stream.launch(lambda: compiled.append(_move_rows[(grid,)](*tensors, *sizes, **constants, num_warps=warps)))
-        if isinstance(stream, CudaStream):
-            self._kernels[row_words, gather] = CompiledKernel(compiled[0], pointers=len(tensors), integers=len(sizes))
+
+        def constants() -> tuple[dict[str, Any], int]:
+            word = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[self._word]
+            given = {"ROW_WORDS": row_words, "WORD": word, "ALIGN": self._align, "TILE": tile, "GATHER": gather}
+            return given, _WARPS if tile * self._word >= _TILE_BYTES // 4 else 4
+
+        units = piece.rows * -(-row_words // tile)
+        self._rows.launch(_move_rows, stream, ids, piece, staging, constants, gather=gather, units=units)
 
 
 def triton_transfer(

@@ -12,15 +12,13 @@ for another.
 
 from __future__ import annotations
 
-from math import gcd
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
 from kvkernels.arena import Arena
-from kvkernels.compiled import CompiledKernel
 from kvkernels.cuda_streams import CudaStream
 from kvkernels.errors import LayoutError
 from kvkernels.layouts import PagedLayout
@@ -28,20 +26,19 @@ from kvkernels.packing import VECTOR, PackedRow, packed_layout
 from kvkernels.pieces import StagedPiece
 from kvkernels.staged import StagedTransfer
 from kvkernels.streams import Runtime, Stream
-from kvkernels.transfer import Tensors, listed
+from kvkernels.transfer import Tensors
+from kvkernels.triton_rows import VARYING, RowKernels
 
 __all__ = ["TritonPackMover", "triton_pack_transfer"]
 
 _TILE_VALUES = 32 * 1024
 _WARPS = 32
-_ALIGNMENT = 16
 _WORD = 4
 _LEAST_VECTORS = 4
 """Half the values of so many are four words for each thread of a warp."""
-_VARYING = ["rejected", "first_plane", "first_chunk", "first_block", "planes", "blocks", "chunk_blocks", "rows"]
 
 
-@triton.jit(do_not_specialize=_VARYING)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rejected", *VARYING])  # type: ignore[untyped-decorator]
 def _pack_rows(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
     addresses,
     strides,
@@ -73,7 +70,7 @@ def _pack_rows(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
     mine = tl.arange(0, 128) * step
     first = row
     while first < rows:  # not range(): Triton's interpreter cannot take it with NumPy 2.4
-        _store_counts(staging, first + mine, 0, rows, PACKED)
+        tl.store(_counters(staging, first + mine, PACKED), 0, mask=first + mine < rows)
         first += 128 * step
     tl.debug_barrier()
     address = _paged(row, addresses, strides, ids, first_plane, first_chunk, first_block, planes, blocks, chunk_blocks)
@@ -101,16 +98,15 @@ def _pack_rows(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
     tl.debug_barrier()
     first = tl.program_id(0)
     while first < rows:
-        row_numbers = first + mine
-        counters = (staging + row_numbers.to(tl.int64) * PACKED).to(tl.pointer_type(tl.int32))
-        counts = tl.load(counters, mask=row_numbers < rows, other=0, volatile=True)
-        chunk = first_chunk + row_numbers // (blocks * planes)
+        counters = _counters(staging, first + mine, PACKED)
+        counts = tl.load(counters, mask=first + mine < rows, other=0, volatile=True)
+        chunk = first_chunk + (first + mine) // (blocks * planes)
         marks = (rejected + chunk.to(tl.int64) * 4).to(tl.pointer_type(tl.int32))
         tl.store(marks, 1, mask=counts > CAPACITY)
         first += 128 * step
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _paged(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
     row, addresses, strides, ids, first_plane, first_chunk, first_block, planes, blocks, chunk_blocks
 ):
@@ -121,10 +117,9 @@ def _paged(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
     return tl.where(page < 0, 0, tl.load(addresses + plane) + page * tl.load(strides + plane))
 
 
-@triton.jit
-def _store_counts(staging, row, count, rows, PACKED: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    counters = (staging + row.to(tl.int64) * PACKED).to(tl.pointer_type(tl.int32))
-    tl.store(counters, count, mask=row < rows)
+@triton.jit  # type: ignore[untyped-decorator]
+def _counters(staging, row, PACKED: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    return (staging + row.to(tl.int64) * PACKED).to(tl.pointer_type(tl.int32))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -207,7 +202,7 @@ def _pack_vectors(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
     return (((low_code & 0xFFFF) == 0) | (low_code < 0x10000)) | (((high_code & 0xFFFF) == 0) | (high_code < 0x10000))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _store_bases(start, base, mask):  # type: ignore[no-untyped-def]
     """Store a byte a row of the mask, where that is true, by the thread which has it.
 
@@ -311,7 +306,7 @@ def _load_bytes(start, offsets, mask):  # type: ignore[no-untyped-def]
     return tl.load(tl.max_contiguous(start + offsets, [1, 8]), mask=mask, other=0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=_VARYING[1:])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
 def _unpack_rows(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0917
     addresses,
     strides,
@@ -393,58 +388,37 @@ class TritonPackMover:
     rejects = True
 
     def __init__(self, layout: PagedLayout, tensors: Tensors, *, programs: int = 8) -> None:
-        self._tensors = listed(tensors)  # the table holds bare addresses, so the tensors must outlive it
-        self._programs = programs
-        self._kernels: dict[tuple[int, bool], CompiledKernel] = {}
-        """Compiled kernels by the bytes of an unpacked row and the direction, once they have run."""
-        self._planes = layout.planes
-        self._chunk_blocks = layout.chunk_blocks
-        device = self._tensors[0].device
-        addresses = [self._tensors[plane.tensor].data_ptr() + plane.offset for plane in layout.planes]
-        strides = [plane.block_stride for plane in layout.planes]
-        self._addresses = torch.tensor(addresses, dtype=torch.int64, device=device)
-        self._strides = torch.tensor(strides, dtype=torch.int64, device=device)
-        self._align = gcd(_ALIGNMENT, *addresses, *strides)
-        if self._align % _WORD:
+        self._rows = RowKernels(layout, tensors, programs=programs)
+        if self._rows.align % _WORD:
             raise LayoutError("values are packed by twos, and a block lies at an odd one")
 
     def gather(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any, rejected: Any) -> None:
         """Launch the packing of the piece's blocks."""
-        self._launch(stream, ids, piece, staging, rejected)
+        self._launch(_pack_rows, stream, ids, piece, staging, gather=True, further=[int(rejected.ctypes.data)])
 
     def scatter(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any) -> None:
         """Launch their unpacking."""
-        self._launch(stream, ids, piece, staging, None)
+        self._launch(_unpack_rows, stream, ids, piece, staging, gather=False, further=())
 
-    def _launch(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any, rejected: Any) -> None:
-        row_bytes = self._planes[piece.planes.start].row_bytes
-        grid = min(self._programs, piece.rows)
-        tensors = (self._addresses, self._strides, ids, staging)
-        marks = () if rejected is None else (int(rejected.ctypes.data),)
-        sizes = (
-            piece.planes.start,
-            piece.chunks.start,
-            piece.blocks.start,
-            len(piece.planes),
-            len(piece.blocks),
-            self._chunk_blocks,
-            piece.rows,
+    def _launch(
+        self,
+        function: Any,
+        stream: Stream,
+        ids: Any,
+        piece: StagedPiece,
+        staging: Any,
+        *,
+        gather: bool,
+        further: Sequence[int],
+    ) -> None:
+        def constants() -> tuple[dict[str, Any], int]:
+            on_gpu = isinstance(stream, CudaStream)
+            given = row_constants(self._rows.row_bytes(piece), self._rows.align, packing=gather, on_gpu=on_gpu)
+            return given, warps_of(given["VECTORS"])
+
+        self._rows.launch(
+            function, stream, ids, piece, staging, constants, gather=gather, units=piece.rows, further=further
         )
-        kernel = self._kernels.get((row_bytes, bool(marks)))
-        if kernel is not None and isinstance(stream, CudaStream):
-            kernel.launch(stream, grid, [*(tensor.data_ptr() for tensor in tensors), *marks], sizes)
-            return
-        function = _pack_rows if marks else _unpack_rows
-        on_gpu = isinstance(stream, CudaStream)
-        constants = row_constants(row_bytes, self._align, packing=bool(marks), on_gpu=on_gpu)
-        warps = warps_of(constants["VECTORS"])
-        compiled: list[Any] = []
-        stream.launch(
-            lambda: compiled.append(function[(grid,)](*tensors, *marks, *sizes, **constants, num_warps=warps))
-        )
-        if isinstance(stream, CudaStream):
-            pointers = len(tensors) + len(marks)
-            self._kernels[row_bytes, bool(marks)] = CompiledKernel(compiled[0], pointers=pointers, integers=len(sizes))
 
 
 def row_constants(row_bytes: int, align: int, *, packing: bool, on_gpu: bool = True) -> dict[str, int]:

@@ -87,7 +87,7 @@ class Hasher:
             found += run
         return found
 
-    def _remember(self, root: bytes, theirs: Sequence[bytes], ours: Sequence[bytes]) -> None:
+    def _remember(self, root: bytes, theirs: Sequence[bytes], ours: list[bytes]) -> None:
         if len(self._known) > _MOST_RUNS:
             self._known.clear()
         for stop in range(_RUN, len(theirs) + 1, _RUN):

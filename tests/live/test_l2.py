@@ -26,6 +26,8 @@ def files(folder):
 
 def fill(server, engine):
     for at, prompt in enumerate(PROMPTS):
+        # What is still on its way to L2 keeps its pages, and room that is not there is refused.
+        wait_for(lambda: idle(server))
         engine.serve(f"fill-{at}", prompt)
     wait_for(lambda: server.counters().get("kvcore_l2_chunks", 0) and settled(server))
 
@@ -34,9 +36,12 @@ def settled(server):
     """Whether nothing is on its way to L2: the count stands still, and nothing is pinned for a copy."""
     before = server.counters()["kvcore_l2_chunks"]
     time.sleep(0.05)
-    tiers = server.status()["tiers"]
-    idle = all(tier["idle_pages"] == tier["pages"] for tier in tiers)
-    return idle and server.counters()["kvcore_l2_chunks"] == before
+    return idle(server) and server.counters()["kvcore_l2_chunks"] == before
+
+
+def idle(server):
+    """Whether nothing is pinned, at any tier."""
+    return all(tier["idle_pages"] == tier["pages"] for tier in server.status()["tiers"])
 
 
 @pytest.mark.parametrize("placement", ["write-through", "write-back"])
