@@ -26,7 +26,7 @@ from kvtraces import Chat, Poisson, Spread, workload
 BLOCK = 16
 GRAPHS = [1, 2, 4, 8, 16, 24, 32, 64, 128, 256, 512]
 FEW_GRAPHS = f"""--compilation-config '{{"cudagraph_capture_sizes": {GRAPHS}}}'"""
-"""A graph for every batch that comes up, padded more than by vLLM's own sizes: each engine is up half a minute sooner."""
+"""A graph for every batch that comes up, padded more than by vLLM's own sizes, and an engine that is up sooner."""
 
 
 def sessions_of(given):
