@@ -18,7 +18,7 @@ from kvkernels.cases import random_case, random_ids, random_slots
 from kvkernels.cuda_batch import BatchTransfer
 from kvkernels.pieces import load_pieces, plane_groups, store_pieces
 from kvkernels.reference import plane_views
-from kvkernels.staged import StagedTransfer
+from kvkernels.staged import CopyLanes, StagedTransfer
 from kvkernels.streams import HostRuntime
 from kvkernels.submit import ThreadSubmitter
 
@@ -490,3 +490,44 @@ def test_a_row_larger_than_staging_is_refused(lazy_runtime):
     case, _, _, arena = setting(1)
     with pytest.raises(LayoutError, match="does not fit"):
         StagedTransfer(case.layout, arena, lazy_runtime(0), None, name="staged", staging_bytes=64, buffers=2)
+
+
+def test_copies_take_turns_each_behind_the_one_before():
+    """Whatever a stream waits for, others get in: no stream ever has two copies in a row, and none overtakes."""
+    told = []
+
+    class Lane:
+        def __init__(self, name):
+            self.name = name
+
+        def wait(self, event):
+            told.append((self.name, "waits for", event))
+
+        def record(self):
+            told.append((self.name, "records"))
+            return f"{self.name}{len(told)}"
+
+    class Streams:
+        def __init__(self):
+            self.made = []
+
+        def stream(self, *, urgent):
+            assert not urgent, "an urgent one would always go first"
+            self.made.append(Lane("ab"[len(self.made)]))
+            return self.made[-1]
+
+    lanes = CopyLanes(Streams())
+    turns, events = [], []
+    for _ in range(4):
+        turns.append(lanes.turn().name)
+        events.append(lanes.record())
+    assert turns in (list("abab"), list("baba"))
+    assert [row for row in told if row[1] == "waits for"] == [
+        (name, "waits for", event) for name, event in zip(turns[1:], events, strict=False)
+    ]
+    told.clear()
+    failed = lanes.turn().name  # and its copy was never recorded
+    over = lanes.give_up()
+    assert told[0] == (failed, "waits for", events[-1])
+    assert {row[0] for row in told if row[1] == "records"} == set("ab")
+    assert over.startswith(failed)
