@@ -116,6 +116,8 @@ class BatchTransfer:
     def _steps(
         self, request: Request, side: _Direction, after: Event, handle: StreamHandle, *, loading: bool
     ) -> Iterator[Event | None]:
+        side.copies.turn().wait(after)
+        side.copies.record()  # every later copy is behind it
         last: list[Event] = []
         for group in self._groups(request):
             host, device, length = self._copies(request, group)
@@ -123,9 +125,7 @@ class BatchTransfer:
             for at in range(0, len(length), self._call_copies):
                 yield side.window.full()
                 mine = slice(at, at + self._call_copies)
-                copies = side.copies.turn()
-                copies.wait(after)
-                copies.copy(target[mine], source[mine], length[mine])
+                side.copies.turn().copy(target[mine], source[mine], length[mine])
                 last = [side.copies.record()]
                 side.window.add(last[0])
             handle.arrived(group.stop, last)

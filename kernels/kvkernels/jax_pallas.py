@@ -106,9 +106,10 @@ class JaxTransfer:
         """Copy slots into blocks; `arrays` holds the new cache at once, its bytes follow in the device's order."""
         request = check_request(self.layout, self._arena, block_ids, slots, planes, loading=True)
         for tensor, piece in self._pieces(request):
-            ids, lifted = self._row_ids(request, piece), self._lift(request, tensor, piece)
+            ids = self._row_ids(request, piece)
             if (ids < 0).all():
                 continue
+            lifted = self._lift(request, tensor, piece)
             if (ids < 0).any():  # a row that is written twice takes the place of one that is left out
                 chosen = np.where(ids < 0, np.argmax(ids >= 0), np.arange(len(ids)))
                 ids, lifted = ids[chosen], lifted[chosen]

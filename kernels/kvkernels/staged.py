@@ -159,7 +159,6 @@ class StagedTransfer:
     ) -> None:
         self.name = name
         self.layout = layout
-        self.staging_bytes = staging_bytes
         self._arena = arena
         self._runtime = runtime
         self._mover = mover

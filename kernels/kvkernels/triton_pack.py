@@ -12,7 +12,7 @@ for another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import triton
@@ -394,31 +394,20 @@ class TritonPackMover:
 
     def gather(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any, rejected: Any) -> None:
         """Launch the packing of the piece's blocks."""
-        self._launch(_pack_rows, stream, ids, piece, staging, gather=True, further=[int(rejected.ctypes.data)])
+        constants = partial(self._constants, piece, packing=True, on_gpu=isinstance(stream, CudaStream))
+        marks = [int(rejected.ctypes.data)]
+        self._rows.launch(
+            _pack_rows, stream, ids, piece, staging, constants, gather=True, units=piece.rows, further=marks
+        )
 
     def scatter(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any) -> None:
         """Launch their unpacking."""
-        self._launch(_unpack_rows, stream, ids, piece, staging, gather=False, further=())
+        constants = partial(self._constants, piece, packing=False)
+        self._rows.launch(_unpack_rows, stream, ids, piece, staging, constants, gather=False, units=piece.rows)
 
-    def _launch(
-        self,
-        function: Any,
-        stream: Stream,
-        ids: Any,
-        piece: StagedPiece,
-        staging: Any,
-        *,
-        gather: bool,
-        further: Sequence[int],
-    ) -> None:
-        def constants() -> tuple[dict[str, Any], int]:
-            on_gpu = isinstance(stream, CudaStream)
-            given = row_constants(self._rows.row_bytes(piece), self._rows.align, packing=gather, on_gpu=on_gpu)
-            return given, warps_of(given["VECTORS"])
-
-        self._rows.launch(
-            function, stream, ids, piece, staging, constants, gather=gather, units=piece.rows, further=further
-        )
+    def _constants(self, piece: StagedPiece, *, packing: bool, on_gpu: bool = True) -> tuple[dict[str, Any], int]:
+        given = row_constants(self._rows.row_bytes(piece), self._rows.align, packing=packing, on_gpu=on_gpu)
+        return given, warps_of(given["VECTORS"])
 
 
 def row_constants(row_bytes: int, align: int, *, packing: bool, on_gpu: bool = True) -> dict[str, int]:

@@ -54,6 +54,7 @@ __all__ = [
 
 _LOG = logging.getLogger("kvcore.client")
 _PATIENCE_S = 0.02
+"""A wait for an answer that only a server in trouble exceeds."""
 
 
 class NotYet:

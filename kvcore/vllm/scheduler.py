@@ -1,7 +1,7 @@
 """The scheduler's half of the connectors: what to look up, what to ask room for, and when a request lets go.
 
 It knows vLLM's objects by their attributes only, so it runs without vLLM. Nothing here waits for the server for longer
-than `Options.grant_wait_s`.
+than `Options.grant_wait_s`, but for a lookup while the engine has nothing else to do.
 """
 
 import logging
