@@ -4,12 +4,14 @@
 
 Each system gets the same sessions (from kvtraces' generator, real token ids, think times included), the same host
 memory, its recommended flags, and a fresh `vllm serve`. A session sends its next turn when the last one has been
-answered and thought about. With the defaults about two minutes a system on an H100. A system that fails is reported
-and the next goes on; exit code 1 then.
+answered and thought about. With the defaults about two minutes a system on an H100, most of it the engine's start. A
+system that fails is reported and the next goes on; exit code 1 then. With --go-on the results of an --out of the same
+setting are kept and only the systems that it lacks are run: on the same machine, or they cannot be compared.
 """
 
 import argparse
 import asyncio
+import json
 import shlex
 import tempfile
 import time
@@ -150,6 +152,16 @@ def ratios(results):
     return found
 
 
+def gone_on(before, result):
+    """The result with what an earlier run found; SystemExit where that was of another setting or device."""
+    apart = {"systems", "budget_s", "go_on", "logs", "out"}
+    settings = [{name: value for name, value in one["setting"].items() if name not in apart} for one in (before, result)]
+    if settings[0] != settings[1] or before["device"] != result["device"]:
+        raise SystemExit("--go-on: the results in --out are of another setting or device")
+    commands = [*before.get("commands", [before["command"]]), result["command"]]
+    return {**result, "commands": commands, "results": before["results"], "ratios": before["ratios"]}
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "load-h100.json")
@@ -176,6 +188,7 @@ def arguments():
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--no-pin-wait", action="store_true", help="do not wait until host memory is pinned")
     parser.add_argument("--budget-s", type=float, default=540.0, help="start no system that would probably end later")
+    parser.add_argument("--go-on", action="store_true", help="keep the results that are in --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()) / "kvcore-load-logs")
     return parser.parse_args()
@@ -201,8 +214,12 @@ def main():
         "failures": {},
     }
     say(f"working set {tokens:,} tokens, GPU cache {gpu_blocks * given.block_size:,}, longest request {longest:,}")
+    if given.go_on and given.out.exists():
+        result = gone_on(json.loads(given.out.read_text()), result)
     begun, slowest = time.perf_counter(), 0.0
     for name in given.systems.split(","):
+        if name in result["results"]:
+            continue
         if time.perf_counter() - begun + slowest > given.budget_s:
             result["failures"][name] = "not run: out of time"
             continue

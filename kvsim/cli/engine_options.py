@@ -110,8 +110,13 @@ StoreOutput: TypeAlias = Annotated[
     typer.Option("--store-output", help="Store outputs' KV too; the log needs its hashes.", rich_help_panel=_CACHE),
 ]
 LoadName: TypeAlias = Annotated[
-    Literal["layerwise", "sync", "async"],
-    typer.Option("--load", help="How an engine loads: overlapped, before compute, beside.", rich_help_panel=_CACHE),
+    Literal["auto", "layerwise", "sync", "async"],
+    typer.Option(
+        "--load",
+        help="How an engine loads: overlapped, before compute, beside; auto: beside while another prompt is computed, "
+        "else overlapped.",
+        rich_help_panel=_CACHE,
+    ),
 ]
 LookupS: TypeAlias = Annotated[
     float, typer.Option(help="Seconds that a lookup holds up the scheduler.", rich_help_panel=_CACHE)

@@ -89,7 +89,7 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
     ttl_s: TtlS = None,
     load_or_recompute: LoadOrRecompute = False,
     store_output: StoreOutput = False,
-    load: LoadName = "layerwise",
+    load: LoadName = "auto",
     lookup_s: LookupS = 0.0,
     baseline: Annotated[
         bool,

@@ -59,6 +59,8 @@ class Engine:
         self._began = 0.0
         self._known = 0.0
         """When the step that is being put together was: what came later is not in it."""
+        self._others_first = False
+        """Whether the step that is being put together comes behind one in which prompts are computed."""
         self._unblocked = 0.0
         """When the head of the queue last got what it had lacked."""
         self._left = 0
@@ -119,6 +121,8 @@ class Engine:
     def _schedule(self, known: float) -> None:
         """Put the next step together, of what had come by the time `known`, and start it."""
         self._known = known
+        # The step before is under way at that time, with the prompts whose tokens it will bring.
+        self._others_first = bool(self._prefilling or (self._settings.async_scheduling and self._parts))
         self._idle = self._blocked = False
         self._macro = None
         self._taken = 0
@@ -225,7 +229,7 @@ class Engine:
             return False
         size = self._settings.chunk_bytes(end - cached)
         job.loaded += end - cached
-        if self._settings.load != "async":
+        if not self._asynchronous():
             self._loads.append((job, size))
             return False
         # The whole prompt's blocks, or requests that wait with parts of theirs could keep each other from running.
@@ -233,6 +237,10 @@ class Engine:
         job.load_began = self._env.now
         self.link.send(0, size, lambda: self._loaded(job))
         return True
+
+    def _asynchronous(self) -> bool:
+        """Whether a load goes on beside the batch."""
+        return self._settings.load == "async" or (self._settings.load == "auto" and self._others_first)
 
     def _loaded(self, job: Job) -> None:
         """An asynchronous load has arrived."""
@@ -309,7 +317,7 @@ class Engine:
         Layer by layer, compute follows one layer behind the load and ends one layer after it, whichever is slower.
         """
         now, compute = self._env.now, self._compute_s
-        if self._settings.load == "layerwise":
+        if self._settings.load != "sync":
             first = turn + (now - turn) / self._layers
             end = max(first + compute, now + compute / self._layers)
         else:

@@ -12,7 +12,7 @@ from kvsim.profiles import Profile
 
 Routing: TypeAlias = Literal["round-robin", "least-loaded", "prefix-aware", "recorded"]
 Arrivals: TypeAlias = Literal["recorded", "poisson", "uniform"]
-LoadMode: TypeAlias = Literal["layerwise", "sync", "async"]
+LoadMode: TypeAlias = Literal["auto", "layerwise", "sync", "async"]
 LowerKind: TypeAlias = Literal["disk", "network"]
 
 GIB = 2**30
@@ -61,7 +61,8 @@ class RunSettings:
         packed_share: What KV takes beyond the GPU, of its size there: 1, or less where it is packed.
         page_bytes: Page of the L1 arena; a chunk takes whole ones.
         load: How the engine loads: `layerwise` (in the step, layers overlapped with compute), `sync` (in the step,
-            before compute) or `async` (the request waits beside the batch).
+            before compute), `async` (the request waits beside the batch), or `auto`, as kvcore's connectors do on
+            GPUs: async while another prompt is being computed, else layerwise.
         lookup_s: What a lookup holds up the scheduler.
     """
 
@@ -94,7 +95,7 @@ class RunSettings:
     store_output: bool = False
     packed_share: float = 1.0
     page_bytes: int = 2 * 2**20
-    load: LoadMode = "layerwise"
+    load: LoadMode = "auto"
     lookup_s: float = 0.0
 
     def __post_init__(self) -> None:

@@ -74,7 +74,7 @@ def test_what_l0_holds_does_not_change_what_l1_sees(l0_prefix_caching):
 
 
 @pytest.mark.parametrize("placement", ["write-through", "write-back"])
-@pytest.mark.parametrize("load", ["layerwise", "sync", "async"])
+@pytest.mark.parametrize("load", ["auto", "layerwise", "sync", "async"])
 def test_two_tiers(placement, load):
     log = generate(Chat(requests=300, seed=7, block_tokens=16))
     chosen = settings(64, 30, "lru", l2_gb=200 * 64 / GIB, placement=placement, load=load, l0_prefix_caching=False)

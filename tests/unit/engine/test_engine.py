@@ -166,6 +166,7 @@ def test_preemption_recomputes_and_everybody_ends(serve):
         ("sync", 0.640 + 0.640),
         ("async", 0.640 + 0.640),
         ("layerwise", 0.640 + 0.064),
+        ("auto", 0.640 + 0.064),
     ],
 )
 def test_loads_overlap_with_compute_only_layer_by_layer(serve, load, expected):
@@ -184,6 +185,29 @@ def test_loads_overlap_with_compute_only_layer_by_layer(serve, load, expected):
     assert ttft(result)[1] == pytest.approx(expected)
     assert result.columns["load_s"][1] == pytest.approx(expected - 0.640)
     assert result.columns["prefill_s"][1] == pytest.approx(0.640)
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False])
+@pytest.mark.parametrize(
+    ("load", "last_step"),
+    # The prompt's last 220 tokens alone, or with the hit's 16 new ones and its 640 ms of loading.
+    [("auto", 2.20), ("async", 2.20), ("layerwise", 2.36 + 0.064), ("sync", 2.36 + 0.640)],
+)
+def test_a_hit_that_comes_while_a_prompt_is_computed_is_loaded_beside_it(serve, load, last_step, async_scheduling):
+    family = list(range(40))
+    result = serve(
+        [0, 100, 105],
+        [640, 3100, 656],
+        chains=[family, list(range(1000, 1193)), [*family, 100]],
+        profile={"linear": 1e-2, "rate": 1e3},
+        l1_gb=None,
+        l0_prefix_caching=False,
+        max_num_batched_tokens=320,
+        async_scheduling=async_scheduling,
+        load=load,
+    )
+    assert result.columns["loaded_tokens"].tolist() == [0, 0, 640]
+    assert ttft(result)[1] == pytest.approx(9 * 3.20 + last_step)
 
 
 def test_packed_kv_takes_less_of_the_bus_and_of_l1_and_not_of_the_gpu(serve):

@@ -163,7 +163,7 @@ def test_bytes_are_gib():
         min_size=1,
         max_size=30,
     ),
-    st.sampled_from(["layerwise", "sync", "async"]),
+    st.sampled_from(["auto", "layerwise", "sync", "async"]),
     st.integers(1, 4),
     st.sampled_from([40, 200]),
     st.booleans(),
