@@ -155,7 +155,9 @@ def ratios(results):
 def gone_on(before, result):
     """The result with what an earlier run found; SystemExit where that was of another setting or device."""
     apart = {"systems", "budget_s", "go_on", "logs", "out"}
-    settings = [{name: value for name, value in one["setting"].items() if name not in apart} for one in (before, result)]
+    settings = [
+        {name: value for name, value in one["setting"].items() if name not in apart} for one in (before, result)
+    ]
     if settings[0] != settings[1] or before["device"] != result["device"]:
         raise SystemExit("--go-on: the results in --out are of another setting or device")
     commands = [*before.get("commands", [before["command"]]), result["command"]]
