@@ -334,7 +334,8 @@ def main():
         tempfile.TemporaryDirectory(prefix="kvcore-predict-") as folder,
         tarfile.open(given.out / "logs.tar", "w") as logs,
     ):
-        replays = Replays(given, model_folder(given.model, folder), Path(folder))
+        model = model_folder(given.model, tempfile.gettempdir())  # a new path would be compiled for anew
+        replays = Replays(given, model, Path(folder))
         begun = time.perf_counter()
         try:
             replays.replay("warm-up", None, l1_gb=min(given.l1_gb, 8.0), chunk=given.chunk, record=False)

@@ -21,7 +21,7 @@ from kvkernels.slots import Slot
 from kvkernels.streams import HostRuntime, Runtime
 from kvkernels.transfer import Tensors, Transfer, listed
 
-__all__ = ["Choice", "UnpackableError", "best_backend", "measure"]
+__all__ = ["Choice", "UnpackableError", "backend_of", "best_backend", "measure"]
 
 _SCRATCH_BYTES = 256 << 20
 _SEED = 5
@@ -57,7 +57,6 @@ def best_backend(
     tensors: Tensors,
     arena: Arena,
     *,
-    only: Sequence[str] = (),
     scratch_bytes: int = _SCRATCH_BYTES,
     packed: bool = False,
 ) -> Choice:
@@ -71,7 +70,6 @@ def best_backend(
         layout: what `describe` returned for these tensors.
         tensors: the engine's KV cache (torch; JAX engines use `JaxTransfer`, which owns its arrays).
         arena: the arena to serve, not touched here. Over a `RegisteredArena` the transfer bounces what is not pinned.
-        only: names of backends to consider (`reference`, `cuda_batch`, `memmove`, `triton`); all by default.
         scratch_bytes: the most host memory (pinned on a GPU) to measure with; one chunk at least.
         packed: keep slots packed (see `packing`): by `triton_pack` on a GPU, by `reference_pack` on the CPU. The
             transfer's layout is then `packed_layout(layout)`. Where the cache holds what cannot be packed, nothing is
@@ -82,13 +80,12 @@ def best_backend(
     """
     runtime, makers = (_packing_candidates if packed else _candidates)(layout, tensors)
     layout = packed_layout(layout) if packed else layout
-    chosen = {name: make for name, make in makers.items() if not only or name in only}
     counts = _chunk_counts(layout, scratch_bytes)
     scratch = HostArena(runtime.pinned(counts[-1] * layout.slot_bytes), is_pinned=True)
     curves: dict[str, Any] = {}
     built: dict[str, Transfer] = {}
     unmeasured: list[str] = []
-    for name, make in chosen.items():
+    for name, make in makers.items():
         try:
             built[name] = make(scratch)
             curves[name] = measure(built[name], counts, quiet=arena)
@@ -110,8 +107,27 @@ def best_backend(
     }
     measured = built[best]
     # One that has staging serves with what it was measured with: another of it would double that memory.
-    transfer = measured.over(arena) if isinstance(measured, StreamTransfer) else chosen[best](arena)
+    transfer = measured.over(arena) if isinstance(measured, StreamTransfer) else makers[best](arena)
     return Choice(_serving(transfer, arena, runtime), profile)
+
+
+def backend_of(name: str, layout: PagedLayout, tensors: Tensors, arena: Arena, *, packed: bool = False) -> Transfer:
+    """Build the backend that `best_backend` chose before over another arena: nothing is measured, engines may run.
+
+    Args:
+        name: the profile's `backend`.
+        layout: as there.
+        tensors: as there.
+        arena: as there.
+        packed: as there.
+
+    Raises:
+        LayoutError: the backend cannot serve this layout on this device.
+    """
+    runtime, makers = (_packing_candidates if packed else _candidates)(layout, tensors)
+    if name not in makers:
+        raise LayoutError(f"no backend {name!r} on device {layout.device}: there are {', '.join(makers)}")
+    return _serving(makers[name](arena), arena, runtime)
 
 
 def preferred(layout: PagedLayout, rated: Mapping[str, float]) -> str:

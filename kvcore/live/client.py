@@ -329,6 +329,7 @@ class WorkerClient:
         register: Who the worker is; `role` must be "worker".
         drain: Called, in the background thread, before the worker registers again after the server was away; it
             returns when no copy of before is under way any more. Only then may the server give the pages to others.
+        back: Called there when it has registered again; meanwhile its lease is not renewed.
         deadline_s: A reply that is missing for longer marks the server away.
         curve: Keys, for a server that is not on this host's loopback.
 
@@ -340,13 +341,14 @@ class WorkerClient:
         register: Register,
         *,
         drain: Callable[[], None] | None = None,
+        back: Callable[[], None] | None = None,
         deadline_s: float = 0.5,
         curve: CurveKeys | None = None,
     ) -> None:
         if register.role != "worker":
             raise ValueError(f"a WorkerClient registers as worker, not as {register.role}")
         self._rank = register.rank
-        self._presence = Presence(endpoint, register, deadline_s=deadline_s, drain=drain, curve=curve)
+        self._presence = Presence(endpoint, register, deadline_s=deadline_s, drain=drain, back=back, curve=curve)
 
     def register(self, timeout_s: float = 5.0) -> Registered | None:
         """Register the worker, connect its liveness socket and start its heartbeat; None where the server is away.

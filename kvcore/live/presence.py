@@ -55,12 +55,14 @@ class Presence:
         *,
         deadline_s: float = 0.5,
         drain: Callable[[], None] | None = None,
+        back: Callable[[], None] | None = None,
         curve: CurveKeys | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._register = register
         self._deadline_s = deadline_s
         self._drain = drain
+        self._back = back
         self._curve = curve
         self._session: Session | None = None
         self._epoch = 0
@@ -205,6 +207,8 @@ class Presence:
                 self._refusal = ""
                 self._session = session
                 _LOG.warning("kvcore server is back (epoch %d)", session.registered.epoch)
+                if self._back is not None:
+                    self._back()
                 return
             self._sleep(backoff)
             backoff = min(2 * backoff, _LAST_BACKOFF_S)

@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, MLAAttentionSpec
 
 from kvcore.vllm.mover import Packing
-from kvcore.vllm.transfers import CudaTransfers, HostTransfers, TransferFactory
+from kvcore.vllm.transfers import Backends, CudaTransfers, HostTransfers, TransferFactory
 
 __all__ = [
     "KVConnectorBase_V1",
@@ -157,7 +157,7 @@ def copies_in_step(vllm_config: Any) -> bool:
 
 def transfer_factory(vllm_config: Any) -> TransferFactory:
     """Return what makes the copies between the KV cache and the arena on this device."""
-    return HostTransfers if on_cpu(vllm_config) else CudaTransfers
+    return Backends(HostTransfers if on_cpu(vllm_config) else CudaTransfers)
 
 
 def packing(vllm_config: Any, wanted: Packing) -> Packing:

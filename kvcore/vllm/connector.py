@@ -171,6 +171,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             self._endpoint(),
             register,
             drain=self._worker.drain,
+            back=self._worker.server_is_back,
             deadline_s=self._deadline_s,
             curve=self._settings.curve,
         )

@@ -89,10 +89,24 @@ class Mover:
             raise
 
     def serves(self, registered: Registered) -> bool:
-        """Return whether this can go on under another registration, as it can with the same server's same arena."""
+        """Whether this can go on under another registration: with the same arena, of the same server or the next one.
+
+        A server that takes over what another left goes on with its file, which is mapped and pinned here already.
+        """
+        if registered is self.registered:
+            return True
+        if not self.alike(registered) or registered.arena_path != self.registered.arena_path:
+            return False
+        if registered.epoch != self.registered.epoch and not self.arena.is_current:
+            return False
+        self.registered = registered
+        return True
+
+    def alike(self, registered: Registered) -> bool:
+        """Whether chunks lie in that registration's pages as they do in this one's."""
         return all(
             getattr(registered, name) == getattr(self.registered, name)
-            for name in ("epoch", "arena_path", "page_bytes", "chunk_tokens", "shard_bytes")
+            for name in ("page_bytes", "chunk_tokens", "shard_bytes")
         )
 
     def store(self, pages: NDArray[np.uint32], blocks: NDArray[np.int64]) -> Handle:
@@ -108,8 +122,12 @@ class Mover:
         return int((blocks >= 0).sum()) * self.layout.block_bytes
 
     def close(self) -> None:
-        """End what is under way and let go of the arena, which stays."""
+        """End what is under way."""
         self._transfers.close()
+
+    def release(self) -> None:
+        """Let go of the arena, which stays; after `close`. That takes seconds where it is large and pinned."""
+        self._transfers.unpin()
         self.arena.close()
 
     def _slots(self, pages: NDArray[np.uint32]) -> NDArray[np.int64]:

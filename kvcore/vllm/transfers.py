@@ -16,7 +16,10 @@ class Transfers(Protocol):
     transfer: Transfer
 
     def close(self) -> None:
-        """Wait for what is under way; the arena is not pinned afterwards."""
+        """Wait for what is under way."""
+
+    def unpin(self) -> None:
+        """Let go of the arena; after `close`. That of a large one takes seconds, in any thread."""
 
 
 class Paged(Protocol):
@@ -41,41 +44,86 @@ TransferFactory: TypeAlias = Callable[[Paged, int, Any], Transfers]
 """Takes the cache, the tokens of a chunk, and the arena's bytes."""
 
 
-class HostTransfers:
-    """On the CPU backend everything is in reach; the better of torch's indexing and threads of memmove is taken."""
+class Backends:
+    """Makes transfers, by the backend that was the fastest when one was first asked for.
 
-    def __init__(self, cache: Paged, chunk_tokens: int, data: Any) -> None:
-        from kvkernels.choose import best_backend  # noqa: PLC0415 - the backends import torch
+    The first one for a size of chunks measures, for which the engine must be idle or its thread be the caller's. Later
+    ones, over the arena of a server that has come back, are made at once, and beside a step under way.
 
-        layout, arena = cache.layout(chunk_tokens), HostArena(data)
-        choice = best_backend(layout, cache.tensors, arena, scratch_bytes=_CPU_SCRATCH_BYTES, packed=cache.packed)
+    Args:
+        kind: What makes them, by a backend's name or, without one, by measuring.
+    """
+
+    def __init__(self, kind: Callable[[Paged, int, Any, str | None], Transfers]) -> None:
+        self._kind = kind
+        self._names: dict[int, str] = {}
+
+    def __call__(self, cache: Paged, chunk_tokens: int, data: Any) -> Transfers:
+        """Make one over the bytes of an arena."""
+        made = self._kind(cache, chunk_tokens, data, self._names.get(chunk_tokens))
+        self._names[chunk_tokens] = made.transfer.name
+        return made
+
+
+class _Backend:
+    """A backend over an arena, chosen by its name or by measuring.
+
+    Args:
+        cache: What is copied.
+        chunk_tokens: Tokens of a chunk.
+        arena: What the backend copies from and to.
+        name: The backend's; None measures all.
+        options: Of the measurement.
+    """
+
+    def __init__(self, cache: Paged, chunk_tokens: int, arena: Any, name: str | None, **options: Any) -> None:
+        from kvkernels.choose import backend_of, best_backend  # noqa: PLC0415 - the backends import torch
+
+        layout = cache.layout(chunk_tokens)
+        if name is not None:
+            self.transfer = backend_of(name, layout, cache.tensors, arena, packed=cache.packed)
+            return
+        choice = best_backend(layout, cache.tensors, arena, packed=cache.packed, **options)
         self.transfer = choice.transfer
         _report(choice.profile)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Wait for what is under way."""
         self.transfer.close()
 
+    def unpin(self) -> None:
+        """Nothing is pinned."""
 
-class CudaTransfers:
+
+class HostTransfers(_Backend):
+    """On the CPU backend everything is in reach; the better of torch's indexing and threads of memmove is taken."""
+
+    def __init__(self, cache: Paged, chunk_tokens: int, data: Any, name: str | None = None) -> None:
+        super().__init__(cache, chunk_tokens, HostArena(data), name, scratch_bytes=_CPU_SCRATCH_BYTES)
+
+
+class CudaTransfers(_Backend):
     """On a GPU the arena is pinned in the background; what is not pinned yet goes through a pinned buffer."""
 
-    def __init__(self, cache: Paged, chunk_tokens: int, data: Any) -> None:
-        from kvkernels.choose import best_backend  # noqa: PLC0415 - the backends import torch, Triton and CUDA
-        from kvkernels.cuda_driver import cuda_driver  # noqa: PLC0415
+    def __init__(self, cache: Paged, chunk_tokens: int, data: Any, name: str | None = None) -> None:
+        import torch  # noqa: PLC0415 - takes seconds, and the scheduler needs none
+
+        from kvkernels.cuda_driver import cuda_driver  # noqa: PLC0415 - these import torch, Triton and CUDA
         from kvkernels.cuda_streams import CudaRuntime  # noqa: PLC0415
         from kvkernels.registered import RegisteredArena  # noqa: PLC0415
         from kvkernels.transfer import listed  # noqa: PLC0415
 
         runtime = CudaRuntime(listed(cache.tensors)[0].device)
         self._arena = RegisteredArena(data, cuda_driver(), enter_thread=runtime.enter_thread)
-        choice = best_backend(cache.layout(chunk_tokens), cache.tensors, self._arena, packed=cache.packed)
-        self.transfer = choice.transfer
-        _report(choice.profile)
+        try:
+            with torch.cuda.device(runtime.device):  # whichever thread this is
+                super().__init__(cache, chunk_tokens, self._arena, name)
+        except BaseException:
+            self.unpin()
+            raise
 
-    def close(self) -> None:
-        """Let go of it, then unpin."""
-        self.transfer.close()
+    def unpin(self) -> None:
+        """Stop pinning, and unpin."""
         self._arena.close()
 
 

@@ -86,6 +86,7 @@ class WorkerSide:
         """Held while a copy begins, for `drain` must not return in between, and while what has ended is counted."""
         self._in_step = in_step
         self._thread = ThreadPoolExecutor(1, "kvcore-load" if in_step else "kvcore-store")
+        self._releases = ThreadPoolExecutor(1, "kvcore-release")
         self._loading: list[_Running] = []
         self._storing: list[_Running] = []
         self._begun: StepPlan | None = None
@@ -241,6 +242,7 @@ class WorkerSide:
         """Wait for what is under way and leave the server."""
         self._let_go()
         self._thread.shutdown()
+        self._releases.shutdown()
         if self._link is not None:
             self._link.leave()
 
@@ -255,18 +257,19 @@ class WorkerSide:
             self._let_go()
             try:
                 self._mover = Mover(self._cache, registered, self._shard, self._factory)
-            except (ArenaError, LayoutError, ValueError) as error:
+            except (ArenaError, LayoutError, ValueError, RuntimeError) as error:  # the last: what torch raises
                 self._unusable = registered
                 _LOG.error("kvcore cannot use the server's arena, nothing is loaded or stored: %s", error)
         return self._mover
 
     def _let_go(self) -> None:
-        """End what is under way in the registration before, and close its arena."""
+        """End what is under way in the registration before, and let go of its arena, which may take seconds."""
         self._settle(list(self._loading))
         for store in list(self._storing):
             self._end_store(store)
         if self._mover is not None:
             self._mover.close()
+            self._releases.submit(self._mover.release)
             self._mover = None
 
     def warm_up(self) -> bool:
@@ -276,6 +279,17 @@ class WorkerSide:
             return False
         with self._lock:
             return self._current(registered.epoch) is not None
+
+    def server_is_back(self) -> None:
+        """Map the arena of a server that has come back before a request needs it; called from another thread.
+
+        An arena that is mapped in a request, and pinned while more of them come, is slow for minutes. Only what needs
+        no measurement is made here: that would copy while the engine computes.
+        """
+        registered = None if self._link is None else self._link.registered
+        with self._lock:
+            if registered is not None and self._mover is not None and self._mover.alike(registered):
+                self._current(registered.epoch)
 
     def _begin_load(self, copy: Copy) -> None:
         with self._lock:

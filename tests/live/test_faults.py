@@ -325,22 +325,26 @@ def test_a_server_stopped_for_longer_than_the_leases_believes_the_living(start):
 
 def test_a_worker_drains_before_it_registers_again(start):
     server = start()
-    draining, drained = threading.Event(), threading.Event()
+    draining, drained, seen = threading.Event(), threading.Event(), []
 
     def drain():
         draining.set()
         drained.wait(10)
 
-    worker = WorkerClient(server.endpoint, Register("e", "worker", 16, 256), drain=drain)
-    worker.register()
+    register = Register("e", "worker", 16, 256)
+    worker = WorkerClient(server.endpoint, register, drain=drain, back=lambda: seen.append(worker.registered))
+    first = worker.register()
     try:
         server.kill()
         assert draining.wait(10)
         server.start()
         time.sleep(0.5)
         assert worker.away
+        assert not seen
         drained.set()
-        wait_for(lambda: not worker.away)
+        wait_for(lambda: seen)
+        assert seen == [worker.registered]  # it is registered when it is told so
+        assert seen[0].epoch > first.epoch
     finally:
         worker.leave()
 

@@ -14,9 +14,9 @@ from kvcore.live.arena import Arena, ArenaPaths  # noqa: E402
 from kvcore.live.wire import Registered  # noqa: E402
 from kvcore.vllm.jobs import Copy, StepPlan  # noqa: E402
 from kvcore.vllm.mover import Cache  # noqa: E402
-from kvcore.vllm.transfers import HostTransfers  # noqa: E402
+from kvcore.vllm.transfers import Backends, HostTransfers  # noqa: E402
 from kvcore.vllm.worker import WorkerSide  # noqa: E402
-from kvkernels import HostArena, LayoutError  # noqa: E402
+from kvkernels import HostArena, LayoutError, choose  # noqa: E402
 from kvkernels.reference import ReferenceTransfer  # noqa: E402
 
 BLOCKS, LAYERS, BLOCK, PER_CHUNK = 40, 3, 16, 4
@@ -31,6 +31,9 @@ class Plain:
 
     def close(self):
         self.transfer.close()
+
+    def unpin(self):
+        pass
 
 
 class Line:
@@ -150,7 +153,7 @@ def test_blocks_left_out_of_a_load_keep_what_they_hold(rig):
 
 @pytest.fixture(params=["lossless", "auto"])
 def packed(tmp_path, request):
-    made = Rig(tmp_path, factory=HostTransfers, packing=request.param)
+    made = Rig(tmp_path, factory=Backends(HostTransfers), packing=request.param)
     yield made
     made.side.close()
     made.arena.close()
@@ -266,6 +269,79 @@ def test_registered_anew_with_the_same_server_the_arena_needs_no_name(rig):
     rig.line.registered = structs.replace(rig.registered, member=2)
     rig.step(StepPlan(loads=[rig.copy(range(20, 24))]))
     assert rig.equal(stored, range(20, 24))
+
+
+class Made:
+    """What a factory was asked for, and what it made of it."""
+
+    def __init__(self):
+        self.all = []
+
+    def __call__(self, cache, chunk_tokens, data):
+        self.all.append(Plain(cache, chunk_tokens, data))
+        self.all[-1].unpinned = threading.Event()
+        self.all[-1].unpin = self.all[-1].unpinned.set
+        return self.all[-1]
+
+
+@pytest.fixture
+def counted(tmp_path):
+    made = Made()
+    rig = Rig(tmp_path, factory=made)
+    rig.made = made.all
+    yield rig
+    rig.side.close()
+    rig.arena.close()
+
+
+def test_a_server_that_takes_the_arena_over_finds_it_mapped(counted):
+    stored = counted.rows(range(4))
+    counted.step(StepPlan(stores=[counted.copy(range(4))]))
+    paths = ArenaPaths(counted.arena.path.parent, "rig0")
+    counted.arena.close(unlink=False)
+    counted.arena = Arena.takeover(paths)
+    counted.registered = counted.line.registered = structs.replace(counted.registered, epoch=counted.arena.epoch)
+    counted.side.server_is_back()
+    counted.step(StepPlan(loads=[counted.copy(range(20, 24))]))
+    assert counted.equal(stored, range(20, 24))
+    assert len(counted.made) == 1
+    assert not counted.made[0].unpinned.is_set()
+
+
+def test_the_arena_of_a_new_server_is_mapped_before_a_request_needs_it(counted):
+    counted.step(StepPlan(stores=[counted.copy(range(4))]))
+    paths = ArenaPaths(counted.arena.path.parent, "rig0")
+    counted.arena.close()  # a clean stop: the file is gone
+    counted.arena = Arena.create(paths, size_bytes=64 * PAGE, page_bytes=PAGE)
+    counted.registered = counted.line.registered = structs.replace(counted.registered, epoch=counted.arena.epoch + 1)
+    counted.side.server_is_back()
+    assert len(counted.made) == 2
+    assert counted.made[0].unpinned.wait(10)  # in another thread
+    stored = counted.rows(range(4))
+    counted.step(StepPlan(stores=[counted.copy(range(4))]))
+    counted.step(StepPlan(loads=[counted.copy(range(20, 24))]))
+    assert counted.equal(stored, range(20, 24))
+    assert len(counted.made) == 2
+
+
+def test_what_has_to_be_measured_waits_for_the_engines_thread(counted):
+    counted.side.server_is_back()  # no server was there when the engine started
+    assert not counted.made
+    counted.step(StepPlan(stores=[counted.copy(range(4))]))
+    assert len(counted.made) == 1
+
+
+def test_backends_are_measured_once_for_a_size_of_chunks(tmp_path, monkeypatch):
+    measured = []
+    whole = choose.best_backend
+    monkeypatch.setattr(choose, "best_backend", lambda *args, **kwargs: measured.append(1) or whole(*args, **kwargs))
+    tensors = {"layer": torch.randn(BLOCKS, 2, BLOCK, 8)}
+    cache = Cache(tensors, num_blocks=BLOCKS, block_tokens=BLOCK, order="")
+    backends = Backends(HostTransfers)
+    data = np.zeros(8 * PER_CHUNK * cache.block.block_bytes, np.uint8)
+    names = [backends(cache, chunks * BLOCK, data).transfer.name for chunks in (1, 1, 2, 2, 1)]
+    assert len(measured) == 2
+    assert names[0] == names[1] == names[4]
 
 
 def test_asynchronous_load_that_cannot_begin_is_reported_with_its_blocks(rig):

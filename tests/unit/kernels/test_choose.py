@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from kvkernels import HostArena, LayoutError, describe
 from kvkernels.cases import random_case
-from kvkernels.choose import best_backend, preferred
+from kvkernels.choose import backend_of, best_backend, preferred
 from kvkernels.streams import HostRuntime
 
 
@@ -45,13 +45,21 @@ def test_the_profile_is_plain_json_with_every_backends_curve():
     assert choice.transfer.name == profile["backend"] == min(rated, key=rated.get)
 
 
-def test_only_the_backends_asked_for():
+@pytest.mark.parametrize("name", ["reference", "memmove"])
+def test_a_known_backend_is_built_without_touching_anything(name):
     case = random_case(np.random.default_rng(3))
-    arena = HostArena(np.zeros(case.layout.slot_bytes, np.uint8))
-    choice = best_backend(case.layout, case.tensors, arena, only=("reference",))
-    assert list(choice.profile["curves"]) == ["reference"]
-    with pytest.raises(LayoutError, match="no backend"):
-        best_backend(case.layout, case.tensors, arena, only=("triton",))
+    layout = case.layout
+    before = [memory.clone().view(torch.uint8) for memory in case.memory]
+    arena = HostArena(np.full(layout.slot_bytes, 9, np.uint8))
+    transfer = backend_of(name, layout, case.tensors, arena)
+    assert transfer.name == name
+    assert (arena.array == 9).all()
+    assert all(torch.equal(memory.view(torch.uint8), old) for memory, old in zip(case.memory, before, strict=True))
+    ids = np.arange(layout.chunk_blocks)
+    transfer.store(ids, [[(0, layout.slot_bytes)]]).wait()
+    assert np.array_equal(arena.array, case.slot(ids))
+    with pytest.raises(LayoutError, match="no backend 'triton' on device cpu: there are reference, memmove"):
+        backend_of("triton", layout, case.tensors, arena)
 
 
 def test_a_cache_smaller_than_a_chunk_is_refused():
