@@ -1,7 +1,7 @@
 """Replay a request log through `vllm serve` and `kvcore serve --record --journal`, for `kvsim validate` to predict.
 
     python benchmarks/predict_h100.py --log conversation.jsonl --out OUT_DIR
-    python benchmarks/predict_h100.py --log conversation.jsonl --out OUT_DIR --seconds 60 --settings
+    python benchmarks/predict_h100.py --log conversation.jsonl --out OUT_DIR --replays 1 --settings
 
 The first requests of a Mooncake log (of one conversation in `--every`, so that conversations come back within the
 replay as they do in the log) are replayed with its structure: each of its blocks becomes `--block-tokens` tokens
@@ -37,7 +37,8 @@ from kvtraces import Chat, Poisson, Segment, Spread, read, segment_tokens, workl
 from kvtraces.journal import Equal, JournalError, verify
 
 LOG_BLOCK = 512
-SETTINGS = "none:l1=0.25 busy:rate=1.6 busy-none:l1=0.25,rate=1.6"
+SETTINGS = "brisk:rate=1.3 brisk-none:l1=0.25,rate=1.3 busy-none:l1=0.25,rate=1.6"
+"""With the replays' own setting four whose TTFT is a quarter or more apart, from one to the next."""
 REGISTER_S = 40.0
 
 
