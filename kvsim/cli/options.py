@@ -90,3 +90,9 @@ def _parts(option: str, text: str) -> list[str]:
     if not parts:
         raise UsageError(f"{option}: the list is empty")
     return parts
+
+
+def said(context: typer.Context, name: str) -> bool:
+    """Whether a parameter's value was given, not its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"

@@ -1,7 +1,7 @@
 """`kvsim validate`: predicted against recorded."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,11 +43,13 @@ from kvsim.cli.options import (
     SkipBad,
     TensorParallel,
     Traces,
+    said,
 )
 from kvsim.errors import UsageError
 
 
 def validate(  # noqa: PLR0913, PLR0917 - a command's options
+    context: typer.Context,
     trace: Traces,
     model: Model = None,
     gpu: GpuName = None,
@@ -101,7 +103,11 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     ] = True,
     journal: Annotated[
         Path | None,
-        typer.Option(help="The server's journal: decide it again, too, as kvsim verify does.", rich_help_panel="Log"),
+        typer.Option(
+            help="The server's journal: what is not given of the server's settings is taken from it, and it is decided "
+            "again, as kvsim verify does.",
+            rich_help_panel="Log",
+        ),
     ] = None,
     json: Json = False,
     report: Annotated[
@@ -114,22 +120,45 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     The log needs ttft_ms, as `kvcore serve --record` writes it; hits and parts of TTFT are compared where recorded.
     The profile must not be calibrated on this log. An error, however large, is reported: the exit code is 0.
 
-    Example: kvsim validate --trace prod.jsonl --profile mine.json --chunk-tokens 256 --l1-size-gb 20 --report out.html
+    Examples: kvsim validate --trace prod.jsonl --journal journal/ --profile mine.json --l0-gb 40 --report out.html,
+    or kvsim validate --trace prod.jsonl --model qwen3-8b --gpu h100 --l0-gb 40 --chunk-tokens 256 --l1-size-gb 20
     """
     from dataclasses import replace  # noqa: PLC0415 - loaded when it runs, not for --help
+    from functools import partial  # noqa: PLC0415
 
     from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415
     from kvsim.cli.engine_options import build, plain  # noqa: PLC0415
     from kvsim.cli.verify import as_json, replay  # noqa: PLC0415
     from kvsim.files import check_writable  # noqa: PLC0415
+    from kvsim.servers import served  # noqa: PLC0415
     from kvsim.tuner.grid import check_log_chunk  # noqa: PLC0415
     from kvsim.tuner.pricing import costs  # noqa: PLC0415
     from kvsim.validation import validate as compared  # noqa: PLC0415
 
+    server: dict[str, Any] = {
+        "chunk_tokens": chunk_tokens,
+        "l1_size_gb": l1_size_gb,
+        "policy": policy,
+        "l2_size_gb": l2_size_gb,
+        "l2_kind": l2_kind,
+        "l2_policy": l2_policy,
+        "placement": placement,
+        "promote_on_hit": promote_on_hit,
+        "admission": admission,
+        "ttl_s": ttl_s,
+        "load_or_recompute": load_or_recompute,
+    }
+    priced = partial(costs, model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype)
+    by_journal = None if journal is None else served(journal)
+    if by_journal is not None:
+        unsaid = [name for name in (*server, "packing") if not said(context, name)]
+        server |= {name: value for name, value in by_journal.flags().items() if name in unsaid}
+        if by_journal.page_bytes is not None:
+            server["page_bytes"] = by_journal.page_bytes
+        if "packing" in unsaid:
+            packing = by_journal.packing(priced().kv)
     settings = build(
-        costs(
-            model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype, packing=packing
-        ),
+        priced(packing=packing),
         seed=seed,
         engines=engines,
         routing=routing,
@@ -140,21 +169,11 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
         async_scheduling=async_scheduling,
         l0_gb=l0_gb,
         l0_prefix_caching=l0_prefix_caching,
-        chunk_tokens=chunk_tokens,
-        l1_size_gb=l1_size_gb,
-        policy=policy,
-        l2_size_gb=l2_size_gb,
-        l2_kind=l2_kind,
-        l2_policy=l2_policy,
-        placement=placement,
-        promote_on_hit=promote_on_hit,
-        admission=admission,
-        ttl_s=ttl_s,
-        load_or_recompute=load_or_recompute,
         store_output=store_output,
         load=load,
         lookup_s=lookup_s,
         l0_block_tokens=16 if l0_block_tokens is None else l0_block_tokens,
+        **server,
     )
     if report is not None:
         from kvsim.report import check_available  # noqa: PLC0415
@@ -166,7 +185,7 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     replayed = None if journal is None else replay(journal)
     with stages(progress) as shown:
         log = read_log(trace, block_size, skip_bad, shown)
-        check_log_chunk(chunk_tokens, log.block_tokens)
+        check_log_chunk(settings.chunk_tokens, log.block_tokens)
         if l0_block_tokens is None and log.block_tokens is not None:
             settings = replace(settings, l0_block_tokens=log.block_tokens)
         found = compared(
@@ -184,10 +203,13 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
         from kvsim.report.validation_words import notes  # noqa: PLC0415
 
         told = {} if replayed is None else {"journal": as_json(replayed)}
-        print_json({"settings": plain(settings), "notes": notes(found), **told, **found.as_dict()})
+        words = [*notes(found), *([] if by_journal is None else by_journal.notes())]
+        print_json({"settings": plain(settings), "notes": words, **told, **found.as_dict()})
         return
     from kvsim.cli.validated import show  # noqa: PLC0415
 
     show(found)
+    for note in [] if by_journal is None else by_journal.notes():
+        typer.echo(f"* {note[0].upper()}{note[1:]}.")
     if replayed is not None:
         typer.echo(f"* By the journal: {replayed}")

@@ -121,3 +121,78 @@ def test_the_journal_is_decided_again_beside(kvsim_command, command, tmp_path):
     writer.close()
     found = kvsim_command.json(*command, "--journal", tmp_path / "journal")
     assert found["journal"] == {"equal": True, "segments": 1, "steps": 1}
+
+
+class Server:
+    """Writes a journal as a server of given settings would."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def ran(self, config, meta, *, chunk_bytes=64 * 147_456):
+        core, writer = Core(config), JournalWriter(self.folder, Head(config=config, meta=meta))
+        event = InstanceRegistered(now_ns=0, instance="i", chunk_pages=5, chunk_bytes=chunk_bytes)
+        writer.step(event, core.handle(event))
+        writer.close()
+
+
+PAGE = 2 << 20
+THIRTY_GIB = CoreConfig(tiers=(TierConfig(name="l1", pages=30 * 512, eviction="lru"),))
+META = {"page_bytes": PAGE, "chunk_tokens": 64, "l2": ""}
+
+
+@pytest.fixture
+def server(tmp_path):
+    return Server(tmp_path / "journal")
+
+
+def test_the_servers_settings_are_taken_from_its_journal(kvsim_command, trace, command, server):
+    server.ran(THIRTY_GIB, META)
+    short = ("validate", "--trace", trace, *COSTS, "--l0-gb", 6, "--journal", server.folder)
+    found = kvsim_command.json(*short)
+    assert found["settings"] == kvsim_command.json(*command)["settings"]
+    assert found["ttft"]["p50"]["error"] == pytest.approx(0, abs=1e-6)
+    assert found["journal"]["equal"]
+
+
+def test_what_is_given_beside_a_journal_is_taken_as_given(kvsim_command, trace, server):
+    server.ran(THIRTY_GIB, META)
+    short = ("validate", "--trace", trace, *COSTS, "--l0-gb", 6, "--journal", server.folder)
+    settings = kvsim_command.json(*short, "--l1-size-gb", 7, "--policy", "fifo")["settings"]
+    assert (settings["l1_gb"], settings["policy"], settings["chunk_tokens"]) == (7, "fifo", 64)
+
+
+def test_every_setting_of_a_server(kvsim_command, trace, server):
+    tiers = (TierConfig(name="l1", pages=1000, eviction="sieve"), TierConfig(name="l2", pages=4096, eviction="fifo"))
+    config = CoreConfig(
+        tiers=tiers, placement="write-back", promote_on_hit=False, admission="second-use", ttl_ns=90_000_000_000,
+        quotas=(("tenant", 5),),
+    )  # fmt: skip
+    server.ran(config, {**META, "page_bytes": 1 << 20, "l2": "redis://host:6379/0"}, chunk_bytes=7_411_968)
+    server.ran(config, {**META, "page_bytes": 1 << 20, "l2": "s3://bucket"}, chunk_bytes=7_411_968)
+    found = kvsim_command.json("validate", "--trace", trace, *COSTS, "--l0-gb", 6, "--journal", server.folder)
+    settings = found["settings"]
+    wanted = {
+        "l1_gb": 1000 / 1024, "policy": "sieve", "l2_gb": 4.0, "l2_kind": "network", "l2_policy": "fifo",
+        "placement": "write-back", "promote_on_hit": False, "admission": "second-use", "ttl_s": 90.0,
+        "page_bytes": 1 << 20, "load_or_recompute": False,
+    }  # fmt: skip
+    assert {name: settings[name] for name in wanted} == wanted
+    assert settings["packed_share"] == pytest.approx(0.785, abs=0.001)
+    assert "the server had quotas of tenants, which are not simulated" in found["notes"]
+    assert "the server's settings changed within the journal: its last are simulated" in found["notes"]
+
+
+def test_a_journal_of_another_model_is_refused(kvsim_command, trace, server):
+    server.ran(THIRTY_GIB, META, chunk_bytes=64 * 131_072)
+    word = "chunks of 64 tokens have 8,388,608 bytes, but KV of this model takes 9,437,184, packed 7,411,968"
+    assert word in kvsim_command.refused("validate", "--trace", trace, *COSTS, "--journal", server.folder)
+
+
+def test_the_settings_in_python(server):
+    server.ran(THIRTY_GIB, META)
+    found = kvsim.served(server.folder)
+    assert (found.l1_gb, found.chunk_tokens, found.policy, found.changed) == (30.0, 64, "lru", False)
+    assert found.packing(kvsim.costs(model="qwen3-8b", gpu="h100").kv) == "none"
+    with pytest.raises(kvsim.UsageError, match="no journal in"):
+        kvsim.served(server.folder / "none")

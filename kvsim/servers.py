@@ -1,0 +1,161 @@
+"""What a server ran with, as its journal tells: so that a prediction to hold against its log needs no flags again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvcore.policy import CoreConfig, InstanceRegistered
+from kvcore.policy.config import Admission, Placement
+from kvsim.engine.settings import GIB, LowerKind
+from kvsim.errors import UsageError
+from kvsim.tuner.pricing import PACKED_SHARE, KvSize, Packing
+from kvtraces.journal import Head, JournalError, Step, read_segment, segments
+
+_TOLERANCE = 0.01
+"""By how much chunks may differ from the KV of their tokens: packed rows are padded, for one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A server's settings by the names of `RunSettings`; None where its journal does not tell.
+
+    Attributes:
+        chunk_bytes: Bytes of a chunk as engines store it, all ranks together.
+        changed: Whether the server ran with other settings earlier in the journal; these are its last.
+        untold: What it ran with that no simulation does, in words.
+    """
+
+    chunk_tokens: int | None
+    page_bytes: int | None
+    l1_gb: float | None
+    policy: str
+    l2_gb: float | None
+    l2_kind: LowerKind
+    l2_policy: str
+    placement: Placement
+    promote_on_hit: bool
+    admission: Admission
+    ttl_s: float | None
+    load_or_recompute: bool
+    chunk_bytes: int | None
+    changed: bool
+    untold: tuple[str, ...]
+
+    def flags(self) -> dict[str, Any]:
+        """Return what the journal tells of, by the names of `kvsim validate`'s options."""
+        told = {
+            "chunk_tokens": self.chunk_tokens,
+            "l1_size_gb": self.l1_gb,
+            "policy": self.policy,
+            "l2_size_gb": self.l2_gb,
+            "l2_kind": self.l2_kind,
+            "l2_policy": self.l2_policy,
+            "placement": self.placement,
+            "promote_on_hit": self.promote_on_hit,
+            "admission": self.admission,
+            "ttl_s": self.ttl_s,
+            "load_or_recompute": self.load_or_recompute,
+        }
+        return {name: value for name, value in told.items() if value is not None}
+
+    def notes(self) -> list[str]:
+        """Return what must be said beside a prediction with these settings."""
+        said = [f"the server had {what}, which are not simulated" for what in self.untold]
+        if self.changed:
+            said.append("the server's settings changed within the journal: its last are simulated")
+        return said
+
+    def packing(self, kv: KvSize) -> Packing:
+        """Return how engines packed KV of this size.
+
+        Raises UsageError where their chunks are no such KV, packed or not: it is another model's.
+        """
+        if self.chunk_bytes is None or self.chunk_tokens is None:
+            return "none"
+        plain = self.chunk_tokens * kv.stored_bytes_per_token
+        if abs(self.chunk_bytes / plain - 1) <= _TOLERANCE:
+            return "none"
+        if kv.packable and abs(self.chunk_bytes / (plain * PACKED_SHARE) - 1) <= _TOLERANCE:
+            return "lossless"
+        raise UsageError(
+            f"the journal's chunks of {self.chunk_tokens} tokens have {self.chunk_bytes:,} bytes, but KV of this model "
+            f"takes {plain:,}, packed {round(plain * PACKED_SHARE):,}: is it another --model, --kv-dtype or "
+            "--tensor-parallel?"
+        )
+
+
+def served(journal: str | Path) -> Served:
+    """Read a server's settings from the folder that `kvcore serve --journal` wrote.
+
+    Raises UsageError where there is no journal, or it cannot be read.
+    """
+    try:
+        heads = _heads(journal)
+        head = heads[-1]
+        return _of(head, _chunk_bytes(journal), changed=any(_unlike(one, head) for one in heads))
+    except JournalError as error:
+        raise UsageError(f"{error}; --journal takes the folder that kvcore serve wrote") from error
+
+
+def _of(head: Head, chunk_bytes: int | None, *, changed: bool) -> Served:
+    config, page_bytes = head.config, head.meta.get("page_bytes")
+    upper, lower = config.tiers[0], config.tiers[1] if len(config.tiers) > 1 else None
+
+    def size_gb(pages: int | None) -> float | None:
+        return float("inf") if pages is None else None if page_bytes is None else pages * page_bytes / GIB
+
+    return Served(
+        chunk_tokens=head.meta.get("chunk_tokens"),
+        page_bytes=page_bytes,
+        l1_gb=size_gb(upper.pages),
+        policy=upper.eviction,
+        l2_gb=0.0 if lower is None else size_gb(lower.pages),
+        l2_kind="disk" if _on_disk(head.meta.get("l2")) else "network",
+        l2_policy="lru" if lower is None else lower.eviction,
+        placement=config.placement,
+        promote_on_hit=config.promote_on_hit,
+        admission=config.admission,
+        ttl_s=None if config.ttl_ns is None else config.ttl_ns / 1e9,
+        load_or_recompute=config.load_cost is not None,
+        chunk_bytes=chunk_bytes,
+        changed=changed,
+        untold=tuple(_untold(config)),
+    )
+
+
+def _untold(config: CoreConfig) -> list[str]:
+    told = ["quotas of tenants"] if config.quotas else []
+    return [*told, "tiers below L2"] if len(config.tiers) > 2 else told
+
+
+def _on_disk(place: Any) -> bool:
+    """Whether a store's place, as a URL, is this host's; a server without one has none."""
+    return not place or str(place).startswith("files:")
+
+
+def _unlike(one: Head, other: Head) -> bool:
+    names = ("page_bytes", "chunk_tokens", "l2")
+    return one.config != other.config or any(one.meta.get(name) != other.meta.get(name) for name in names)
+
+
+def _heads(journal: str | Path) -> list[Head]:
+    """What each segment begins with; one at least."""
+    found = []
+    for segment in segments(journal):
+        record = next((located.record for located in read_segment(segment)), None)
+        if not isinstance(record, Head):
+            raise JournalError("no configuration at its beginning", segment.name)
+        found.append(record)
+    if not found:
+        raise JournalError(f"no journal in {journal}")
+    return found
+
+
+def _chunk_bytes(journal: str | Path) -> int | None:
+    """The bytes of a chunk by the first engine that registered."""
+    for segment in segments(journal):
+        for located in read_segment(segment):
+            record = located.record
+            if isinstance(record, Step) and isinstance(record.event, InstanceRegistered):
+                return record.event.chunk_bytes or None
+    return None
