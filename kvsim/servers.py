@@ -1,5 +1,6 @@
-"""What a server ran with, as its journal tells: so that a prediction to hold against its log needs no flags again."""
+"""What a server and its engines ran with, as the journal tells: a prediction of its log needs no flags again."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,18 @@ from kvcore.policy.config import Admission, Placement
 from kvsim.engine.settings import GIB, LowerKind
 from kvsim.errors import UsageError
 from kvsim.tuner.pricing import PACKED_SHARE, KvSize, Packing
-from kvtraces.journal import Head, JournalError, Step, read_segment, segments
+from kvtraces.journal import Engine, Head, JournalError, Step, read_segment, segments
 
+_ENGINE: dict[str, type] = {
+    "l0_block_tokens": int,
+    "l0_prefix_caching": bool,
+    "max_model_len": int,
+    "max_num_batched_tokens": int,
+    "max_num_seqs": int,
+    "chunked_prefill": bool,
+    "async_scheduling": bool,
+}
+"""What is taken of an engine as it is."""
 _TOLERANCE = 0.01
 """By how much chunks may differ from the KV of their tokens: packed rows are padded, for one."""
 
@@ -21,7 +32,9 @@ class Served:
 
     Attributes:
         chunk_bytes: Bytes of a chunk as engines store it, all ranks together.
+        engine: What the last engine that registered said of itself (`kvtraces.journal.Engine`); empty where none did.
         changed: Whether the server ran with other settings earlier in the journal; these are its last.
+        unlike: Whether engines told of different settings; these are the last one's.
         untold: What it ran with that no simulation does, in words.
     """
 
@@ -38,12 +51,14 @@ class Served:
     ttl_s: float | None
     load_or_recompute: bool
     chunk_bytes: int | None
+    engine: dict[str, int]
     changed: bool
+    unlike: bool
     untold: tuple[str, ...]
 
-    def flags(self) -> dict[str, Any]:
-        """Return what the journal tells of, by the names of `kvsim validate`'s options."""
-        told = {
+    def flags(self, kv: KvSize) -> dict[str, Any]:
+        """Return what the journal tells of, by the names of `kvsim validate`'s options, for engines with such KV."""
+        told: dict[str, Any] = {
             "chunk_tokens": self.chunk_tokens,
             "l1_size_gb": self.l1_gb,
             "policy": self.policy,
@@ -56,6 +71,10 @@ class Served:
             "ttl_s": self.ttl_s,
             "load_or_recompute": self.load_or_recompute,
         }
+        told |= {name: kind(self.engine[name]) for name, kind in _ENGINE.items() if name in self.engine}
+        if "l0_blocks" in self.engine and "l0_block_tokens" in self.engine:
+            block_bytes = self.engine["l0_block_tokens"] * kv.stored_bytes_per_token
+            told["l0_gb"] = (self.engine["l0_blocks"] + 0.5) * block_bytes / GIB  # half a block for the rounding
         return {name: value for name, value in told.items() if value is not None}
 
     def notes(self) -> list[str]:
@@ -63,6 +82,8 @@ class Served:
         said = [f"the server had {what}, which are not simulated" for what in self.untold]
         if self.changed:
             said.append("the server's settings changed within the journal: its last are simulated")
+        if self.unlike:
+            said.append("the server's engines had different settings: the last one's are simulated")
         return said
 
     def packing(self, kv: KvSize) -> Packing:
@@ -92,12 +113,9 @@ def served(journal: str | Path) -> Served:
     try:
         heads = _heads(journal)
         head = heads[-1]
-        return _of(head, _chunk_bytes(journal), changed=any(_unlike(one, head) for one in heads))
+        chunk_bytes, engines = _registered(journal)
     except JournalError as error:
         raise UsageError(f"{error}; --journal takes the folder that kvcore serve wrote") from error
-
-
-def _of(head: Head, chunk_bytes: int | None, *, changed: bool) -> Served:
     config, page_bytes = head.config, head.meta.get("page_bytes")
     upper, lower = config.tiers[0], config.tiers[1] if len(config.tiers) > 1 else None
 
@@ -118,7 +136,9 @@ def _of(head: Head, chunk_bytes: int | None, *, changed: bool) -> Served:
         ttl_s=None if config.ttl_ns is None else config.ttl_ns / 1e9,
         load_or_recompute=config.load_cost is not None,
         chunk_bytes=chunk_bytes,
-        changed=changed,
+        engine=engines[-1] if engines else {},
+        changed=any(_differ(one, head) for one in heads),
+        unlike=any(one != engines[-1] for one in engines),
         untold=tuple(_untold(config)),
     )
 
@@ -133,7 +153,7 @@ def _on_disk(place: Any) -> bool:
     return not place or str(place).startswith("files:")
 
 
-def _unlike(one: Head, other: Head) -> bool:
+def _differ(one: Head, other: Head) -> bool:
     names = ("page_bytes", "chunk_tokens", "l2")
     return one.config != other.config or any(one.meta.get(name) != other.meta.get(name) for name in names)
 
@@ -151,11 +171,17 @@ def _heads(journal: str | Path) -> list[Head]:
     return found
 
 
-def _chunk_bytes(journal: str | Path) -> int | None:
-    """The bytes of a chunk by the first engine that registered."""
-    for segment in segments(journal):
-        for located in read_segment(segment):
-            record = located.record
-            if isinstance(record, Step) and isinstance(record.event, InstanceRegistered):
-                return record.event.chunk_bytes or None
-    return None
+def _registered(journal: str | Path) -> tuple[int | None, list[dict[str, int]]]:
+    """The bytes of a chunk by the first engine that registered, and what engines said of themselves."""
+    chunk_bytes, engines = None, []
+    with suppress(JournalError):  # damage further on: replaying the journal tells of it
+        for segment in segments(journal):
+            for located in read_segment(segment):
+                match located.record:
+                    case Step(event=InstanceRegistered() as event) if chunk_bytes is None:
+                        chunk_bytes = event.chunk_bytes or None
+                    case Engine(facts=facts):
+                        engines.append(facts)
+                    case _:
+                        pass
+    return chunk_bytes, engines

@@ -179,6 +179,8 @@ class Service:
                     chunk_bytes=instance.chunk_bytes,
                 )
             )
+        if message.engine and self.parts.journal is not None:
+            self.parts.journal.engine(instance.name, message.engine)
         member = self.members.enter(message, instance, now_ns)
         arena = self.parts.arena
         return wire.Registered(

@@ -40,6 +40,7 @@ from kvcore.policy import (
 )
 from kvcore.policy.snapshot import dump, with_other_top
 from kvtraces.journal import (
+    Engine,
     Head,
     JournalError,
     JournalWriter,
@@ -142,6 +143,8 @@ def _replay(path: Path, new: Head, epoch: int) -> Found:
                         record.chunk_bytes,
                         fetched=isinstance(decision, Load),
                     )
+                case Engine() if state is not None:
+                    pass  # the engines that run now say it again
                 case _:
                     raise _Unusable(f"{path.name} at byte {located.offset}: no head before it")
     except JournalError as error:

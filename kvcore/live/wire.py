@@ -82,6 +82,8 @@ class Register(Message, frozen=True, tag="register"):
     pid: Count = 0
     drained_epoch: Count = 0
     """The server's epoch at the last registration, 0 for none."""
+    engine: dict[str, int] = {}
+    """What the journal is to tell of the engine, by a scheduler: see `kvtraces.journal.Engine`."""
 
 
 class Lookup(Message, frozen=True, tag="lookup"):

@@ -36,6 +36,7 @@ __all__ = [
     "block_ids",
     "check_version",
     "copies_in_step",
+    "engine_facts",
     "hashes_by_sha256",
     "host_cache_hits",
     "isa",
@@ -143,6 +144,21 @@ def on_cpu(vllm_config: Any) -> bool:
     """Return whether the engine runs on the CPU backend."""
     device = getattr(vllm_config.device_config, "device_type", None) or vllm_config.device_config.device
     return str(device) == "cpu"
+
+
+def engine_facts(vllm_config: Any, kv_cache_config: Any, spec: Any) -> dict[str, int]:
+    """Return what a simulation of this engine has to know, by the names of its settings, and the GPU's blocks."""
+    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    return {
+        "l0_blocks": int(kv_cache_config.num_blocks) - 1,  # one is vLLM's own
+        "l0_block_tokens": int(spec.block_size),
+        "l0_prefix_caching": int(bool(cache.enable_prefix_caching)),
+        "max_model_len": int(vllm_config.model_config.max_model_len),
+        "max_num_batched_tokens": int(scheduler.max_num_batched_tokens),
+        "max_num_seqs": int(scheduler.max_num_seqs),
+        "chunked_prefill": int(bool(scheduler.enable_chunked_prefill)),
+        "async_scheduling": int(bool(scheduler.async_scheduling)),
+    }
 
 
 def hashes_by_sha256(vllm_config: Any) -> bool:

@@ -116,16 +116,18 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         )
 
     def _register(self, role: Any, *, block_bytes: int, namespace: Namespace, rank: int = 0) -> Register:
+        config = self._vllm_config
         return Register(
             instance=self._instance,
             role=role,
             block_tokens=self._spec.block_size,
             block_bytes=block_bytes,
             rank=rank,
-            world=self._vllm_config.parallel_config.world_size,
+            world=config.parallel_config.world_size,
             shards=self._shards,
+            engine={} if role == "worker" else compat.engine_facts(config, self._kv_cache_config, self._spec),
             namespace={
-                "model": str(self._vllm_config.model_config.model),
+                "model": str(config.model_config.model),
                 "kv_dtype": namespace.kv_dtype,
                 "layout": namespace.layout,
                 "isa": namespace.isa,

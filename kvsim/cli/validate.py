@@ -104,8 +104,8 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     journal: Annotated[
         Path | None,
         typer.Option(
-            help="The server's journal: what is not given of the server's settings is taken from it, and it is decided "
-            "again, as kvsim verify does.",
+            help="The server's journal: settings of the server and its engines that are not given are taken from it, "
+            "and it is decided again, as kvsim verify does.",
             rich_help_panel="Log",
         ),
     ] = None,
@@ -120,7 +120,7 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     The log needs ttft_ms, as `kvcore serve --record` writes it; hits and parts of TTFT are compared where recorded.
     The profile must not be calibrated on this log. An error, however large, is reported: the exit code is 0.
 
-    Examples: kvsim validate --trace prod.jsonl --journal journal/ --profile mine.json --l0-gb 40 --report out.html,
+    Examples: kvsim validate --trace prod.jsonl --journal journal/ --profile mine.json --report out.html,
     or kvsim validate --trace prod.jsonl --model qwen3-8b --gpu h100 --l0-gb 40 --chunk-tokens 256 --l1-size-gb 20
     """
     from dataclasses import replace  # noqa: PLC0415 - loaded when it runs, not for --help
@@ -135,7 +135,7 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     from kvsim.tuner.pricing import costs  # noqa: PLC0415
     from kvsim.validation import validate as compared  # noqa: PLC0415
 
-    server: dict[str, Any] = {
+    recorded: dict[str, Any] = {
         "chunk_tokens": chunk_tokens,
         "l1_size_gb": l1_size_gb,
         "policy": policy,
@@ -147,33 +147,34 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
         "admission": admission,
         "ttl_s": ttl_s,
         "load_or_recompute": load_or_recompute,
+        "l0_gb": l0_gb,
+        "l0_block_tokens": l0_block_tokens,
+        "l0_prefix_caching": l0_prefix_caching,
+        "max_model_len": max_model_len,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_num_seqs": max_num_seqs,
+        "chunked_prefill": chunked_prefill,
+        "async_scheduling": async_scheduling,
     }
     priced = partial(costs, model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype)
     by_journal = None if journal is None else served(journal)
     if by_journal is not None:
-        unsaid = [name for name in (*server, "packing") if not said(context, name)]
-        server |= {name: value for name, value in by_journal.flags().items() if name in unsaid}
+        kv = priced().kv
+        recorded |= {name: value for name, value in by_journal.flags(kv).items() if not said(context, name)}
         if by_journal.page_bytes is not None:
-            server["page_bytes"] = by_journal.page_bytes
-        if "packing" in unsaid:
-            packing = by_journal.packing(priced().kv)
+            recorded["page_bytes"] = by_journal.page_bytes
+        if not said(context, "packing"):
+            packing = by_journal.packing(kv)
+    block_known = recorded["l0_block_tokens"] is not None
     settings = build(
         priced(packing=packing),
         seed=seed,
         engines=engines,
         routing=routing,
-        max_model_len=max_model_len,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=max_num_seqs,
-        chunked_prefill=chunked_prefill,
-        async_scheduling=async_scheduling,
-        l0_gb=l0_gb,
-        l0_prefix_caching=l0_prefix_caching,
         store_output=store_output,
         load=load,
         lookup_s=lookup_s,
-        l0_block_tokens=16 if l0_block_tokens is None else l0_block_tokens,
-        **server,
+        **{**recorded, "l0_block_tokens": recorded["l0_block_tokens"] if block_known else 16},
     )
     if report is not None:
         from kvsim.report import check_available  # noqa: PLC0415
@@ -186,7 +187,7 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     with stages(progress) as shown:
         log = read_log(trace, block_size, skip_bad, shown)
         check_log_chunk(settings.chunk_tokens, log.block_tokens)
-        if l0_block_tokens is None and log.block_tokens is not None:
+        if not block_known and log.block_tokens is not None:
             settings = replace(settings, l0_block_tokens=log.block_tokens)
         found = compared(
             log,

@@ -116,6 +116,7 @@ class SyncEngine:
         block_tokens=16,
         chunk_tokens=256,
         drained=0,
+        facts=None,
     ):
         self.client = Client(endpoint)
         self.shards = world if shards is None else shards
@@ -135,6 +136,7 @@ class SyncEngine:
                 {"model": "fake"},
                 os.getpid(),
                 drained,
+                facts or {},
             )
             registered = self.client.call(request, 5)
             self.sockets.append(connect_liveness(registered, 5))

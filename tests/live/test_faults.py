@@ -16,6 +16,7 @@ from live_fakes import SyncEngine, chain, environment, wait_for
 
 from kvcore.live import wire
 from kvcore.live.client import MISS, NOT_YET, Client, Register, RemoteError, SchedulerClient, WorkerClient
+from kvsim.servers import served
 from kvtraces.journal import Equal, verify
 
 PROMPTS = [chain(f"p{at}", 5) for at in range(6)]
@@ -124,7 +125,7 @@ def test_pages_of_a_worker_that_still_writes_are_not_handed_out_by_the_next_serv
 
 def test_a_full_journal_goes_on_in_bounded_segments(start, folder):
     server = start("--journal", str(folder / "journal"), "--journal-segment-mb", "1", "--journal-segments", "2")
-    with SyncEngine(server.endpoint) as engine:
+    with SyncEngine(server.endpoint, facts={"l0_blocks": 9}) as engine:
         for at in range(1500):
             engine.serve(f"{at}", chain(f"{at % 30}", 20), real=False)
         names = sorted(path.name for path in (folder / "journal").iterdir())
@@ -134,6 +135,7 @@ def test_a_full_journal_goes_on_in_bounded_segments(start, folder):
     result = verify(folder / "journal")
     assert isinstance(result, Equal), str(result)
     assert result.steps > 1000
+    assert served(folder / "journal").engine == {"l0_blocks": 9}, "the first segment is gone, and the last tells it"
     server.start()
     with SyncEngine(server.endpoint) as engine:
         assert engine.serve("r", chain("29", 20), real=False)[0].hits == (20,)

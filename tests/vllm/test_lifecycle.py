@@ -18,6 +18,8 @@ from kvcore.live.client import RegistrationRefused
 from kvcore.policy.hashing import block_hashes, trace_ids
 from kvcore.vllm.compat import UnsupportedModelError
 from kvcore.vllm.embedded import EmbeddedServer
+from kvsim.servers import served
+from kvsim.tuner.pricing import KvSize
 
 pytestmark = pytest.mark.vllm
 SMALL = {"l1_size_gb": 1 / 32, "page_size": "512KiB", "chunk_size": CHUNK}
@@ -43,8 +45,8 @@ def mp(endpoint, **extra):
 
 
 def test_restarted_engine_loads_what_the_first_stored(tiny_model, reference, tmp_path, caplog):
-    log = tmp_path / "log.jsonl"
-    server = ServerInThread(tmp_path, **SMALL, record=str(log))
+    log, journal = tmp_path / "log.jsonl", tmp_path / "journal"
+    server = ServerInThread(tmp_path, **SMALL, record=str(log), journal=str(journal))
     with harness.engine(tiny_model, mp(server.endpoint)) as llm:
         assert_same(generate(llm, [FIRST]), reference[:1])
         namespace = harness.scheduler(llm).connector._scheduler._hasher.namespace
@@ -55,9 +57,11 @@ def test_restarted_engine_loads_what_the_first_stored(tiny_model, reference, tmp
         assert f"Retrieved {4 * CHUNK} tokens of request" in caplog.text
         assert harness.scheduler(llm).connector._scheduler._hasher.namespace == namespace
         assert_same(generate(llm, [SHORT]), reference[2:])
+        config, blocks = harness.scheduler(llm).vllm_config, harness.scheduler(llm).kv_cache_config.num_blocks
     assert counters(server.endpoint)["loaded_tokens"] == hits
     server.stop()
     check_log([json.loads(line) for line in log.read_text().splitlines()], namespace)
+    check_settings(served(journal), config, blocks)
 
 
 def check_log(rows, namespace):
@@ -74,6 +78,24 @@ def check_log(rows, namespace):
     assert [row["loaded_tokens"] for row in rows] == [0, 4 * CHUNK, 0]
     assert [row["l0_tokens"] for row in rows] == [0, 0, 0]
     assert rows[1]["load_ms"] > 0
+
+
+def check_settings(found, config, blocks):
+    """What `kvsim validate` is told of the server and its engines."""
+    assert (found.l1_gb, found.chunk_tokens, found.page_bytes) == (1 / 32, CHUNK, 512 << 10)
+    assert found.engine == {
+        "l0_blocks": blocks - 1,
+        "l0_block_tokens": BLOCK,
+        "l0_prefix_caching": 1,
+        "max_model_len": config.model_config.max_model_len,
+        "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+        "max_num_seqs": config.scheduler_config.max_num_seqs,
+        "chunked_prefill": 1,
+        "async_scheduling": int(config.scheduler_config.async_scheduling),
+    }
+    assert not found.unlike
+    a_token = KvSize(stored_bytes_per_token=found.chunk_bytes // CHUNK, moved_bytes_per_token=0)
+    assert found.packing(a_token) == "none"
 
 
 def test_server_that_comes_after_the_engine(tiny_model, reference, tmp_path):

@@ -2,10 +2,10 @@
 
 A journal is a folder of segments, `00000001.kvj` and so on, each a magic and then records: a header `<III` (payload
 bytes, CRC-32 of these four bytes, CRC-32 of the payload) and a msgpack payload. A segment begins with the core's
-configuration and, unless the core was new, a snapshot of its state; then come steps, (event, decisions), and the pages
-that a step took. A decision's chunks are written as a range where they are a run of the event's. So each segment
-replays by itself, the oldest can be deleted, and a server that takes over needs the last one only. A crash may leave
-the last record torn; anything else that does not fit its checksum is damage.
+configuration and, unless the core was new, a snapshot of its state; then come steps, (event, decisions), the pages
+that a step took, and what engines say of themselves. A decision's chunks are written as a range where they are a run
+of the event's. So each segment replays by itself, the oldest can be deleted, and a server that takes over needs the
+last one only. A crash may leave the last record torn; anything else that does not fit its checksum is damage.
 """
 
 import os
@@ -25,6 +25,8 @@ from kvcore.policy.snapshot import dump, restore, with_other_top
 
 MAGIC = b"KVJRNL\x00\x01"
 DEFAULT_SEGMENT_BYTES = 256 << 20
+_MOST_ENGINES = 64
+"""Engines that a new segment tells of: the last that registered."""
 _HEADER = struct.Struct("<III")
 _LENGTH = struct.Struct("<I")
 _NAME = re.compile(r"(\d{8})\.kvj")
@@ -86,7 +88,16 @@ class Pages:
     chunk_bytes: int
 
 
-Record: TypeAlias = Head | Snapshot | Step | Pages
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What an engine instance said of itself when it registered; nothing is decided by it."""
+
+    instance: str
+    facts: dict[str, int]
+    """By the names of the simulator's settings, and `l0_blocks`; 0 and 1 for no and yes."""
+
+
+Record: TypeAlias = Head | Snapshot | Step | Pages | Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +137,7 @@ class JournalWriter:
         self.size_bytes = 0
         """Of the segment at hand."""
         self._waiting: list[bytes] = []
+        self._engines: dict[str, dict[str, int]] = {}
         self._encode = msgspec.msgpack.Encoder().encode
         self._fd = -1
         names = segments(self.folder)
@@ -141,6 +153,14 @@ class JournalWriter:
     def pages(self, ids: bytes, generations: bytes, chunk_bytes: int) -> None:
         """Collect the pages given to the next placing decision of the last step."""
         self._collect(("pages", ids, generations, chunk_bytes))
+
+    def engine(self, instance: str, facts: dict[str, int]) -> None:
+        """Collect what an engine says of itself; later segments say it again."""
+        self._engines.pop(instance, None)
+        self._engines[instance] = facts
+        if len(self._engines) > _MOST_ENGINES:
+            del self._engines[next(iter(self._engines))]
+        self._collect(("engine", instance, facts))
 
     def flush(self) -> None:
         """Write what was collected. Raises OSError."""
@@ -191,6 +211,8 @@ class JournalWriter:
         self._collect(("head", msgspec.to_builtins(self.head.config), self.head.meta))
         if snapshot is not None:
             self._collect(("snapshot", snapshot.core, snapshot.pages))
+        for instance, facts in self._engines.items():
+            self._collect(("engine", instance, facts))
         self.size_bytes = 0
         partial = path.with_suffix(".part")
         self._fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -251,6 +273,8 @@ def _decode(payload: bytes, segment: str, offset: int) -> Record:
                 return Step(event=event, decisions=tuple(_build(tag, values, named) for tag, values in decisions))
             case ["pages", ids, generations, chunk_bytes]:
                 return Pages(ids=ids, generations=generations, chunk_bytes=chunk_bytes)
+            case ["engine", instance, facts]:
+                return Engine(instance=instance, facts=msgspec.convert(facts, dict[str, int]))
             case ["head", config, meta]:
                 return Head(config=msgspec.convert(config, CoreConfig), meta=meta)
             case ["snapshot", core, pages]:
@@ -375,7 +399,7 @@ class _Verifier:
                 return self._compare_snapshot(record, located)
             case Step():
                 return self._compare_step(record, located)
-            case Pages():
+            case Pages() | Engine():
                 pass
         return None
 

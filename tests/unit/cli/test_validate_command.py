@@ -129,10 +129,12 @@ class Server:
     def __init__(self, folder):
         self.folder = folder
 
-    def ran(self, config, meta, *, chunk_bytes=64 * 147_456):
+    def ran(self, config, meta, *, chunk_bytes=64 * 147_456, engines=()):
         core, writer = Core(config), JournalWriter(self.folder, Head(config=config, meta=meta))
         event = InstanceRegistered(now_ns=0, instance="i", chunk_pages=5, chunk_bytes=chunk_bytes)
         writer.step(event, core.handle(event))
+        for number, facts in enumerate(engines):
+            writer.engine(f"engine-{number}", facts)
         writer.close()
 
 
@@ -181,6 +183,42 @@ def test_every_setting_of_a_server(kvsim_command, trace, server):
     assert settings["packed_share"] == pytest.approx(0.785, abs=0.001)
     assert "the server had quotas of tenants, which are not simulated" in found["notes"]
     assert "the server's settings changed within the journal: its last are simulated" in found["notes"]
+
+
+ENGINE = {
+    "l0_blocks": 2730,
+    "l0_block_tokens": 16,
+    "l0_prefix_caching": 1,
+    "max_model_len": 8192,
+    "max_num_batched_tokens": 4096,
+    "max_num_seqs": 32,
+    "chunked_prefill": 0,
+    "async_scheduling": 0,
+}
+
+
+def test_the_engines_settings_are_taken_from_the_journal(kvsim_command, trace, server):
+    server.ran(THIRTY_GIB, META, engines=[{**ENGINE, "max_num_seqs": 7}, ENGINE])
+    command = ("validate", "--trace", trace, *COSTS, "--journal", server.folder)
+    found = kvsim_command.json(*command)
+    settings = found["settings"]
+    same = {name: value for name, value in ENGINE.items() if name != "l0_blocks"}
+    assert {name: settings[name] for name in same} == same
+    assert int(settings["l0_gb"] * 2**30 // (16 * 147_456)) == 2730
+    assert "the server's engines had different settings: the last one's are simulated" in found["notes"]
+    given = kvsim_command.json(*command, "--l0-gb", 3, "--max-num-seqs", 9, "--l0-block-tokens", 8)["settings"]
+    assert (given["l0_gb"], given["max_num_seqs"], given["l0_block_tokens"]) == (3, 9, 8)
+
+
+def test_damage_in_the_journal_is_told_beside_the_prediction(kvsim_command, trace, server):
+    server.ran(THIRTY_GIB, META, engines=[ENGINE])
+    (segment,) = server.folder.iterdir()
+    damaged = bytearray(segment.read_bytes())
+    damaged[-5] ^= 1
+    segment.write_bytes(damaged)
+    found = kvsim_command.json("validate", "--trace", trace, *COSTS, "--l0-gb", 6, "--journal", server.folder)
+    assert found["settings"]["l1_gb"] == 30
+    assert not found["journal"]["equal"]
 
 
 def test_a_journal_of_another_model_is_refused(kvsim_command, trace, server):

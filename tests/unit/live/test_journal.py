@@ -22,6 +22,7 @@ from kvcore.policy import (
 from kvcore.policy.snapshot import with_other_top
 from kvtraces.journal import (
     Difference,
+    Engine,
     Equal,
     Head,
     JournalError,
@@ -190,6 +191,20 @@ def test_an_empty_l1_may_go_on_with_another_size(tmp_path, tier, quotas, emptied
     found = verify(tmp_path)
     assert isinstance(found, Equal if reason is None else Difference), str(found)
     assert reason is None or reason in found.reason
+
+
+def test_every_segment_tells_of_the_engines_that_registered_last(tmp_path):
+    writer = JournalWriter(tmp_path, HEAD)
+    for number in range(70):
+        writer.engine(f"e{number}", {"l0_blocks": number})
+    writer.engine("e40", {"l0_blocks": 400})
+    writer.rotate(take_snapshot(Core(CONFIG), b"book"))
+    writer.close()
+    first, second = ([located.record for located in read_segment(path)] for path in segments(tmp_path))
+    assert [one.facts["l0_blocks"] for one in first[1:]] == [*range(70), 400]
+    assert [one.instance for one in second[2:]] == [f"e{n}" for n in range(6, 70) if n != 40] + ["e40"]
+    assert second[-1] == Engine(instance="e40", facts={"l0_blocks": 400})
+    assert isinstance(verify(tmp_path), Equal)
 
 
 def test_a_missing_segment_is_told(tmp_path):
