@@ -3,6 +3,7 @@
 
 import mmap
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from kvkernels import HostArena, describe
 from kvkernels.cases import CASE_DTYPES, CASE_FORMS, random_case, random_ids, random_slots, round_trip_faults
-from kvkernels.choose import best_backend
+from kvkernels.choose import backend_of, best_backend
 from kvkernels.cuda_batch import BatchTransfer
 from kvkernels.cuda_driver import cuda_driver
 from kvkernels.cuda_streams import CudaRuntime
@@ -352,6 +353,33 @@ def test_the_packing_choice_serves_and_leaves_the_cache_as_it_was(spoilt):
     choice.transfer.load([[(0, packed.slot_bytes)]], ids).wait()
     assert all(all(map(np.array_equal, case.rows(b), rows)) for b, rows in zip(ids.tolist(), full, strict=True))
     choice.transfer.close()
+
+
+def test_a_known_backend_is_built_by_a_thread_that_never_saw_the_device():
+    """As when a server has come back: over its arena, which is being pinned, beside a step under way."""
+    rng = np.random.default_rng(9)
+    case = packable_case(rng, form="joined", spoilt=0.0, device="cuda")
+    layout, packed = case.layout, packed_layout(case.layout)
+    memory = mmap.mmap(-1, -(-packed.slot_bytes // 4096) * 4096)
+    runtime = CudaRuntime(0)
+
+    def build():
+        arena = RegisteredArena(memory, cuda_driver(), enter_thread=runtime.enter_thread, slice_bytes=4096)
+        with torch.cuda.device(runtime.device):
+            return arena, backend_of("triton_pack", layout, case.tensors, arena, packed=True)
+
+    with ThreadPoolExecutor(1) as pool:
+        arena, transfer = pool.submit(build).result()
+    ids = random_ids(rng, layout, 1)
+    full = [case.rows(b) for b in ids.tolist()]
+    transfer.store(ids, [[(0, packed.slot_bytes)]]).wait()
+    assert arena.wait().error is None
+    for tensor in case.memory:
+        tensor.zero_()
+    transfer.load([[(0, packed.slot_bytes)]], ids).wait()
+    assert all(all(map(np.array_equal, case.rows(b), rows)) for b, rows in zip(ids.tolist(), full, strict=True))
+    transfer.close()
+    arena.close()
 
 
 @pytest.mark.parametrize("programs", [1, 8, 16, 32])
