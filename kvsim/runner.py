@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcore.policy.driver import Observer
+from kvsim.cluster import run_on_cluster
 from kvsim.engine.columns import Columns, columns_of, copied_bytes, utilisation
 from kvsim.engine.load import Load, offered_load
 from kvsim.engine.settings import RunSettings
@@ -185,6 +186,7 @@ def run_many(
     *,
     baseline: bool = False,
     workers: int = 2,
+    cluster: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[RunResult]:
     """Simulate each of several settings; results come in their order, and are those of `run`.
@@ -194,6 +196,7 @@ def run_many(
         settings: What to run.
         baseline: As in `run`, for each setting.
         workers: Processes; with 1, or one setting, everything happens in this one.
+        cluster: The address of a Ray cluster that runs them instead (see `kvsim.cluster.run_on_cluster`).
         progress: Called with the settings done and all of them, from none on.
 
     Raises:
@@ -203,6 +206,8 @@ def run_many(
     done, total = 0, len(settings)
     report = progress or (lambda done, total: None)
     report(done, total)
+    if cluster is not None:
+        return run_on_cluster(log, settings, address=cluster, baseline=baseline, report=report)
     if workers <= 1 or total <= 1:
         results = []
         for chosen in settings:

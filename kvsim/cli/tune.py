@@ -105,6 +105,14 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
     max_num_seqs: MaxSeqs = 256,
     l0_gb: L0Gb = None,
     l0_block_tokens: L0BlockTokens = 16,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Simulate on a Ray cluster (extra 'ray'): auto, ray://host:10001, or local for one of this machine.",
+            show_default=False,
+            rich_help_panel=_TRIAL,
+        ),
+    ] = None,
     price_gpu_hour: Annotated[
         float | None, typer.Option(help="A GPU for an hour.", show_default=False, rich_help_panel=_PRICES)
     ] = None,
@@ -148,6 +156,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
             "slo_ttft_p95_s": slo_ttft_p95,
             "engines": integers("--engines", engines),
             "l2_sizes_gb": sizes("--l2-sizes-gb", l2_sizes_gb),
+            "cluster": ray,
             "gpu_hour": price_gpu_hour,
             "ram_gb_hour": price_ram_gb_hour,
             "disk_gb_hour": price_disk_gb_hour,
@@ -166,6 +175,10 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
 
         check_available()
         check_writable(report)
+    if ray is not None:
+        from kvsim import cluster  # noqa: PLC0415
+
+        cluster.check_available()
     if plot is not None:
         make_folder(plot)
     with stages(progress) as shown:

@@ -61,6 +61,7 @@ class Trial:
         slo_ttft_p95_s: The target: p95 of TTFT at most so many seconds.
         prices: What servers cost.
         workers: Processes.
+        cluster: A Ray cluster's address, to simulate there (see `kvsim.cluster.run_on_cluster`).
     """
 
     base: RunSettings
@@ -70,6 +71,7 @@ class Trial:
     slo_ttft_p95_s: float | None = None
     prices: Prices | None = None
     workers: int = field(default=2)
+    cluster: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be tried."""
@@ -220,7 +222,7 @@ def settle(
     lower = sorted(set(trial.l2_sizes_gb))
     wanted += list(product(candidates(points, choice, trial.top), lower, engines))
     settings = [trial.settings(*one) for one in wanted]
-    results = run_many(log, settings, workers=trial.workers, progress=progress)
+    results = run_many(log, settings, workers=trial.workers, cluster=trial.cluster, progress=progress)
     tried = [_tried(trial, point, result) for (point, _, _), result in zip(wanted, results, strict=True)]
     bare, cached = tuple(tried[: len(engines)]), tuple(tried[len(engines) :])
     chosen, reason = _chosen(bare, cached, trial, rule)
