@@ -120,8 +120,9 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     The log needs ttft_ms, as `kvcore serve --record` writes it; hits and parts of TTFT are compared where recorded.
     The profile must not be calibrated on this log. An error, however large, is reported: the exit code is 0.
 
-    Examples: kvsim validate --trace prod.jsonl --journal journal/ --profile mine.json --report out.html,
-    or kvsim validate --trace prod.jsonl --model qwen3-8b --gpu h100 --l0-gb 40 --chunk-tokens 256 --l1-size-gb 20
+    Without a journal, give what the server and its engines ran with: --chunk-tokens 256 --l1-size-gb 20 --l0-gb 40.
+
+    Example: kvsim validate --trace prod.jsonl --journal journal/ --profile mine.json --report out.html
     """
     from dataclasses import replace  # noqa: PLC0415 - loaded when it runs, not for --help
     from functools import partial  # noqa: PLC0415
