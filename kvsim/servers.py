@@ -1,15 +1,16 @@
 """What a server and its engines ran with, as the journal tells: a prediction of its log needs no flags again."""
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvcore.policy import CoreConfig, InstanceRegistered
+from kvcore.policy import CoreConfig, InstanceLeft, InstanceRegistered
 from kvcore.policy.config import Admission, Placement
 from kvsim.engine.settings import GIB, LowerKind
 from kvsim.errors import UsageError
 from kvsim.tuner.pricing import PACKED_SHARE, KvSize, Packing
+from kvtraces import Log
 from kvtraces.journal import Engine, Head, JournalError, Step, read_segment, segments
 
 _ENGINE: dict[str, type] = {
@@ -32,6 +33,7 @@ class Served:
 
     Attributes:
         chunk_bytes: Bytes of a chunk as engines store it, all ranks together.
+        engines: The most engine instances at once.
         engine: What the last engine that registered said of itself (`kvtraces.journal.Engine`); empty where none did.
         changed: Whether the server ran with other settings earlier in the journal; these are its last.
         unlike: Whether engines told of different settings; these are the last one's.
@@ -51,6 +53,7 @@ class Served:
     ttl_s: float | None
     load_or_recompute: bool
     chunk_bytes: int | None
+    engines: int | None
     engine: dict[str, int]
     changed: bool
     unlike: bool
@@ -70,6 +73,7 @@ class Served:
             "admission": self.admission,
             "ttl_s": self.ttl_s,
             "load_or_recompute": self.load_or_recompute,
+            "engines": self.engines,
         }
         told |= {name: kind(self.engine[name]) for name, kind in _ENGINE.items() if name in self.engine}
         if "l0_blocks" in self.engine and "l0_block_tokens" in self.engine:
@@ -113,10 +117,11 @@ def served(journal: str | Path) -> Served:
     try:
         heads = _heads(journal)
         head = heads[-1]
-        chunk_bytes, engines = _registered(journal)
+        seen = _seen(journal)
     except JournalError as error:
         raise UsageError(f"{error}; --journal takes the folder that kvcore serve wrote") from error
     config, page_bytes = head.config, head.meta.get("page_bytes")
+    facts = list(seen.facts.values())
     upper, lower = config.tiers[0], config.tiers[1] if len(config.tiers) > 1 else None
 
     def size_gb(pages: int | None) -> float | None:
@@ -135,12 +140,19 @@ def served(journal: str | Path) -> Served:
         admission=config.admission,
         ttl_s=None if config.ttl_ns is None else config.ttl_ns / 1e9,
         load_or_recompute=config.load_cost is not None,
-        chunk_bytes=chunk_bytes,
-        engine=engines[-1] if engines else {},
+        chunk_bytes=seen.chunk_bytes,
+        engines=seen.most or None,
+        engine=facts[-1] if facts else {},
         changed=any(_differ(one, head) for one in heads),
-        unlike=any(one != engines[-1] for one in engines),
+        unlike=any(one != facts[-1] for one in facts),
         untold=tuple(_untold(config)),
     )
+
+
+def instances(log: Log) -> int:
+    """Return how many engine instances a log names."""
+    column = log.extra.get("instance")
+    return 0 if column is None else len(set(column.tolist()))
 
 
 def _untold(config: CoreConfig) -> list[str]:
@@ -171,17 +183,51 @@ def _heads(journal: str | Path) -> list[Head]:
     return found
 
 
-def _registered(journal: str | Path) -> tuple[int | None, list[dict[str, int]]]:
-    """The bytes of a chunk by the first engine that registered, and what engines said of themselves."""
-    chunk_bytes, engines = None, []
+@dataclass(slots=True)
+class _Seen:
+    """What a journal tells of instances: engines, and others that are none (`kvcore bench`)."""
+
+    facts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What each engine said of itself, the last one last."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """The bytes of each instance's chunks."""
+    moves: list[tuple[str, bool]] = field(default_factory=list)
+    """Who came (True) and left, in order."""
+
+    @property
+    def chunk_bytes(self) -> int | None:
+        """Of the last engine; of the first instance where none said what it is."""
+        names = [name for name in reversed(self.facts) if name in self.sizes] or list(self.sizes)
+        return self.sizes[names[0]] or None if names else None
+
+    @property
+    def most(self) -> int:
+        """The most engines at once; the most instances where none said what it is."""
+        here: set[str] = set()
+        most = 0
+        for name, came in self.moves:
+            if came and (name in self.facts or not self.facts):
+                here.add(name)
+                most = max(most, len(here))
+            elif not came:
+                here.discard(name)
+        return most
+
+
+def _seen(journal: str | Path) -> _Seen:
+    seen = _Seen()
     with suppress(JournalError):  # damage further on: replaying the journal tells of it
         for segment in segments(journal):
             for located in read_segment(segment):
                 match located.record:
-                    case Step(event=InstanceRegistered() as event) if chunk_bytes is None:
-                        chunk_bytes = event.chunk_bytes or None
-                    case Engine(facts=facts):
-                        engines.append(facts)
+                    case Step(event=InstanceRegistered() as event):
+                        seen.sizes[event.instance] = event.chunk_bytes
+                        seen.moves.append((event.instance, True))
+                    case Step(event=InstanceLeft() as event):
+                        seen.moves.append((event.instance, False))
+                    case Engine(instance=name, facts=facts):
+                        seen.facts.pop(name, None)
+                        seen.facts[name] = facts
                     case _:
                         pass
-    return chunk_bytes, engines
+    return seen

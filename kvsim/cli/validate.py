@@ -131,7 +131,7 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     from kvsim.cli.engine_options import build, plain  # noqa: PLC0415
     from kvsim.cli.verify import as_json, replay  # noqa: PLC0415
     from kvsim.files import check_writable  # noqa: PLC0415
-    from kvsim.servers import served  # noqa: PLC0415
+    from kvsim.servers import instances, served  # noqa: PLC0415
     from kvsim.tuner.grid import check_log_chunk  # noqa: PLC0415
     from kvsim.tuner.pricing import costs  # noqa: PLC0415
     from kvsim.validation import validate as compared  # noqa: PLC0415
@@ -148,6 +148,7 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
         "admission": admission,
         "ttl_s": ttl_s,
         "load_or_recompute": load_or_recompute,
+        "engines": engines,
         "l0_gb": l0_gb,
         "l0_block_tokens": l0_block_tokens,
         "l0_prefix_caching": l0_prefix_caching,
@@ -170,7 +171,6 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     settings = build(
         priced(packing=packing),
         seed=seed,
-        engines=engines,
         routing=routing,
         store_output=store_output,
         load=load,
@@ -190,6 +190,8 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
         check_log_chunk(settings.chunk_tokens, log.block_tokens)
         if not block_known and log.block_tokens is not None:
             settings = replace(settings, l0_block_tokens=log.block_tokens)
+        if by_journal is not None and not said(context, "routing") and 1 < instances(log) <= settings.engines:
+            settings = replace(settings, routing="recorded")
         found = compared(
             log,
             settings,

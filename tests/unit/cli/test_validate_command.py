@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kvsim
-from kvcore.policy import Core, CoreConfig, InstanceRegistered, TierConfig
+from kvcore.policy import Core, CoreConfig, InstanceLeft, InstanceRegistered, TierConfig
 from kvtraces import Chat, Poisson, generate, write
 from kvtraces.journal import Head, JournalWriter
 
@@ -134,6 +134,8 @@ class Server:
         event = InstanceRegistered(now_ns=0, instance="i", chunk_pages=5, chunk_bytes=chunk_bytes)
         writer.step(event, core.handle(event))
         for number, facts in enumerate(engines):
+            event = InstanceRegistered(now_ns=0, instance=f"engine-{number}", chunk_pages=5, chunk_bytes=64 * 147_456)
+            writer.step(event, core.handle(event))
             writer.engine(f"engine-{number}", facts)
         writer.close()
 
@@ -198,16 +200,37 @@ ENGINE = {
 
 
 def test_the_engines_settings_are_taken_from_the_journal(kvsim_command, trace, server):
-    server.ran(THIRTY_GIB, META, engines=[{**ENGINE, "max_num_seqs": 7}, ENGINE])
+    server.ran(THIRTY_GIB, META, chunk_bytes=5, engines=[{**ENGINE, "max_num_seqs": 7}, ENGINE])  # beside a benchmark
     command = ("validate", "--trace", trace, *COSTS, "--journal", server.folder)
     found = kvsim_command.json(*command)
     settings = found["settings"]
     same = {name: value for name, value in ENGINE.items() if name != "l0_blocks"}
     assert {name: settings[name] for name in same} == same
+    assert (settings["engines"], settings["packed_share"]) == (2, 1)
     assert int(settings["l0_gb"] * 2**30 // (16 * 147_456)) == 2730
     assert "the server's engines had different settings: the last one's are simulated" in found["notes"]
     given = kvsim_command.json(*command, "--l0-gb", 3, "--max-num-seqs", 9, "--l0-block-tokens", 8)["settings"]
     assert (given["l0_gb"], given["max_num_seqs"], given["l0_block_tokens"]) == (3, 9, 8)
+
+
+def test_as_many_engines_as_there_were_at_once(kvsim_command, recorded, server, tmp_path):
+    core = Core(THIRTY_GIB)
+    writer = JournalWriter(server.folder, Head(config=THIRTY_GIB, meta=META))
+    for kind, name in (("came", "i"), ("left", "i"), ("came", "j"), ("came", "k"), ("left", "j"), ("came", "l")):
+        event = (
+            InstanceLeft(now_ns=0, instance=name)
+            if kind == "left"
+            else InstanceRegistered(now_ns=0, instance=name, chunk_pages=5)
+        )
+        writer.step(event, core.handle(event))
+    writer.close()
+    names = np.array(["k", "l"] * 200, dtype=object)
+    write(dataclasses.replace(recorded[0], extra={**recorded[0].extra, "instance": names}), tmp_path / "two.jsonl")
+    command = ("validate", "--trace", tmp_path / "two.jsonl", *COSTS, "--l0-gb", 6, "--journal", server.folder)
+    settings = kvsim_command.json(*command)["settings"]
+    assert (settings["engines"], settings["routing"]) == (2, "recorded")
+    assert kvsim_command.json(*command, "--routing", "least-loaded")["settings"]["routing"] == "least-loaded"
+    assert kvsim_command.json(*command, "--engines", 1)["settings"]["routing"] == "round-robin"
 
 
 def test_damage_in_the_journal_is_told_beside_the_prediction(kvsim_command, trace, server):
