@@ -331,6 +331,21 @@ def test_what_has_to_be_measured_waits_for_the_engines_thread(counted):
     assert len(counted.made) == 1
 
 
+@pytest.mark.parametrize("error", [LayoutError("no backend"), torch.OutOfMemoryError("no memory"), ValueError("sizes")])
+def test_an_arena_that_cannot_be_used_is_told_once_and_nothing_is_stored_there(tmp_path, error, caplog):
+    def refuse(cache, chunk_tokens, data):
+        raise error
+
+    rig = Rig(tmp_path, factory=refuse)
+    with caplog.at_level("ERROR", logger="kvcore"):
+        for _ in range(2):
+            rig.step(StepPlan(stores=[rig.copy(range(4))]))
+    assert caplog.text.count(f"cannot use the server's arena, nothing is loaded or stored: {error}") == 1
+    assert len(rig.said("aborted")) == 2
+    rig.side.close()
+    rig.arena.close()
+
+
 def test_backends_are_measured_once_for_a_size_of_chunks(tmp_path, monkeypatch):
     measured = []
     whole = choose.best_backend
