@@ -16,7 +16,7 @@ class Transfers(Protocol):
     transfer: Transfer
 
     def close(self) -> None:
-        """Wait for what is under way."""
+        """Wait for what is under way; the backend is gone then."""
 
     def unpin(self) -> None:
         """Let go of the arena; after `close`. That of a large one takes seconds, in any thread."""
@@ -88,8 +88,9 @@ class _Backend:
         _report(choice.profile)
 
     def close(self) -> None:
-        """Wait for what is under way."""
+        """Wait for what is under way, and free the backend's memory: the next one needs as much."""
         self.transfer.close()
+        del self.transfer
 
     def unpin(self) -> None:
         """Nothing is pinned."""

@@ -27,6 +27,7 @@ from kvkernels.pieces import StagedPiece
 from kvkernels.reference import ReferenceTransfer
 from kvkernels.reference_pack import pack_rows, unpack_rows
 from kvkernels.registered import BounceTransfer, RegisteredArena
+from kvkernels.staged import STAGING_BYTES
 
 pytestmark = pytest.mark.gpu
 
@@ -378,7 +379,10 @@ def test_a_known_backend_is_built_by_a_thread_that_never_saw_the_device():
         tensor.zero_()
     transfer.load([[(0, packed.slot_bytes)]], ids).wait()
     assert all(all(map(np.array_equal, case.rows(b), rows)) for b, rows in zip(ids.tolist(), full, strict=True))
+    held = torch.cuda.memory_allocated()
     transfer.close()
+    del transfer
+    assert held - torch.cuda.memory_allocated() >= STAGING_BYTES, "its staging is free before another is made"
     arena.close()
 
 

@@ -3,6 +3,7 @@
 import pickle
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -356,6 +357,12 @@ def test_backends_are_measured_once_for_a_size_of_chunks(tmp_path, monkeypatch):
     data = np.zeros(8 * PER_CHUNK * cache.block.block_bytes, np.uint8)
     names = [backends(cache, chunks * BLOCK, data).transfer.name for chunks in (1, 1, 2, 2, 1)]
     assert len(measured) == 2
+    made = backends(cache, BLOCK, data)
+    backend = weakref.ref(made.transfer)
+    made.transfer.store(np.arange(1), [[(0, cache.block.block_bytes)]]).wait()
+    made.close()
+    assert backend() is None, "its memory is free before another is made"
+    made.unpin()
     assert names[0] == names[1] == names[4]
 
 
