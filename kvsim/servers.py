@@ -60,7 +60,7 @@ class Served:
     untold: tuple[str, ...]
 
     def flags(self, kv: KvSize) -> dict[str, Any]:
-        """Return what the journal tells of, by the names of `kvsim validate`'s options, for engines with such KV."""
+        """Return what the journal tells of, by the names of `kvsim run`'s options, for engines with such KV."""
         told: dict[str, Any] = {
             "chunk_tokens": self.chunk_tokens,
             "l1_size_gb": self.l1_gb,
@@ -74,6 +74,7 @@ class Served:
             "ttl_s": self.ttl_s,
             "load_or_recompute": self.load_or_recompute,
             "engines": self.engines,
+            "page_bytes": self.page_bytes,
         }
         told |= {name: kind(self.engine[name]) for name, kind in _ENGINE.items() if name in self.engine}
         if "l0_blocks" in self.engine and "l0_block_tokens" in self.engine:

@@ -1,14 +1,19 @@
 """Options of a simulated server, shared by `run`, `validate` and `tune`, and the settings that they make."""
 
 import re
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
+from kvsim.cli.options import said
+
 if TYPE_CHECKING:
     from kvsim.engine.settings import RunSettings
     from kvsim.tuner import Costs
+    from kvtraces import Log
 
 _ENGINES, _CACHE, _TRAFFIC = "Engines", "Cache", "Traffic"
 
@@ -121,6 +126,14 @@ LoadName: TypeAlias = Annotated[
 LookupS: TypeAlias = Annotated[
     float, typer.Option(help="Seconds that a lookup holds up the scheduler.", rich_help_panel=_CACHE)
 ]
+Journal: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        help="Journal of the server that recorded the log: its settings and its engines', where they are not given.",
+        show_default=False,
+        rich_help_panel="Log",
+    ),
+]
 RateScale: TypeAlias = Annotated[
     float, typer.Option(help="Traffic this many times as fast as recorded.", rich_help_panel=_TRAFFIC)
 ]
@@ -148,6 +161,41 @@ def build(costs: "Costs", *, l1_size_gb: float = 0.0, l2_size_gb: float = 0.0, *
         l2_gb=_size(l2_size_gb),
         **lowered,
     )
+
+
+def with_journal(
+    context: typer.Context, journal: Path | None, given: dict[str, Any], priced: "Callable[..., Costs]"
+) -> "tuple[dict[str, Any], Costs, list[str]]":
+    """Take from a journal what the command line does not say.
+
+    Args:
+        context: The command's.
+        journal: Of the server that recorded the log; None changes nothing.
+        given: Options that a journal may tell of, and their values.
+        priced: `costs` but for the packing.
+
+    Returns:
+        The options, the costs with the packing of the server's engines, and what must be said of it.
+
+    Raises UsageError as `served` and `Served.packing`.
+    """
+    packing = context.params["packing"]
+    if journal is None:
+        return given, priced(packing=packing), []
+    from kvsim.servers import served  # noqa: PLC0415
+
+    found, kv = served(journal), priced().kv
+    told = {name: value for name, value in found.flags(kv).items() if name in given and not said(context, name)}
+    return {**given, **told}, priced(packing=packing if said(context, "packing") else found.packing(kv)), found.notes()
+
+
+def routed(context: typer.Context, settings: "RunSettings", log: "Log", journal: Path | None) -> "RunSettings":
+    """Let requests go to the engines that served them, where a journal tells how many there were."""
+    from kvsim.servers import instances  # noqa: PLC0415
+
+    if journal is None or said(context, "routing") or said(context, "engines"):
+        return settings
+    return replace(settings, routing="recorded") if 1 < instances(log) <= settings.engines else settings
 
 
 def _size(value: float) -> float | None:

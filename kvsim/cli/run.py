@@ -1,7 +1,7 @@
 """`kvsim run`: one setting under load, in full detail."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from kvsim.cli.engine_options import (
     ChunkedPrefill,
     ChunkTokens,
     Engines,
+    Journal,
     L0BlockTokens,
     L0Gb,
     L0PrefixCaching,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 
 def run(  # noqa: PLR0913, PLR0917 - a command's options
+    context: typer.Context,
     trace: Traces,
     model: Model = None,
     gpu: GpuName = None,
@@ -63,6 +65,7 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
     packing: PackingName = "none",
     block_size: BlockSize = None,
     skip_bad: SkipBad = False,
+    journal: Journal = None,
     rate_scale: RateScale = 1.0,
     arrivals: ArrivalsName = "recorded",
     rate_per_s: RatePerS = None,
@@ -114,49 +117,56 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
 
     Example: kvsim run --trace prod.jsonl --model qwen3-8b --gpu h100 --engines 4 --l1-size-gb 200
     """
-    from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415 - loaded when it runs, not for --help
-    from kvsim.cli.engine_options import build, plain  # noqa: PLC0415
+    from functools import partial  # noqa: PLC0415 - loaded when it runs, not for --help
+
+    from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415
+    from kvsim.cli.engine_options import build, plain, routed, with_journal  # noqa: PLC0415
     from kvsim.runner import run as simulated  # noqa: PLC0415
     from kvsim.tuner.grid import check_log_chunk  # noqa: PLC0415
-    from kvsim.tuner.pricing import costs  # noqa: PLC0415
+    from kvsim.tuner.pricing import PAGE_BYTES, costs  # noqa: PLC0415
 
+    recorded: dict[str, Any] = {
+        "engines": engines,
+        "max_model_len": max_model_len,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_num_seqs": max_num_seqs,
+        "chunked_prefill": chunked_prefill,
+        "async_scheduling": async_scheduling,
+        "l0_gb": l0_gb,
+        "l0_block_tokens": l0_block_tokens,
+        "l0_prefix_caching": l0_prefix_caching,
+        "chunk_tokens": chunk_tokens,
+        "l1_size_gb": l1_size_gb,
+        "policy": policy,
+        "l2_size_gb": l2_size_gb,
+        "l2_kind": l2_kind,
+        "l2_policy": l2_policy,
+        "placement": placement,
+        "promote_on_hit": promote_on_hit,
+        "admission": admission,
+        "ttl_s": ttl_s,
+        "load_or_recompute": load_or_recompute,
+        "page_bytes": PAGE_BYTES,
+    }
+    priced = partial(costs, model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype)
+    recorded, chosen, told = with_journal(context, journal, recorded, priced)
     settings = build(
-        costs(
-            model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype, packing=packing
-        ),
+        chosen,
         rate_scale=rate_scale,
         arrivals=arrivals,
         rate_per_s=rate_per_s,
         seed=seed,
-        engines=engines,
         routing=routing,
-        max_model_len=max_model_len,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=max_num_seqs,
-        chunked_prefill=chunked_prefill,
-        async_scheduling=async_scheduling,
-        l0_gb=l0_gb,
-        l0_block_tokens=l0_block_tokens,
-        l0_prefix_caching=l0_prefix_caching,
-        chunk_tokens=chunk_tokens,
-        l1_size_gb=l1_size_gb,
-        policy=policy,
-        l2_size_gb=l2_size_gb,
-        l2_kind=l2_kind,
-        l2_policy=l2_policy,
-        placement=placement,
-        promote_on_hit=promote_on_hit,
-        admission=admission,
-        ttl_s=ttl_s,
-        load_or_recompute=load_or_recompute,
         store_output=store_output,
         load=load,
         lookup_s=lookup_s,
+        **recorded,
     )
     _check(timeline, chrome_trace)
     with stages(progress) as shown:
         log = read_log(trace, block_size, skip_bad, shown)
-        check_log_chunk(chunk_tokens, log.block_tokens)
+        check_log_chunk(settings.chunk_tokens, log.block_tokens)
+        settings = routed(context, settings, log, journal)
         result = simulated(
             log,
             settings,
@@ -167,11 +177,13 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
         )
     _write(result, timeline, chrome_trace)
     if json:
-        print_json({"settings": plain(settings), **result.summary()})
+        print_json({"settings": plain(settings), **({"notes": told} if told else {}), **result.summary()})
         return
     from kvsim.cli.ran import show  # noqa: PLC0415
 
     show(result)
+    for note in told:
+        typer.echo(f"* {note[0].upper()}{note[1:]}.")
 
 
 def _check(timeline: Path | None, chrome_trace: Path | None) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvsim.cli.engine_options import (
+    Journal,
     L0BlockTokens,
     L0Gb,
     L2Kind,
@@ -43,6 +44,7 @@ _PRICES = "Prices (in any currency; simulated too)"
 
 
 def tune(  # noqa: PLR0913, PLR0917 - a command's options
+    context: typer.Context,
     trace: Traces,
     model: Model = None,
     gpu: GpuName = None,
@@ -52,6 +54,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
     packing: PackingName = "none",
     block_size: BlockSize = None,
     skip_bad: SkipBad = False,
+    journal: Journal = None,
     chunk_sizes: Annotated[
         str | None,
         typer.Option(help="Tokens of a chunk: 256,512; default the block x 2^k.", rich_help_panel=_SWEEP),
@@ -138,14 +141,25 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
 
     Example: kvsim tune --trace prod.jsonl --model qwen3-8b --gpu h100 --engines 3,4 --slo-ttft-p95 2
     """
-    from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415 - loaded when it runs, not for --help
+    from functools import partial  # noqa: PLC0415 - loaded when it runs, not for --help
+
+    from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415
+    from kvsim.cli.engine_options import with_journal  # noqa: PLC0415
     from kvsim.files import check_writable, make_folder  # noqa: PLC0415
     from kvsim.tuner import Rule, costs  # noqa: PLC0415
     from kvsim.tuner import tune as run  # noqa: PLC0415
 
-    priced = costs(
-        model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype, packing=packing
-    )
+    engine = {
+        "l2_kind": l2_kind,
+        "load_or_recompute": load_or_recompute,
+        "max_model_len": max_model_len,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_num_seqs": max_num_seqs,
+        "l0_gb": l0_gb,
+        "l0_block_tokens": l0_block_tokens,
+    }
+    unpacked = partial(costs, model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype)
+    recorded, priced, told = with_journal(context, journal, engine, unpacked)
     chosen_sizes, chosen_l1 = integers("--chunk-sizes", chunk_sizes), sizes("--l1-sizes-gb", l1_sizes_gb)
     chosen_policies = names("--policies", policies)
     trial = _trial(
@@ -161,14 +175,9 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
             "ram_gb_hour": price_ram_gb_hour,
             "disk_gb_hour": price_disk_gb_hour,
         },
-        l2_kind=l2_kind,
-        load_or_recompute=load_or_recompute,
+        {**engine, "routing": routing} != _ENGINE,
         routing=routing,
-        max_model_len=max_model_len,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=max_num_seqs,
-        l0_gb=l0_gb,
-        l0_block_tokens=l0_block_tokens,
+        **recorded,
     )
     if report is not None:
         from kvsim.report import check_available  # noqa: PLC0415
@@ -199,11 +208,13 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
         )
     _write(result, trace, report, plot)
     if json:
-        print_json(result.to_dict())
+        print_json({**result.to_dict(), **({"by_journal": told} if told else {})})
         return
     from kvsim.cli.tuned import show  # noqa: PLC0415
 
     show(result)
+    for note in told:
+        typer.echo(f"* {note[0].upper()}{note[1:]}.")
 
 
 _ENGINE = {
@@ -220,14 +231,14 @@ _ENGINE = {
 _PRICE_NAMES = ("gpu_hour", "ram_gb_hour", "disk_gb_hour")
 
 
-def _trial(costs: "Costs", asked: dict[str, Any], **engine: Any) -> "Trial | None":
-    """Return what to simulate: nothing unless a flag asks for it. Raises UsageError and SettingsError."""
+def _trial(costs: "Costs", asked: dict[str, Any], where: bool, **engine: Any) -> "Trial | None":
+    """Return what to simulate: nothing unless a flag asks for it, or says on what. Raises UsageError, SettingsError."""
     given = {name: value for name, value in asked.items() if value is not None}
     if given.get("top") == 0:
         if len(given) > 1:
             raise UsageError("--simulate 0: the other flags of the simulation say nothing then")
         return None
-    if not given and engine == _ENGINE:
+    if not given and not where:
         return None
     from kvsim.cli.engine_options import build  # noqa: PLC0415
     from kvsim.tuner import Prices, Trial  # noqa: PLC0415

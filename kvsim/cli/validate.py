@@ -43,7 +43,6 @@ from kvsim.cli.options import (
     SkipBad,
     TensorParallel,
     Traces,
-    said,
 )
 from kvsim.errors import UsageError
 
@@ -128,12 +127,11 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     from functools import partial  # noqa: PLC0415
 
     from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415
-    from kvsim.cli.engine_options import build, plain  # noqa: PLC0415
+    from kvsim.cli.engine_options import build, plain, routed, with_journal  # noqa: PLC0415
     from kvsim.cli.verify import as_json, replay  # noqa: PLC0415
     from kvsim.files import check_writable  # noqa: PLC0415
-    from kvsim.servers import instances, served  # noqa: PLC0415
     from kvsim.tuner.grid import check_log_chunk  # noqa: PLC0415
-    from kvsim.tuner.pricing import costs  # noqa: PLC0415
+    from kvsim.tuner.pricing import PAGE_BYTES, costs  # noqa: PLC0415
     from kvsim.validation import validate as compared  # noqa: PLC0415
 
     recorded: dict[str, Any] = {
@@ -157,19 +155,13 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
         "max_num_seqs": max_num_seqs,
         "chunked_prefill": chunked_prefill,
         "async_scheduling": async_scheduling,
+        "page_bytes": PAGE_BYTES,
     }
     priced = partial(costs, model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype)
-    by_journal = None if journal is None else served(journal)
-    if by_journal is not None:
-        kv = priced().kv
-        recorded |= {name: value for name, value in by_journal.flags(kv).items() if not said(context, name)}
-        if by_journal.page_bytes is not None:
-            recorded["page_bytes"] = by_journal.page_bytes
-        if not said(context, "packing"):
-            packing = by_journal.packing(kv)
+    recorded, chosen, told = with_journal(context, journal, recorded, priced)
     block_known = recorded["l0_block_tokens"] is not None
     settings = build(
-        priced(packing=packing),
+        chosen,
         seed=seed,
         routing=routing,
         store_output=store_output,
@@ -190,8 +182,7 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
         check_log_chunk(settings.chunk_tokens, log.block_tokens)
         if not block_known and log.block_tokens is not None:
             settings = replace(settings, l0_block_tokens=log.block_tokens)
-        if by_journal is not None and not said(context, "routing") and 1 < instances(log) <= settings.engines:
-            settings = replace(settings, routing="recorded")
+        settings = routed(context, settings, log, journal)
         found = compared(
             log,
             settings,
@@ -206,14 +197,13 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     if json:
         from kvsim.report.validation_words import notes  # noqa: PLC0415
 
-        told = {} if replayed is None else {"journal": as_json(replayed)}
-        words = [*notes(found), *([] if by_journal is None else by_journal.notes())]
-        print_json({"settings": plain(settings), "notes": words, **told, **found.as_dict()})
+        by_replay = {} if replayed is None else {"journal": as_json(replayed)}
+        print_json({"settings": plain(settings), "notes": [*notes(found), *told], **by_replay, **found.as_dict()})
         return
     from kvsim.cli.validated import show  # noqa: PLC0415
 
     show(found)
-    for note in [] if by_journal is None else by_journal.notes():
+    for note in told:
         typer.echo(f"* {note[0].upper()}{note[1:]}.")
     if replayed is not None:
         typer.echo(f"* By the journal: {replayed}")

@@ -233,6 +233,28 @@ def test_as_many_engines_as_there_were_at_once(kvsim_command, recorded, server, 
     assert kvsim_command.json(*command, "--engines", 1)["settings"]["routing"] == "round-robin"
 
 
+def test_a_run_and_a_tuning_take_them_too(kvsim_command, trace, server):
+    server.ran(THIRTY_GIB, META, chunk_bytes=5, engines=[ENGINE])
+    command = ("--trace", trace, *COSTS, "--journal", server.folder)
+    there = kvsim_command.json("validate", *command)["settings"]
+    assert kvsim_command.json("run", *command)["settings"] == there
+    what_if = kvsim_command.json("run", *command, "--l1-size-gb", 5, "--engines", 3)["settings"]
+    assert (what_if["l1_gb"], what_if["engines"], what_if["l0_gb"]) == (5, 3, there["l0_gb"])
+    tuned = kvsim_command.json("tune", *command, "--simulate", 1, "--chunk-sizes", 64, "--l1-sizes-gb", 5)
+    assert (tuned["simulated"]["l0_blocks"], tuned["simulated"]["max_model_len"]) == (2730, 8192)
+    assert "simulated" not in kvsim_command.json("tune", *command, "--chunk-sizes", 64, "--l1-sizes-gb", 5)
+
+
+def test_engines_that_pack_are_priced_so(kvsim_command, trace, server):
+    server.ran(THIRTY_GIB, META, chunk_bytes=7_411_968)
+    command = ("tune", "--trace", trace, *COSTS, "--chunk-sizes", 64, "--l1-sizes-gb", 5)
+    by_hand, by_journal, apart = (
+        kvsim_command.json(*command, *more)["sweep"]
+        for more in (("--packing", "lossless"), ("--journal", server.folder), ())
+    )
+    assert by_journal == by_hand != apart
+
+
 def test_damage_in_the_journal_is_told_beside_the_prediction(kvsim_command, trace, server):
     server.ran(THIRTY_GIB, META, engines=[ENGINE])
     (segment,) = server.folder.iterdir()
