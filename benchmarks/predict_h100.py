@@ -9,7 +9,8 @@ that follow from the block's id, so equal prefixes stay equal; prompts and outpu
 timestamp are spread until the next one, and all are scaled to take `--seconds`. Every replay starts from empty caches
 and a new server; vLLM stays up. Without --log a generated chat workload is replayed.
 
-A connector packs KV here, so it is `kvsim validate --packing lossless` that predicts these logs.
+A connector packs KV here, so it is `kvsim validate --packing lossless` that predicts these logs; with --keep-journals,
+`kvsim validate --trace LOG --journal JOURNAL --profile PROFILE` finds out by itself.
 
 OUT_DIR gets predict.json (what was set, client-side TTFT, what the journal's replay says, hits) and logs.tar (the
 recorded logs, and with --keep-journals the journals). With --settings each of several further settings is replayed
