@@ -1,22 +1,24 @@
-"""The JAX transfer on one CUDA GPU. For kernels_h100.py, which imports it where JAX is."""
+# ruff: noqa: PLC0415  (JAX may be absent)
+"""The JAX transfer on one CUDA GPU. For kernels_h100.py."""
 
 import time
 
-import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import torch
 from kernels_h100_bench import BLOCK, BLOCKS, CHUNK, HEAD_DIM, HEADS, LAYERS, SEED, seconds_of
 
 from kvkernels import HostArena, describe
 from kvkernels.cases import CASE_DTYPES, random_case, random_ids, random_slots
-from kvkernels.jax_pallas import JaxTransfer
 from kvkernels.reference import ReferenceTransfer
 
 
 def jax_random_shapes(bench, budget_s):
     """JAX on the GPU against the reference on the CPU, over the same random bytes."""
+    import jax.numpy as jnp
+    import ml_dtypes
+
+    from kvkernels.jax_pallas import JaxTransfer
+
     forms = ("joined", "planes_nhd", "stacked", "mla", "cross_layer", "layers_outermost")
     began = time.perf_counter()
     checked = 0
@@ -49,6 +51,11 @@ def jax_random_shapes(bench, budget_s):
 
 def jax_whole(bench, tokens):
     """Store and load of Qwen3-8B's cache held by JAX."""
+    import jax
+    import jax.numpy as jnp
+
+    from kvkernels.jax_pallas import JaxTransfer
+
     keys = jax.random.split(jax.random.key(SEED), LAYERS)
     shape = (BLOCKS, BLOCK, HEADS, 2 * HEAD_DIM)
     arrays = [jax.random.bits(key, shape, np.uint16).view(jnp.bfloat16) for key in keys]
