@@ -44,7 +44,8 @@ def ask(model: str, endpoint: str, prompt: list[int]) -> tuple[tuple[int, ...], 
         "kv_connector": "KVCoreMPConnector",
         "kv_connector_module_path": "kvcore.vllm",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"endpoint": endpoint},
+        # The line to the server shares this interpreter with an engine that starts, and may be late.
+        "kv_connector_extra_config": {"endpoint": endpoint, "deadline_ms": 5000},
     }
     llm = LLM(model, enforce_eager=True, max_model_len=1024, disable_log_stats=False, kv_transfer_config=connector)
     (answer,) = llm.generate(
