@@ -163,6 +163,38 @@ def build(costs: "Costs", *, l1_size_gb: float = 0.0, l2_size_gb: float = 0.0, *
     )
 
 
+_OF_JOURNAL = (
+    "engines",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "chunked_prefill",
+    "async_scheduling",
+    "l0_gb",
+    "l0_block_tokens",
+    "l0_prefix_caching",
+    "chunk_tokens",
+    "l1_size_gb",
+    "policy",
+    "l2_size_gb",
+    "l2_kind",
+    "l2_policy",
+    "placement",
+    "promote_on_hit",
+    "admission",
+    "ttl_s",
+    "load_or_recompute",
+)
+"""Options of `run` and `validate` that a journal may tell of."""
+
+
+def options(context: typer.Context) -> dict[str, Any]:
+    """Return those options' values by name, and the page, which is none of the options."""
+    from kvsim.tuner.pricing import PAGE_BYTES  # noqa: PLC0415
+
+    return {**{name: context.params[name] for name in _OF_JOURNAL}, "page_bytes": PAGE_BYTES}
+
+
 def with_journal(
     context: typer.Context, journal: Path | None, given: dict[str, Any], priced: "Callable[..., Costs]"
 ) -> "tuple[dict[str, Any], Costs, list[str]]":

@@ -1,7 +1,7 @@
 """`kvsim run`: one setting under load, in full detail."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -120,36 +120,13 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
     from functools import partial  # noqa: PLC0415 - loaded when it runs, not for --help
 
     from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415
-    from kvsim.cli.engine_options import build, plain, routed, with_journal  # noqa: PLC0415
+    from kvsim.cli.engine_options import build, options, plain, routed, with_journal  # noqa: PLC0415
     from kvsim.runner import run as simulated  # noqa: PLC0415
     from kvsim.tuner.grid import check_log_chunk  # noqa: PLC0415
-    from kvsim.tuner.pricing import PAGE_BYTES, costs  # noqa: PLC0415
+    from kvsim.tuner.pricing import costs  # noqa: PLC0415
 
-    recorded: dict[str, Any] = {
-        "engines": engines,
-        "max_model_len": max_model_len,
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "max_num_seqs": max_num_seqs,
-        "chunked_prefill": chunked_prefill,
-        "async_scheduling": async_scheduling,
-        "l0_gb": l0_gb,
-        "l0_block_tokens": l0_block_tokens,
-        "l0_prefix_caching": l0_prefix_caching,
-        "chunk_tokens": chunk_tokens,
-        "l1_size_gb": l1_size_gb,
-        "policy": policy,
-        "l2_size_gb": l2_size_gb,
-        "l2_kind": l2_kind,
-        "l2_policy": l2_policy,
-        "placement": placement,
-        "promote_on_hit": promote_on_hit,
-        "admission": admission,
-        "ttl_s": ttl_s,
-        "load_or_recompute": load_or_recompute,
-        "page_bytes": PAGE_BYTES,
-    }
     priced = partial(costs, model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype)
-    recorded, chosen, told = with_journal(context, journal, recorded, priced)
+    recorded, chosen, told = with_journal(context, journal, options(context), priced)
     settings = build(
         chosen,
         rate_scale=rate_scale,

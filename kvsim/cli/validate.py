@@ -1,7 +1,7 @@
 """`kvsim validate`: predicted against recorded."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -127,38 +127,15 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     from functools import partial  # noqa: PLC0415
 
     from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415
-    from kvsim.cli.engine_options import build, plain, routed, with_journal  # noqa: PLC0415
+    from kvsim.cli.engine_options import build, options, plain, routed, with_journal  # noqa: PLC0415
     from kvsim.cli.verify import as_json, replay  # noqa: PLC0415
     from kvsim.files import check_writable  # noqa: PLC0415
     from kvsim.tuner.grid import check_log_chunk  # noqa: PLC0415
-    from kvsim.tuner.pricing import PAGE_BYTES, costs  # noqa: PLC0415
+    from kvsim.tuner.pricing import costs  # noqa: PLC0415
     from kvsim.validation import validate as compared  # noqa: PLC0415
 
-    recorded: dict[str, Any] = {
-        "chunk_tokens": chunk_tokens,
-        "l1_size_gb": l1_size_gb,
-        "policy": policy,
-        "l2_size_gb": l2_size_gb,
-        "l2_kind": l2_kind,
-        "l2_policy": l2_policy,
-        "placement": placement,
-        "promote_on_hit": promote_on_hit,
-        "admission": admission,
-        "ttl_s": ttl_s,
-        "load_or_recompute": load_or_recompute,
-        "engines": engines,
-        "l0_gb": l0_gb,
-        "l0_block_tokens": l0_block_tokens,
-        "l0_prefix_caching": l0_prefix_caching,
-        "max_model_len": max_model_len,
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "max_num_seqs": max_num_seqs,
-        "chunked_prefill": chunked_prefill,
-        "async_scheduling": async_scheduling,
-        "page_bytes": PAGE_BYTES,
-    }
     priced = partial(costs, model=model, gpu=gpu, profile=profile, tensor_parallel=tensor_parallel, kv_dtype=kv_dtype)
-    recorded, chosen, told = with_journal(context, journal, recorded, priced)
+    recorded, chosen, told = with_journal(context, journal, options(context), priced)
     block_known = recorded["l0_block_tokens"] is not None
     settings = build(
         chosen,
