@@ -25,11 +25,13 @@ from kvcore.live.wire import (
     LoadFailed,
     Lookup,
     Message,
+    Places,
     Poll,
     Record,
     Register,
     Registered,
     Reply,
+    Where,
     ipc_endpoint,
 )
 
@@ -79,6 +81,16 @@ class _Asked:
         self.found: Found | None = None
 
 
+class _Sought:
+    """The question at hand of where a chunk lies, and its answer."""
+
+    __slots__ = ("id", "tier")
+
+    def __init__(self, correlation: int) -> None:
+        self.id = correlation
+        self.tier: int | None = None
+
+
 _Pending: TypeAlias = tuple[float, str, str]
 """When it was sent, what it was, and the request's name."""
 
@@ -116,6 +128,7 @@ class SchedulerClient:
         self._pending: dict[int, _Pending] = {}
         self._lookups: dict[str, _Asked] = {}
         self._grants: list[tuple[str, Granted]] = []
+        self._sought = _Sought(0)
 
     def register(self, timeout_s: float = 5.0) -> Registered | None:
         """Register the instance's scheduler; return what the server says, None where it is away (a warning is logged).
@@ -189,7 +202,26 @@ class SchedulerClient:
         elif asked.found is not None:  # it was pending
             asked.found = None
             asked.id = self._send(Poll(session.registered.member, request), "lookup", request)
-        return self._answer(request, asked, max(_PATIENCE_S, self._wait_s) if patient else self._wait_s)
+        return self._answer(request, asked, self._longest_s(patient))
+
+    def held(self, chunk: bytes, *, patient: bool = False) -> bool | NotYet:
+        """Return whether a chunk can be matched, in any tier, or NOT_YET, and then no answer will come.
+
+        It decides nothing and pins nothing: a prompt whose first chunk is nowhere has no hit, whatever else is cached,
+        and its `lookup` can be made when there is time for it. A server that is away holds nothing.
+        """
+        if self._current() is None:
+            return False
+        sought = self._sought = _Sought(self._send(Where((chunk,)), "where", ""))
+        until = time.monotonic() + self._longest_s(patient)
+        while self._connection is not None:
+            left = until - time.monotonic()
+            self._pump(max(0.0, left))
+            if sought.tier is not None:
+                return sought.tier >= 0
+            if left <= 0:
+                return NOT_YET
+        return False
 
     def ask(self, request: str, chunks: Sequence[bytes]) -> None:
         """Ask room for chunks of the request's prompt, head first; the answer comes by `granted`."""
@@ -275,6 +307,9 @@ class SchedulerClient:
         self._pending[correlation] = (time.monotonic(), what, request)
         return correlation
 
+    def _longest_s(self, patient: bool) -> float:
+        return max(_PATIENCE_S, self._wait_s) if patient else self._wait_s
+
     def _answer(self, request: str, asked: _Asked, wait_s: float) -> Found | NotYet:
         """Wait a little for the answer to a lookup."""
         until = time.monotonic() + wait_s
@@ -314,6 +349,9 @@ class SchedulerClient:
             reply = MISS
         if isinstance(reply, Granted):
             self._grants.append((request, reply))
+        elif isinstance(reply, Places):
+            if correlation == self._sought.id:
+                self._sought.tier = reply.tiers[0]
         elif isinstance(reply, Found):
             asked = self._lookups.get(request)
             if asked is not None and asked.id == correlation:

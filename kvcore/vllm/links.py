@@ -30,6 +30,9 @@ class SchedulerLink(Protocol):
     ) -> Found | NotYet:
         """Return what is cached, or NOT_YET: ask again in the next step."""
 
+    def held(self, chunk: bytes, *, patient: bool = False) -> bool | NotYet:
+        """Return whether a chunk can be matched, in any tier, or NOT_YET, and then no answer will come."""
+
     def ask(self, request: str, chunks: Sequence[bytes]) -> None:
         """Ask room; answered through `granted`."""
 

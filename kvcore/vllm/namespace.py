@@ -11,6 +11,7 @@ from kvcore.vllm.requests import EngineRequest
 
 _MOST_ROOTS = 10_000  # salts can be as many as users
 _RUN = 16  # blocks that are remembered together: a dictionary of single ones takes longer than it saves
+_LONG = 64  # blocks: shorter prompts are named in less time than a question to the server takes
 _MOST_RUNS = 1 << 14  # about 20 MB: the blocks of 4 M tokens at 16 a block
 
 
@@ -33,13 +34,10 @@ class Hasher:
 
     def __call__(self, request: EngineRequest) -> list[bytes] | None:
         """Return the hash of every full block of the prompt; None where tokens alone do not say what is computed."""
-        tokens = request.prompt_token_ids
-        if tokens is None or getattr(request, "prompt_embeds", None) is not None:
-            return None
-        items = multimodal_items(getattr(request, "mm_features", None) or ())
+        items = _items(request)
         if items is None:
             return None
-        root = self._root(adapter_identity(getattr(request, "lora_request", None)), request.cache_salt or None)
+        root, tokens = self._root_of(request), request.prompt_token_ids
         theirs, block = self._theirs(request), self.namespace.block_tokens
         known = self._remembered(root, theirs)
         start = len(known) * block
@@ -49,6 +47,20 @@ class Hasher:
         self._remember(root, theirs[len(known) :], new)
         known += new
         return known
+
+    def new_head(self, request: EngineRequest, blocks: int) -> bytes | None:
+        """Return the hash of block `blocks - 1` of a long prompt whose first blocks were not named before; else None.
+
+        It takes microseconds a block, as all names do, and the other blocks of such a prompt can wait for theirs.
+        """
+        theirs = self._theirs(request)
+        if len(theirs) < max(blocks, _LONG):
+            return None
+        items, root = _items(request), self._root_of(request)
+        if items is None or (root, theirs[_RUN - 1]) in self._known:
+            return None
+        block = self.namespace.block_tokens
+        return block_hashes(request.prompt_token_ids[: blocks * block], block, root, items)[-1]
 
     def marked(self, mark: str) -> "Hasher":
         """Return one that names everything differently."""
@@ -61,7 +73,8 @@ class Hasher:
         tokens: Sequence[int] = request.prompt_token_ids
         return b"" if len(tokens) < chunk_tokens else sha256(token_bytes(tokens[:chunk_tokens])).digest()[:16]
 
-    def _root(self, lora: str | None, salt: str | None) -> bytes:
+    def _root_of(self, request: EngineRequest) -> bytes:
+        lora, salt = adapter_identity(getattr(request, "lora_request", None)), request.cache_salt or None
         root = self._roots.get((lora, salt))
         if root is None:
             root = replace(self.namespace, lora=lora, salt=salt).digest()
@@ -76,7 +89,7 @@ class Hasher:
         block = self.namespace.block_tokens
         if len(theirs) != request.num_tokens // block:
             return ()  # hashed in other units, or not at all
-        return theirs[: len(request.prompt_token_ids) // block]
+        return theirs[: len(request.prompt_token_ids or ()) // block]
 
     def _remembered(self, root: bytes, theirs: Sequence[bytes]) -> list[bytes]:
         found: list[bytes] = []
@@ -92,6 +105,13 @@ class Hasher:
             self._known.clear()
         for stop in range(_RUN, len(theirs) + 1, _RUN):
             self._known[root, theirs[stop - 1]] = ours[stop - _RUN : stop]
+
+
+def _items(request: EngineRequest) -> list[MultimodalItem] | None:
+    """Return where the prompt's images and the like lie; None where tokens and these do not say what is computed."""
+    if request.prompt_token_ids is None or getattr(request, "prompt_embeds", None) is not None:
+        return None
+    return multimodal_items(getattr(request, "mm_features", None) or ())
 
 
 def multimodal_items(features: Sequence[Any]) -> list[MultimodalItem] | None:

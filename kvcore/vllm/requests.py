@@ -23,11 +23,12 @@ class Life:
         name: The request's name on the wire; a life after a preemption has another one, so that what is late from the
             life before cannot be taken for it.
         session: The registration in which it was looked up; with another one nothing of it counts any more.
-        chunks: Names of the prompt's full chunks.
+        chunks: Names of the prompt's full chunks; none while its lookup is put off.
         found: What the lookup found, None until it is known.
         computed: Leading tokens that the engine's own cache held at the last lookup.
         blocks: The engine's block ids, of the prompt's blocks at least.
         asked: Chunks from the head for which room was asked, or which were found.
+        upto: Tokens that are computed when the steps planned so far have run.
     """
 
     __slots__ = (
@@ -45,6 +46,7 @@ class Life:
         "session",
         "stored",
         "tainted",
+        "upto",
     )
 
     def __init__(self, name: str, session: Registered, chunks: tuple[bytes, ...]) -> None:
@@ -55,6 +57,7 @@ class Life:
         self.computed = 0
         self.blocks: list[int] = []
         self.asked = 0
+        self.upto = 0
         self.asks: list[tuple[int, int]] = []
         """Unanswered asks: ranges of chunks, in the order in which they were asked."""
         self.allocated = False
@@ -140,10 +143,11 @@ class Tracked:
         "unlucky",
     )
 
-    def __init__(self, request: EngineRequest, hashes: list[bytes], now_s: float) -> None:
+    def __init__(self, request: EngineRequest, hashes: list[bytes] | None, now_s: float) -> None:
         self.request = request
         self.id: str = request.request_id
         self.hashes = hashes
+        """Of the prompt's full blocks; None while they are put off."""
         self.prompt_tokens: int = request.num_prompt_tokens
         self.salt: str = getattr(request, "cache_salt", None) or ""
         arrived_s: float = getattr(request, "arrival_time", None) or now_s
@@ -168,6 +172,24 @@ class Tracked:
         """Return the name of the life at hand."""
         return self.id if self.lives == 0 else f"{self.id}~{self.lives}"
 
+    def outcome(self) -> dict[str, Any]:
+        """Return what the log says of it beside its prompt (`kvcore.live.wire.Record`), now that it is finished."""
+        first, started = self.first_token_s, self.scheduled_s
+        queue_s = None if started is None else max(0.0, started - self.arrived_s)
+        ttft_s = None if first is None else max(0.0, first - self.arrived_s)
+        prefill_s = None if ttft_s is None or queue_s is None else max(0.0, ttft_s - queue_s - self.load_s)
+        reason = self.request.get_finished_reason()
+        return {
+            "output_length": self.request.num_output_tokens,
+            "session_id": getattr(self.request, "session_id", None),
+            "status": None if reason is None else str(reason),
+            "l0_tokens": self.l0_tokens,
+            "queue_ms": _ms(queue_s),
+            "load_ms": _ms(self.load_s),
+            "prefill_ms": _ms(prefill_s),
+            "ttft_ms": _ms(ttft_s),
+        }
+
 
 def unpack(pages: bytes, generations: bytes, chunks: int) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
     """Return page ids and generations as arrays, (chunks, pages a chunk)."""
@@ -185,3 +207,7 @@ def _block_table(
     if low < high:
         table[low - offset : high - offset] = blocks[low:high]
     return table.reshape(chunks, per_chunk)
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1000.0 * seconds

@@ -19,6 +19,7 @@ from kvcore.policy.hashing import chunk_names, trace_ids
 from kvcore.vllm.jobs import StepPlan, StepReport
 from kvcore.vllm.links import SchedulerLink
 from kvcore.vllm.namespace import Hasher
+from kvcore.vllm.output import Blocks, last_step, scheduled
 from kvcore.vllm.requests import EngineRequest, Life, Tracked
 from kvcore.vllm.stats import Counters
 
@@ -38,6 +39,8 @@ class Options:
         copies_in_step: Whether workers have ended a step's stores when the step ends (the CPU backend).
         grant_wait_s: How long a request's last step waits for room that it asked for; others take it when it comes.
         ask_patience_s: An ask unanswered for longer is given up.
+        plans_ahead: Whether a step is planned while the one before it runs (vLLM's async scheduling). The first step of
+            a long prompt of which nothing is cached then does not wait for the names of its blocks and its lookup.
     """
 
     block_tokens: int
@@ -45,6 +48,7 @@ class Options:
     copies_in_step: bool = True
     grant_wait_s: float = 0.002
     ask_patience_s: float = 5.0
+    plans_ahead: bool = False
 
 
 class SchedulerSide:
@@ -76,8 +80,10 @@ class SchedulerSide:
         """Finished requests with unanswered asks: stored yet, unless their blocks are handed out again before."""
         self._loading: dict[str, int] = {}
         """Tokens of asynchronous loads under way, by request."""
-        self._abandoned: list[Tracked] = []
-        """Requests that were aborted while their lookup was under way."""
+        self._put_off: list[Tracked] = []
+        """Requests of which nothing is cached: named and looked up behind their first step."""
+        self._abandoned: list[tuple[Tracked, Life]] = []
+        """Lives that were aborted, or preempted, while their lookup was under way."""
         self._waiting_first: dict[str, Tracked] = {}
         self._plan = StepPlan()
         self._failures: dict[int, int] = {}
@@ -87,6 +93,8 @@ class SchedulerSide:
 
     def matched(self, request: EngineRequest, computed: int) -> tuple[int | None, bool]:
         """Answer `get_num_new_matched_tokens`: tokens to load behind `computed`, and whether outside the batch."""
+        if computed == 0 and self._puts_off(request):
+            return 0, False
         tracked = self._track(request)
         if tracked is None or tracked.unlucky:
             return 0, False
@@ -128,19 +136,20 @@ class SchedulerSide:
 
     def plan(self, output: Any) -> StepPlan:
         """Answer `build_connector_meta` for a `SchedulerOutput`: everything that workers do in this step."""
+        completes = self._look_up_put_off()
         for request_id in output.preempted_req_ids or ():
             tracked = self._tracked.get(request_id)
             if tracked is not None and tracked.request.num_preemptions > tracked.preemptions:
                 self._preempt(tracked)
-        completes = False
         handed_out = [copy.blocks[copy.blocks >= 0] for copy in self._plan.loads]
-        for request_id, blocks, computed in _scheduled(output):
+        for request_id, blocks, computed in scheduled(output):
             if blocks.ids:  # a step that decodes brings none, mostly
                 handed_out.append(blocks.written(computed // self._options.block_tokens))
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 upto = computed + output.num_scheduled_tokens.get(request_id, 0)
                 completes |= self._advance(tracked, blocks, upto)
+        self._drop_unscheduled()
         self._record_finished()
         written = np.concatenate(handed_out) if handed_out else np.empty(0, np.int64)
         self._settle_late(written)
@@ -183,9 +192,13 @@ class SchedulerSide:
         before it has been read (`StepPlan.handed_out`). So an idle engine holds nothing. Room that is granted later
         is used if the blocks still hold what they held.
         """
-        tracked = self._tracked.pop(request.request_id, None)
+        tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return
+        if tracked in self._put_off:
+            self._look_up_put_off()
+            self._put_off = [other for other in self._put_off if other is not tracked]
+        del self._tracked[tracked.id]
         self._note_first_tokens(tracked)
         self._waiting_first.pop(tracked.id, None)
         self._unrecorded.append(tracked)
@@ -194,7 +207,7 @@ class SchedulerSide:
             return
         current = life.session is self._link.registered
         if current and life.found is None:
-            self._abandoned.append(tracked)  # what the answer says is to be loaded must be given back
+            self._abandoned.append((tracked, life))  # what the answer says is to be loaded must be given back
             self._end_abandoned()  # now, if it has come: there may be no step for a long time
             return
         if current and not life.allocated:
@@ -209,6 +222,7 @@ class SchedulerSide:
 
     def forget(self, mark: str) -> None:
         """Name everything differently from now on, so that nothing stored before is matched again."""
+        self._look_up_put_off()  # under the names that are right for what is computed by now
         self._hasher = self._hasher.marked(mark)
 
     def close(self) -> None:
@@ -243,9 +257,65 @@ class SchedulerSide:
         elif life is not None and life.session is not session:
             tracked.end_life()
         if tracked.life is None and session is not None:
-            names = chunk_names(tracked.hashes, session.chunk_tokens // self._options.block_tokens)
-            tracked.life = Life(tracked.wire_name(), session, names)
+            tracked.life = Life(tracked.wire_name(), session, self._chunks(tracked, session))
         return tracked.life
+
+    def _hashes(self, tracked: Tracked) -> list[bytes]:
+        if tracked.hashes is None:
+            tracked.hashes = self._hasher(tracked.request) or []
+        return tracked.hashes
+
+    def _chunks(self, tracked: Tracked, session: Registered) -> tuple[bytes, ...]:
+        return chunk_names(self._hashes(tracked), session.chunk_tokens // self._options.block_tokens)
+
+    def _puts_off(self, request: EngineRequest) -> bool:
+        """Return whether nothing of a new request is cached, and its lookup is put off: the head of it is nowhere.
+
+        It has the answer of a lookup that finds nothing. Where the head is somewhere, or the server does not say, the
+        request is looked up like any other.
+        """
+        session = self._link.registered
+        if not self._options.plans_ahead or session is None or request.request_id in self._tracked:
+            return False
+        head = self._hasher.new_head(request, session.chunk_tokens // self._options.block_tokens)
+        if head is None:
+            return False
+        started = time.perf_counter()
+        held = self._link.held(head, patient=not self._tracked)
+        self.counters.lookup_seconds += time.perf_counter() - started
+        if held is not False or self._link.registered is not session:
+            return False
+        tracked = Tracked(request, None, self._clock())
+        tracked.life = Life(tracked.wire_name(), session, ())
+        self._tracked[tracked.id] = tracked
+        self._put_off.append(tracked)
+        return True
+
+    def _look_up_put_off(self) -> bool:
+        """Look up the requests whose first step has been planned; return whether to wait for room asked for them."""
+        waiting, self._put_off = self._put_off, []
+        completes = False
+        for tracked in waiting:
+            life = tracked.life
+            if life is None or life.session is not self._link.registered:
+                continue
+            if life.upto:
+                life.chunks = self._chunks(tracked, life.session)
+                self._look_up(tracked, life)
+            if life.found is None:
+                self._put_off.append(tracked)
+                continue
+            self._drop_found(life)  # what others stored since is computed already
+            self._ask_room(tracked, life)
+            completes |= bool(life.asks) and last_step(tracked.request)
+        return completes
+
+    def _drop_unscheduled(self) -> None:
+        """Forget what was put off of requests that did not get into the step: they are asked about anew."""
+        for tracked in self._put_off:
+            if tracked.life is not None and not tracked.life.upto:
+                del self._tracked[tracked.id]
+        self._put_off = [tracked for tracked in self._put_off if tracked.id in self._tracked]
 
     def _look_up(self, tracked: Tracked, life: Life) -> None:
         """Ask the server; the life ends where the server turns out to be away."""
@@ -277,16 +347,15 @@ class SchedulerSide:
     def _end_abandoned(self) -> None:
         """Take the answers to lookups of requests that were aborted meanwhile, and give back what they found."""
         waiting, self._abandoned = self._abandoned, []
-        for tracked in waiting:
-            life = tracked.life
-            if life is None or life.session is not self._link.registered:
+        for tracked, life in waiting:
+            if life.session is not self._link.registered:
                 continue
             self._look_up(tracked, life)
             if life.found is not None:
                 self._drop_found(life)
                 self._end(life)
-            elif tracked.life is life:
-                self._abandoned.append(tracked)
+            else:
+                self._abandoned.append((tracked, life))
 
     def _loadable(self, life: Life, request: EngineRequest) -> tuple[int, bool]:
         """Return how many tokens to load, and whether asynchronously."""
@@ -318,7 +387,7 @@ class SchedulerSide:
 
     # Steps
 
-    def _advance(self, tracked: Tracked, blocks: "_Blocks", upto: int) -> bool:
+    def _advance(self, tracked: Tracked, blocks: Blocks, upto: int) -> bool:
         """Take in that this step computes a request up to token `upto`; return whether to wait for room.
 
         A request that goes on keeps its blocks, so what comes for it later is used later.
@@ -331,21 +400,26 @@ class SchedulerSide:
             return False
         if not life.ended and not self._compute(tracked, life, blocks, upto):
             return False
-        return bool(life.asks) and _last_step(tracked.request)
+        return bool(life.asks) and last_step(tracked.request)
 
-    def _compute(self, tracked: Tracked, life: Life, blocks: "_Blocks", upto: int) -> bool:
-        """Ask room for the chunks that are full at token `upto`; return whether the prompt is computed then."""
+    def _compute(self, tracked: Tracked, life: Life, blocks: Blocks, upto: int) -> bool:
+        """Take in that it is computed up to token `upto`; return whether that is all of its prompt."""
         if life.session is not self._link.registered:
             tracked.end_life()
             return False
         blocks.apply(life)
-        chunks = min(upto, tracked.prompt_tokens) // life.session.chunk_tokens
+        life.upto = upto
+        return life.found is not None and self._ask_room(tracked, life)
+
+    def _ask_room(self, tracked: Tracked, life: Life) -> bool:
+        """Ask room for the chunks that are computed; return whether the prompt is."""
+        chunks = min(life.upto, tracked.prompt_tokens) // life.session.chunk_tokens
         if chunks > life.asked and not life.tainted:
             self._link.ask(life.name, life.chunk_range(life.asked, chunks))
             life.asks.append((life.asked, chunks))
             self._asking[life.name] = (tracked.id, life, self._clock())
             life.asked = chunks
-        if upto < tracked.prompt_tokens:
+        if life.upto < tracked.prompt_tokens:
             return False
         self._end(life)
         return True
@@ -398,9 +472,12 @@ class SchedulerSide:
         life = tracked.life
         if life is not None:
             life.tainted = True
-            if life.session is self._link.registered and not life.allocated:
-                self._drop_found(life)
-            self._end(life)
+            if life.found is None:
+                self._abandoned.append((tracked, life))
+            else:
+                if life.session is self._link.registered and not life.allocated:
+                    self._drop_found(life)
+                self._end(life)
         tracked.end_life()
         tracked.preemptions = tracked.request.num_preemptions
 
@@ -435,64 +512,10 @@ class SchedulerSide:
         session: Registered | None = self._link.registered
         if session is None or not session.record:
             return
-        request, first, started = tracked.request, tracked.first_token_s, tracked.scheduled_s
-        queue_s = None if started is None else max(0.0, started - tracked.arrived_s)
-        ttft_s = None if first is None else max(0.0, first - tracked.arrived_s)
-        prefill_s = None if ttft_s is None or queue_s is None else max(0.0, ttft_s - queue_s - tracked.load_s)
-        reason = request.get_finished_reason()
         self._link.record(
             tracked.id,
             input_length=tracked.prompt_tokens,
-            output_length=request.num_output_tokens,
             block_size=self._options.block_tokens,
-            hash_ids=trace_ids(tracked.hashes).astype("<i8").tobytes(),
-            session_id=getattr(request, "session_id", None),
-            status=None if reason is None else str(reason),
-            l0_tokens=tracked.l0_tokens,
-            queue_ms=_ms(queue_s),
-            load_ms=_ms(tracked.load_s),
-            prefill_ms=_ms(prefill_s),
-            ttft_ms=_ms(ttft_s),
+            hash_ids=trace_ids(self._hashes(tracked)).astype("<i8").tobytes(),
+            **tracked.outcome(),
         )
-
-
-class _Blocks:
-    """Block ids that a step brings a request: all of them, or those that are new."""
-
-    __slots__ = ("ids", "whole")
-
-    def __init__(self, ids: Sequence[int], whole: bool) -> None:
-        self.ids = ids
-        self.whole = whole
-
-    def written(self, computed: int) -> NDArray[np.int64]:
-        """Return those that the step may write: of a request's whole table, those behind `computed` blocks."""
-        return np.asarray(self.ids[computed:] if self.whole else self.ids, dtype=np.int64)
-
-    def apply(self, life: Life) -> None:
-        if self.whole:
-            life.blocks = list(self.ids)
-        else:
-            life.blocks.extend(self.ids)
-
-
-def _scheduled(output: Any) -> Iterable[tuple[str, _Blocks, int]]:
-    """Yield every scheduled request, its blocks and how many tokens of it are computed before this step."""
-    for new in output.scheduled_new_reqs:
-        yield new.req_id, _Blocks(new.block_ids[0], whole=True), new.num_computed_tokens
-    cached = output.scheduled_cached_reqs
-    for i, request_id in enumerate(cached.req_ids):
-        ids = cached.new_block_ids[i]
-        blocks = _Blocks(ids[0] if ids else (), whole=request_id in cached.resumed_req_ids)
-        yield request_id, blocks, cached.num_computed_tokens[i]
-
-
-def _last_step(request: EngineRequest) -> bool:
-    """Return whether this step is the request's last, by the tokens that it may put out."""
-    limit = getattr(request, "max_tokens", None)
-    under_way = getattr(request, "num_output_placeholders", 0)  # tokens of steps that have not ended
-    return limit is None or request.num_output_tokens + under_way + 1 >= limit
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else 1000.0 * seconds

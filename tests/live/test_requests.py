@@ -41,6 +41,25 @@ def test_a_patient_lookup_waits_for_its_answer(start):
     client.leave()
 
 
+def test_whether_a_chunk_is_held_is_told_and_changes_nothing(start):
+    server = start()
+    prompt = chain("a", 3)
+    sizes = {"instance": "i", "role": "scheduler", "block_tokens": 16, "block_bytes": 16}
+    client = SchedulerClient(server.endpoint, Register(**sizes), wait_s=0.0)
+    assert client.held(prompt[0]) is False, "a server that is away holds nothing"
+    assert client.register() is not None
+    with SyncEngine(server.endpoint) as engine:
+        engine.serve("1", prompt)
+        hasty = [client.held(chunk) for chunk in prompt * 20]
+        assert hasty.count(NOT_YET) > 0
+        assert set(hasty) <= {True, NOT_YET}
+        held = [client.held(chunk, patient=True) for chunk in (chain("b", 1)[0], *prompt)]
+        assert held == [False, True, True, True], "late answers are taken for nobody's"
+    assert server.counters()["kvcore_requests"] == 1
+    assert server.status()["requests"] == 0
+    client.leave()
+
+
 def test_a_lookup_is_idempotent_and_follows_what_the_engine_lost(start):
     server = start()
     prompt = chain("a", 6)

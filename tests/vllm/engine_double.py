@@ -1,5 +1,6 @@
 """Stand-ins for vLLM's scheduler objects and for the server's line, enough to drive the scheduler's half by hand."""
 
+import hashlib
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -45,6 +46,7 @@ class Line:
         self.ready = []
         self.pending = 0
         self.at_once = True
+        self.silent = False
         self.recorded = []
 
     def lookup(self, request, chunks, *, computed_chunks=0, queued_bytes=0, waited_ms=0.0, patient=False, **_):
@@ -61,6 +63,12 @@ class Line:
         self.calls.append(("lookup", request, hits, start))
         pages, generations = page_bytes(chunks[start:hits])
         return Found((hits,), False, start, hits - start, pages, generations, self.registered.epoch)
+
+    def held(self, chunk, *, patient=False):
+        self.calls.append(("held", chunk in self.resident))
+        if self.registered is None:
+            return False
+        return NOT_YET if self.silent else chunk in self.resident
 
     def ask(self, request, chunks):
         self.calls.append(("ask", request, len(chunks)))
@@ -98,6 +106,30 @@ class Line:
         return [call for call in self.calls if call[0] == kind]
 
 
+class Late(Line):
+    """A server that grants only when it has been asked for its answers so many times."""
+
+    def __init__(self, polls):
+        super().__init__()
+        self.at_once = False
+        self.polls = polls
+
+    def granted(self):
+        self.polls -= 1
+        if self.polls == 0:
+            self.deliver()
+        return super().granted()
+
+
+def engine_hashes(tokens, *extra, block=BLOCK):
+    """What an engine names full blocks: chained digests of the tokens and what else it tells prompts apart by."""
+    parent, found = repr(extra).encode(), []
+    for start in range(0, len(tokens) // block * block, block):
+        parent = hashlib.sha256(parent + repr(tokens[start : start + block]).encode()).digest()
+        found.append(parent)
+    return found
+
+
 @dataclass(eq=False)
 class EngineRequest:
     request_id: str
@@ -110,6 +142,7 @@ class EngineRequest:
     mm_features: list = field(default_factory=list)
     prompt_embeds: object = None
     session_id: str | None = None
+    max_tokens: int | None = None
 
     @property
     def num_prompt_tokens(self):

@@ -1,11 +1,10 @@
 """What blocks are named after, and what the connectors' settings take."""
 
-import hashlib
 import os
 from types import SimpleNamespace
 
 import pytest
-from engine_double import BLOCK, CHUNK, EngineRequest
+from engine_double import BLOCK, CHUNK, EngineRequest, engine_hashes
 
 from kvcore.policy.hashing import Namespace, block_hashes
 from kvcore.vllm import namespace
@@ -64,15 +63,6 @@ def test_images_count_from_their_position_on():
 
 def test_image_without_identity_is_not_cached():
     assert hashes(mm_features=[image("", 40)]) is None
-
-
-def engine_hashes(tokens, *extra, block=BLOCK):
-    """What an engine names full blocks: chained digests of the tokens and what else it tells prompts apart by."""
-    parent, found = repr(extra).encode(), []
-    for start in range(0, len(tokens) // block * block, block):
-        parent = hashlib.sha256(parent + repr(tokens[start : start + block]).encode()).digest()
-        found.append(parent)
-    return found
 
 
 def test_what_the_engine_hashed_alike_is_named_once_and_the_same(monkeypatch):

@@ -1,7 +1,7 @@
 """The scheduler's half, driven by hand: no vLLM, no server."""
 
 import pytest
-from engine_double import BLOCK, CHUNK, EngineRequest, Line, registered, step
+from engine_double import BLOCK, CHUNK, EngineRequest, Late, Line, registered, step
 
 from kvcore.policy.hashing import Namespace, chunk_names
 from kvcore.vllm.jobs import StepReport
@@ -221,21 +221,6 @@ def test_a_grant_that_comes_after_the_request_is_used_while_its_blocks_are_untou
     plan = side.plan(step())
     assert plan.stores[0].tokens == 192
     assert not plan.computes
-
-
-class Late(Line):
-    """A server that grants only when it has been asked for its answers so many times."""
-
-    def __init__(self, polls):
-        super().__init__()
-        self.at_once = False
-        self.polls = polls
-
-    def granted(self):
-        self.polls -= 1
-        if self.polls == 0:
-            self.deliver()
-        return super().granted()
 
 
 @pytest.mark.parametrize("under_way", [0, 1])
