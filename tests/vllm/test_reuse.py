@@ -3,6 +3,7 @@
 import re
 import time
 from collections import defaultdict
+from dataclasses import replace
 
 import harness
 import numpy as np
@@ -18,6 +19,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from kvcore.live.client import Client
 from kvcore.live.wire import Clear, Where
 from kvcore.policy.hashing import block_hashes, chunk_names
+from kvcore.vllm import namespace
 from kvcore.vllm.mover import Mover
 
 pytestmark = pytest.mark.vllm
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.vllm
 L1_CHUNKS = 16
 CHUNK_BYTES = 512 << 10
 GPU_BLOCKS = 112
-MODES = ["mp-sync", "mp-async", "embedded-sync"]
+MODES = ["mp-sync", "mp-async", "embedded-sync", "mp-sync-ahead"]
 
 
 def tokens(count, seed):
@@ -62,8 +64,11 @@ def reference(tiny_model):
 
 @pytest.fixture(scope="module", params=MODES)
 def setup(request, tiny_model, reference, tmp_path_factory):
-    """An engine with a connector, small in every way: chunked prefill, few blocks, an L1 of 16 chunks."""
-    kind, mode = request.param.split("-")
+    """An engine with a connector, small in every way: chunked prefill, few blocks, an L1 of 16 chunks.
+
+    `ahead` puts lookups off as on a GPU, where vLLM plans steps ahead, which it does not on the CPU.
+    """
+    kind, mode, *ahead = request.param.split("-")
     options = {"l1_size_gb": L1_CHUNKS * CHUNK_BYTES / 2**30, "page_size": "512KiB", "chunk_size": CHUNK}
     server = ServerInThread(tmp_path_factory.mktemp("server"), **options) if kind == "mp" else None
     if server is not None:
@@ -72,10 +77,26 @@ def setup(request, tiny_model, reference, tmp_path_factory):
         )
     else:
         config = harness.connector_config("KVCoreConnector", load_mode=mode, pretouch=False, **options)
-    with harness.engine(tiny_model, config, max_num_batched_tokens=256, num_gpu_blocks_override=GPU_BLOCKS) as llm:
+    with (
+        harness.engine(tiny_model, config, max_num_batched_tokens=256, num_gpu_blocks_override=GPU_BLOCKS) as llm,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        if ahead:
+            side = harness.scheduler(llm).connector._scheduler
+            patch.setattr(side, "_options", replace(side._options, plans_ahead=True))
+            patch.setattr(namespace, "_LONG", 16)
+            put_off = spied(patch, side, "_puts_off")
         yield Setup(llm, server, reference)
+        assert not ahead or {True, False} <= set(put_off)
     if server is not None:
         server.stop()
+
+
+def spied(patch, thing, name):
+    """Return the list that gets what a method returns from now on."""
+    returned, method = [], getattr(thing, name)
+    patch.setattr(thing, name, lambda *given: returned.append(method(*given)) or returned[-1])
+    return returned
 
 
 class Setup:
