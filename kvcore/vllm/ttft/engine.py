@@ -119,6 +119,7 @@ class Engine:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        _ = self.facts  # what it says first
         self._tell(message)
         return self._hear()
 
