@@ -88,6 +88,16 @@ def test_an_engine_that_hangs_is_ended(monkeypatch, tmp_path):
         hung.facts  # noqa: B018 - waits until it is up
 
 
+def test_who_does_not_ask_for_the_facts_gets_answers_all_the_same(monkeypatch, tmp_path):
+    child = tmp_path / "child"
+    child.write_text("#!/bin/sh\nread start; echo '{\"fact\": 1}'; read first; echo '{\"count\": 2}'; read end\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(engine.sys, "executable", str(child))
+    with engine.Engine({}, {}, tmp_path / "log") as one:
+        assert one.counters() == {"count": 2}
+        assert one.facts == {"fact": 1}
+
+
 def test_what_fails_at_the_end_of_a_group_does_not_end_the_others(monkeypatch, tmp_path):
     class Dies(engine.Engine):
         def __init__(self, *_):
