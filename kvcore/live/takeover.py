@@ -248,7 +248,7 @@ def end_of_what_was_under_way(state: State, now_ns: int, *, has_l1: bool = True)
         if not chunks:
             continue
         if has_l1:
-            yield LoadFailed(now_ns=now_ns, request=request, tier=1, chunks=tuple(chunks))
+            yield LoadFailed(now_ns=now_ns, request=request, tier=1, chunks=tuple(chunks), gone=False)
         else:
             yield StoreAborted(now_ns=now_ns, request=request, tier=0, chunks=tuple(chunks))
     for _, name, *_ in dumped["instances"]:

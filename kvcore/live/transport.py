@@ -196,24 +196,19 @@ class LiveTransport:
         if self._pool is None:
             return []
         completions = self._pool.drain()
-        groups: dict[tuple[str, str, bool], list[Chunk]] = {}
+        groups: dict[tuple[str, str, Outcome], list[Chunk]] = {}
         for completion in completions:
             if not isinstance(completion.token, Ticket):
                 continue  # a delete that failed: what it leaves is nobody's
             request, chunk = completion.token.request, completion.token.chunk
-            copied = completion.outcome is Outcome.DONE
-            groups.setdefault((completion.operation, request, copied), []).append(chunk)
+            groups.setdefault((completion.operation, request, completion.outcome), []).append(chunk)
             if completion.operation == "get":
                 self.fetching.pop(chunk, None)
             elif (room := self._staged.pop(chunk, None)) is not None:
                 self._staging_pages += room.pages
                 self._free([room])
-        for (operation, request, copied), chunks in groups.items():
-            if operation == "get":
-                ended: type[LoadDone | LoadFailed | StoreCommitted | StoreAborted] = LoadDone if copied else LoadFailed
-            else:
-                ended = StoreCommitted if copied else StoreAborted
-            self.handle(ended(now_ns=self._clock.now_ns(), request=request, tier=1, chunks=tuple(chunks)))
+        for (operation, request, outcome), chunks in groups.items():
+            self.handle(_ended(operation, outcome, self._clock.now_ns(), request, tuple(chunks)))
         self._submit_gets()
         return completions
 
@@ -254,6 +249,15 @@ class LiveTransport:
     def _free(self, rooms: Sequence[Room]) -> None:
         if rooms:
             self.allocator.give(page_ids(rooms))
+
+
+def _ended(operation: str, outcome: Outcome, now_ns: int, request: str, chunks: tuple[Chunk, ...]) -> Event:
+    """Return the event for chunks whose copy to or from L2 ended in one way."""
+    if operation == "get" and outcome is not Outcome.DONE:
+        return LoadFailed(now_ns=now_ns, request=request, tier=1, chunks=chunks, gone=outcome is Outcome.MISS)
+    copied = outcome is Outcome.DONE
+    kind = LoadDone if operation == "get" else StoreCommitted if copied else StoreAborted
+    return kind(now_ns=now_ns, request=request, tier=1, chunks=chunks)
 
 
 def _digest(chunk: Chunk) -> bytes:

@@ -68,12 +68,14 @@ class LoadDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadFailed:
-    """`chunks` of a `Load` did not arrive. From a lower tier they are gone there (a checksum, a lost file)."""
+    """`chunks` of a `Load` did not arrive."""
 
     now_ns: int
     request: str
     tier: int
     chunks: tuple[Chunk, ...]
+    gone: bool = True
+    """Whether a lower tier has lost them (a checksum, a lost file), and not only could not be asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

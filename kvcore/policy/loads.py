@@ -161,7 +161,8 @@ def load_failed(state: State, event: LoadFailed) -> None:
             request.loading = max(0, request.loading - len(event.chunks))
             finish(state, request)
         return
-    take_out(state, event.tier, event.chunks, "failed")
+    if event.gone:
+        take_out(state, event.tier, event.chunks, "failed")
     settle_lost(state, event.request, event.chunks)
     if request is None:
         return

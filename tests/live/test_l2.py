@@ -252,6 +252,22 @@ def test_l2_is_taken_over_with_l1(start, folder):
         assert [sum(engine.serve(f"{at}", prompt)[0].hits) for at, prompt in enumerate(PROMPTS)] == [4] * 8
 
 
+def test_a_store_that_is_away_for_a_while_keeps_what_it_has(start, folder):
+    server = start(*flags(folder, "--journal", str(folder / "journal")), l1_pages=12)
+    with SyncEngine(server.endpoint) as engine:
+        fill(server, engine)
+        (folder / "l2").rename(folder / "unmounted")
+        found = engine.lookup("r", PROMPTS[0])
+        assert (found.hits, found.load_chunks) == ((0, 4), 0)
+        engine.end("r")
+        (folder / "unmounted").rename(folder / "l2")
+        assert engine.client.call(wire.Where(PROMPTS[0])).tiers == (1,) * 4
+        time.sleep(1.1)  # it is left alone for a second
+        assert engine.serve("again", PROMPTS[0])[0].load_chunks == 4
+    server.stop()
+    assert isinstance(verify(folder / "journal"), Equal)
+
+
 def test_a_store_that_fails_costs_misses_only(start, folder):
     server = start(*flags(folder), l1_pages=12)
     with SyncEngine(server.endpoint) as engine:

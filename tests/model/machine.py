@@ -183,14 +183,15 @@ class CoreMachine(RuleBasedStateMachine):
             self.send(kind(now_ns=self.tick(), request=place.request, tier=place.tier, chunks=chunks))
 
     @precondition(lambda self: self.loads)
-    @rule(data=st.data(), ok=st.sampled_from([True, True, False]), count=st.integers(1, 5))
-    def end_load(self, data, ok, count):
+    @rule(data=st.data(), ok=st.sampled_from([True, True, False]), gone=st.booleans(), count=st.integers(1, 5))
+    def end_load(self, data, ok, gone, count):
         at = data.draw(st.integers(0, len(self.loads) - 1))
         load = self.loads.pop(at)
         if load.chunks[count:]:
             self.loads.append(Load(request=load.request, tier=load.tier, chunks=load.chunks[count:]))
+        how = {} if ok else {"gone": gone}
         kind = LoadDone if ok else LoadFailed
-        self.send(kind(now_ns=self.tick(), request=load.request, tier=load.tier, chunks=load.chunks[:count]))
+        self.send(kind(now_ns=self.tick(), request=load.request, tier=load.tier, chunks=load.chunks[:count], **how))
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())

@@ -286,7 +286,8 @@ class Naive:
                 asker.loading = max(0, asker.loading - len(event.chunks))
                 self.finish(asker)
             return
-        self.remove(event.tier, event.chunks, "failed")
+        if event.gone:
+            self.remove(event.tier, event.chunks, "failed")
         self.settle(event.request, event.chunks)
         if asker is None:
             return

@@ -302,7 +302,9 @@ def _compact(decision: Decision, named: tuple[Chunk, ...] | None) -> tuple[Any, 
 
 def _build(tag: str, values: list[Any], named: tuple[Chunk, ...] | None = None) -> Any:
     kind = _KINDS[tag]
-    found = dict(zip(_FIELDS[kind], values, strict=True))
+    if len(values) > len(_FIELDS[kind]):
+        raise ValueError(f"{tag} has {len(values)} values, {len(_FIELDS[kind])} are known")
+    found = dict(zip(_FIELDS[kind], values, strict=False))  # journals of before lack fields that came since
     match found.get("chunks"):
         case {"from": int(start), "to": int(end)} if named is not None and 0 <= start < end <= len(named):
             found["chunks"] = named[start:end]

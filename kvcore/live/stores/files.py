@@ -98,7 +98,9 @@ class FileStore:
         header = bytearray(FRAME_BYTES)
         try:
             fd = os.open(self._place(chunk), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if not self._parts_folder.is_dir():  # a disk that is not mounted at the moment
+                raise _store_error(self._folder, error) from error
             self.counters.missing += 1
             return False
         except OSError as error:

@@ -15,8 +15,11 @@ from kvcore.live.stores.base import Parts, Store, StoreError, StoreFull, size_of
 _log = logging.getLogger(__name__)
 
 
+_LONGEST_PAUSE_S = 30.0
+
+
 class Outcome(Enum):
-    """How an operation ended."""
+    """How an operation ended: a chunk that is missed is not there, or can never be read; one that failed may be."""
 
     DONE = "done"
     MISS = "miss"
@@ -51,7 +54,8 @@ class StorePool:
     must keep its bytes until the completion is drained; nothing here refers to it from then on.
 
     Once the store fails, operations fail at once for `pause` seconds, so that what waits is not held up for a store
-    that is away. `fileno` becomes readable when there are completions: for a poller.
+    that is away; while it fails again and again, for twice as long each time, 30 s at most. `fileno` becomes readable
+    when there are completions: for a poller.
     """
 
     def __init__(
@@ -59,7 +63,8 @@ class StorePool:
     ) -> None:
         self._store = store
         self._queue_bytes = queue_bytes
-        self._pause = pause
+        self._pause = self._next_pause = pause
+        self._pausing = threading.Lock()
         self._away_until = 0.0
         self._away_error = ""
         self._done: deque[Completion] = deque()
@@ -162,16 +167,26 @@ class StorePool:
         if time.monotonic() < self._away_until:
             return Outcome.FAILED, self._away_error
         try:
-            return (Outcome.DONE if job.run() else Outcome.MISS), None
+            outcome = Outcome.DONE if job.run() else Outcome.MISS
         except StoreFull as error:
             return Outcome.FAILED, str(error)
         except StoreError as error:
-            self._away_until = max(self._away_until, time.monotonic() + self._pause)
-            self._away_error = str(error)
+            self._leave_alone(str(error))
             return Outcome.FAILED, str(error)
         except Exception as error:  # a vendor's bug; told to the caller, who would else wait for ever
             _log.exception("%s of a chunk in the store", job.operation)
-            return Outcome.FAILED, f"{type(error).__name__}: {error}"
+            return (Outcome.MISS if job.operation == "get" else Outcome.FAILED), f"{type(error).__name__}: {error}"
+        self._next_pause = self._pause
+        return outcome, None
+
+    def _leave_alone(self, error: str) -> None:
+        """Begin a pause, unless another thread has met the same failure just now."""
+        with self._pausing:
+            self._away_error = error
+            now = time.monotonic()
+            if now >= self._away_until:
+                self._away_until = now + self._next_pause
+                self._next_pause = min(2 * self._next_pause, max(self._pause, _LONGEST_PAUSE_S))
 
 
 def _spent() -> bool:

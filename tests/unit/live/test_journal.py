@@ -11,6 +11,7 @@ from kvcore.policy import (
     CoreConfig,
     InstanceRegistered,
     LoadDone,
+    LoadFailed,
     LookedUp,
     Place,
     RequestEnded,
@@ -218,3 +219,15 @@ def test_a_missing_segment_is_told(tmp_path):
 def test_no_journal_is_an_error(tmp_path):
     with pytest.raises(JournalError, match="no journal"):
         verify(tmp_path)
+
+
+def test_what_came_to_an_event_since_is_taken_for_what_it_was(tmp_path):
+    writer = JournalWriter(tmp_path, HEAD, segment_bytes=1 << 30, keep=2)
+    writer._collect(("step", "LoadFailed", (1, "r", 1, (b"a",)), ()))
+    writer._collect(("step", "LoadFailed", (1, "r", 1, (b"a",), False, "and more"), ()))
+    writer.close()
+    records = read_segment(*segments(tmp_path))
+    assert isinstance(next(records).record, Head)
+    assert next(records).record == Step(event=LoadFailed(now_ns=1, request="r", tier=1, chunks=(b"a",)), decisions=())
+    with pytest.raises(JournalError, match="LoadFailed has 6 values, 5 are known"):
+        next(records)

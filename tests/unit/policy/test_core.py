@@ -228,6 +228,18 @@ def test_a_failed_fetch_ends_the_run_and_forgets_the_chunk_below():
     assert story.end("t")[0] == Evict(tier=1, chunks=(B,), reason="failed")
 
 
+def test_a_tier_that_could_not_be_asked_keeps_its_chunks():
+    story = Story(2, None)
+    story.store("r", (A, B))
+    story.commit("r", (A, B), tier=1)
+    story.store("s", (C, D))
+    story.commit("s", (C, D), tier=1)
+    story.look_up("t", (A, B))
+    assert story.tell(LoadFailed, request="t", tier=1, chunks=(A, B), gone=False) == ()
+    assert not [said for said in story.end("t") if isinstance(said, Evict)]
+    assert story.look_up("u", (A, B))[0] == Matched(request="u", hits=(0, 2))
+
+
 def test_written_back_on_eviction():
     story = Story(2, 2, placement="write-back")
     story.store("r", (A, B))

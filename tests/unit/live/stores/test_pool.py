@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,6 +146,36 @@ def test_a_failing_store_is_left_alone_for_a_while(pool: StorePool, store: Gated
     time.sleep(0.35)
     assert pool.submit_put(3, b"a", room(1))
     assert wait_for(pool, 1)[0].outcome is Outcome.DONE
+
+
+def test_a_store_that_stays_away_is_asked_less_and_less(
+    pool: StorePool, store: GatedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    clock = SimpleNamespace(monotonic=lambda: now, monotonic_ns=time.monotonic_ns)
+    monkeypatch.setattr("kvcore.live.stores.pool.time", clock)
+
+    def asked() -> bool:
+        before = len(store.calls)
+        assert pool.submit_get(0, b"a", room(1))
+        (end,) = wait_for(pool, 1)
+        assert end.outcome is (Outcome.FAILED if store.fault else Outcome.MISS)
+        return len(store.calls) > before
+
+    store.fault = StoreError("away")
+    assert asked()
+    for pause in (0.3, 0.6, 1.2, 2.4, 4.8, 9.6, 19.2, 30.0, 30.0):
+        now += pause - 0.01
+        assert not asked()
+        now += 0.02
+        assert asked()
+    store.fault = None
+    now += 31.0
+    assert asked()
+    store.fault = StoreError("away")
+    assert asked()
+    now += 0.31
+    assert asked(), "once it was there the first pause is short again"
 
 
 def test_a_full_store_is_not_away(pool: StorePool, store: GatedStore) -> None:
