@@ -27,7 +27,7 @@ pytestmark = pytest.mark.vllm
 L1_CHUNKS = 16
 CHUNK_BYTES = 512 << 10
 GPU_BLOCKS = 112
-MODES = ["mp-sync", "mp-async", "embedded-sync", "mp-sync-ahead"]
+MODES = ["mp-sync", "mp-async-ahead", "embedded-sync"]
 
 
 def tokens(count, seed):
