@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ TEXT = "the cache holds keys and values of every token that a prompt shares with
 
 
 class Serve:
-    """One `vllm serve`, until `stop`."""
+    """One `vllm serve`, until `stop`; it can be asked when it is `up`."""
 
     def __init__(self, model, port, log, connector="KVCoreMPConnector", **settings):
         self.port, self.log = port, Path(log)
@@ -47,6 +48,8 @@ class Serve:
             **settings,
         }
         self.process = subprocess.Popen(command, env=env, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
+
+    def up(self):
         until = time.monotonic() + 180
         while not self._healthy():
             assert self.process.poll() is None, self.log.read_text()[-3000:]
@@ -100,9 +103,16 @@ def server(tmp_path_factory):
     made.stop()
 
 
+def started(stack, model, port, server, folder):
+    one = Serve(model, port, folder / f"{port}.log", KVCORE_ENDPOINT=server.endpoint)
+    stack.callback(one.stop)
+    return one
+
+
 def test_two_instances_share_one_server(tiny_model, server, tmp_path):
-    first = Serve(tiny_model, PORTS[0], tmp_path / "first.log", KVCORE_ENDPOINT=server.endpoint)
-    try:
+    with ExitStack() as stack:
+        first, second = (started(stack, tiny_model, port, server, tmp_path) for port in PORTS)
+        first.up()
         alone = first.ask(TEXT + "one")
         other = first.ask(TEXT + "two")
         assert first.metric("vllm:external_prefix_cache_hits_total") == 0
@@ -111,20 +121,15 @@ def test_two_instances_share_one_server(tiny_model, server, tmp_path):
         stored = counters(server.endpoint)["stored_tokens"]
         wait_for(lambda: first.metric("vllm:kvcore_stored_tokens_total") == stored)
         assert first.logged("Stored") == stored
-        second = Serve(tiny_model, PORTS[1], tmp_path / "second.log", KVCORE_ENDPOINT=server.endpoint)
-        try:
-            assert second.ask(TEXT + "one") == alone
-            hits = second.metric("vllm:external_prefix_cache_hits_total")
-            assert hits >= whole - CHUNK
-            assert second.ask(TEXT + "two") == other
-            assert second.metric("vllm:kvcore_loaded_tokens_total") == hits
-            assert second.logged("Retrieved") == hits
-            assert counters(server.endpoint)["loaded_tokens"] == hits
-            assert first.ask("shorter than a chunk") == second.ask("shorter than a chunk")
-        finally:
-            second.stop()
-    finally:
-        first.stop()
+        second.up()
+        assert second.ask(TEXT + "one") == alone
+        hits = second.metric("vllm:external_prefix_cache_hits_total")
+        assert hits >= whole - CHUNK
+        assert second.ask(TEXT + "two") == other
+        assert second.metric("vllm:kvcore_loaded_tokens_total") == hits
+        assert second.logged("Retrieved") == hits
+        assert counters(server.endpoint)["loaded_tokens"] == hits
+        assert first.ask("shorter than a chunk") == second.ask("shorter than a chunk")
 
 
 def test_server_inside_vllm_serve_ends_with_it(tiny_model, tmp_path):
@@ -133,6 +138,7 @@ def test_server_inside_vllm_serve_ends_with_it(tiny_model, tmp_path):
     settings = {"KVCORE_CHUNK_SIZE": str(CHUNK), "KVCORE_L1_SIZE_GB": "0.125", "KVCORE_ARENA_DIR": str(arena)}
     one = Serve(tiny_model, PORTS[0], tmp_path / "one.log", "KVCoreConnector", **settings)
     try:
+        one.up()
         assert not list(arena.glob("*.arena"))  # it has no name, so that it ends with vLLM, however that ends
         answer = one.ask(TEXT)
         wait_for(lambda: one.metric("vllm:kvcore_stored_tokens_total") > 0)
