@@ -8,7 +8,7 @@ background thread has registered again.
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, TypeAlias
+from typing import Final, Generic, TypeAlias, TypeVar
 
 from kvcore.live.connection import Client, Connection, CurveKeys, RemoteError, ServerAwayError
 from kvcore.live.presence import Presence, RegistrationRefused, Session
@@ -71,24 +71,17 @@ MISS: Final = Found()
 """Nothing is cached, or nobody knows: what a server that is away answers."""
 
 
-class _Asked:
-    """A request's lookup: under way (an id), or answered."""
-
-    __slots__ = ("found", "id")
-
-    def __init__(self, correlation: int) -> None:
-        self.id = correlation
-        self.found: Found | None = None
+_Answer = TypeVar("_Answer", Found, Places)
 
 
-class _Sought:
-    """The question at hand of where a chunk lies, and its answer."""
+class _Asked(Generic[_Answer]):
+    """A question: under way (an id), or answered."""
 
-    __slots__ = ("id", "tier")
+    __slots__ = ("answer", "id")
 
     def __init__(self, correlation: int) -> None:
         self.id = correlation
-        self.tier: int | None = None
+        self.answer: _Answer | None = None
 
 
 _Pending: TypeAlias = tuple[float, str, str]
@@ -126,9 +119,10 @@ class SchedulerClient:
         self._session: Session | None = None
         self._connection: Connection | None = None
         self._pending: dict[int, _Pending] = {}
-        self._lookups: dict[str, _Asked] = {}
+        self._lookups: dict[str, _Asked[Found]] = {}
         self._grants: list[tuple[str, Granted]] = []
-        self._sought = _Sought(0)
+        self._sought: _Asked[Places] = _Asked(0)
+        """Where a chunk lies: the question at hand."""
 
     def register(self, timeout_s: float = 5.0) -> Registered | None:
         """Register the instance's scheduler; return what the server says, None where it is away (a warning is logged).
@@ -199,10 +193,15 @@ class SchedulerClient:
             )
             asked = _Asked(self._send(message, "lookup", request))
             self._lookups[request] = asked
-        elif asked.found is not None:  # it was pending
-            asked.found = None
+        elif asked.answer is not None:  # it was pending
+            asked.answer = None
             asked.id = self._send(Poll(session.registered.member, request), "lookup", request)
-        return self._answer(request, asked, self._longest_s(patient))
+        found = self._answer(asked, patient)
+        if isinstance(found, Found) and found.pending:
+            return NOT_YET
+        if isinstance(found, Found):
+            self._lookups.pop(request, None)
+        return MISS if found is None else found
 
     def held(self, chunk: bytes, *, patient: bool = False) -> bool | NotYet:
         """Return whether a chunk can be matched, in any tier, or NOT_YET, and then no answer will come.
@@ -212,16 +211,11 @@ class SchedulerClient:
         """
         if self._current() is None:
             return False
-        sought = self._sought = _Sought(self._send(Where((chunk,)), "where", ""))
-        until = time.monotonic() + self._longest_s(patient)
-        while self._connection is not None:
-            left = until - time.monotonic()
-            self._pump(max(0.0, left))
-            if sought.tier is not None:
-                return sought.tier >= 0
-            if left <= 0:
-                return NOT_YET
-        return False
+        self._sought = _Asked(self._send(Where((chunk,)), "where", ""))
+        places = self._answer(self._sought, patient)
+        if isinstance(places, NotYet):
+            return NOT_YET
+        return places is not None and places.tiers[0] >= 0
 
     def ask(self, request: str, chunks: Sequence[bytes]) -> None:
         """Ask room for chunks of the request's prompt, head first; the answer comes by `granted`."""
@@ -307,23 +301,16 @@ class SchedulerClient:
         self._pending[correlation] = (time.monotonic(), what, request)
         return correlation
 
-    def _longest_s(self, patient: bool) -> float:
-        return max(_PATIENCE_S, self._wait_s) if patient else self._wait_s
-
-    def _answer(self, request: str, asked: _Asked, wait_s: float) -> Found | NotYet:
-        """Wait a little for the answer to a lookup."""
-        until = time.monotonic() + wait_s
+    def _answer(self, asked: _Asked[_Answer], patient: bool) -> _Answer | NotYet | None:
+        """Wait a little for an answer; None where the server is away."""
+        until = time.monotonic() + (max(_PATIENCE_S, self._wait_s) if patient else self._wait_s)
         while True:
             left = until - time.monotonic()
             self._pump(max(0.0, left))
             if self._connection is None:
-                return MISS
-            found = asked.found
-            if found is not None:
-                if found.pending:
-                    return NOT_YET
-                self._lookups.pop(request, None)
-                return found
+                return None
+            if asked.answer is not None:
+                return asked.answer
             if left <= 0:
                 return NOT_YET
 
@@ -351,11 +338,11 @@ class SchedulerClient:
             self._grants.append((request, reply))
         elif isinstance(reply, Places):
             if correlation == self._sought.id:
-                self._sought.tier = reply.tiers[0]
+                self._sought.answer = reply
         elif isinstance(reply, Found):
             asked = self._lookups.get(request)
             if asked is not None and asked.id == correlation:
-                asked.found = reply
+                asked.answer = reply
         return True
 
 

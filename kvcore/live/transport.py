@@ -253,9 +253,9 @@ class LiveTransport:
 
 def _ended(operation: str, outcome: Outcome, now_ns: int, request: str, chunks: tuple[Chunk, ...]) -> Event:
     """Return the event for chunks whose copy to or from L2 ended in one way."""
-    if operation == "get" and outcome is not Outcome.DONE:
-        return LoadFailed(now_ns=now_ns, request=request, tier=1, chunks=chunks, gone=outcome is Outcome.MISS)
     copied = outcome is Outcome.DONE
+    if operation == "get" and not copied:
+        return LoadFailed(now_ns=now_ns, request=request, tier=1, chunks=chunks, gone=outcome is Outcome.MISS)
     kind = LoadDone if operation == "get" else StoreCommitted if copied else StoreAborted
     return kind(now_ns=now_ns, request=request, tier=1, chunks=chunks)
 

@@ -43,6 +43,7 @@ __all__ = [
     "kv_layout",
     "log_with_vllm",
     "packing",
+    "plans_ahead",
     "runs_as_one_graph",
     "transfer_factory",
     "worker_connector",
@@ -157,7 +158,7 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, spec: Any) -> dict[str,
         "max_num_batched_tokens": int(scheduler.max_num_batched_tokens),
         "max_num_seqs": int(scheduler.max_num_seqs),
         "chunked_prefill": int(bool(scheduler.enable_chunked_prefill)),
-        "async_scheduling": int(bool(scheduler.async_scheduling)),
+        "async_scheduling": int(plans_ahead(vllm_config)),
     }
 
 
@@ -169,6 +170,11 @@ def hashes_by_sha256(vllm_config: Any) -> bool:
 def copies_in_step(vllm_config: Any) -> bool:
     """Return whether copies are done when the call that starts them returns, as they are without a copy engine."""
     return on_cpu(vllm_config)
+
+
+def plans_ahead(vllm_config: Any) -> bool:
+    """Return whether a step is planned while the one before it runs."""
+    return bool(vllm_config.scheduler_config.async_scheduling)
 
 
 def transfer_factory(vllm_config: Any) -> TransferFactory:

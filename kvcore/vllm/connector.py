@@ -256,7 +256,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             load_mode=self._settings.load_mode,
             copies_in_step=compat.copies_in_step(self._vllm_config),
             grant_wait_s=self._settings.grant_wait_ms / 1000,
-            plans_ahead=bool(self._vllm_config.scheduler_config.async_scheduling),
+            plans_ahead=compat.plans_ahead(self._vllm_config),
         )
         hasher = Hasher(namespace, engine_hashes=compat.hashes_by_sha256(self._vllm_config))
         self._scheduler = SchedulerSide(client, hasher, options)

@@ -306,8 +306,7 @@ class SchedulerSide:
                 self._put_off.append(tracked)
                 continue
             self._drop_found(life)  # what others stored since is computed already
-            self._ask_room(tracked, life)
-            completes |= bool(life.asks) and last_step(tracked.request)
+            completes |= self._ask_room(tracked, life) and bool(life.asks) and last_step(tracked.request)
         return completes
 
     def _drop_unscheduled(self) -> None:

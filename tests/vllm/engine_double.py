@@ -8,10 +8,21 @@ import numpy as np
 
 from kvcore.live.client import MISS, NOT_YET
 from kvcore.live.wire import Found, Granted, Registered
+from kvcore.policy.hashing import Namespace, chunk_names
+from kvcore.vllm.namespace import Hasher
 
 BLOCK = 16
 CHUNK = 64
 PAGES = 2
+NAMESPACE = Namespace(model="m", kv_dtype="float32", layout="x", block_tokens=BLOCK)
+
+
+def names(request):
+    return chunk_names(Hasher(NAMESPACE)(request), CHUNK // BLOCK)
+
+
+def blocks(tokens, first=10):
+    return list(range(first, first + -(-tokens // BLOCK)))
 
 
 def registered(epoch=1, record=False):

@@ -1,15 +1,25 @@
 """Prompts of which nothing is cached: their first step does not wait for their names, nor for their lookup."""
 
 import pytest
-from engine_double import BLOCK, CHUNK, EngineRequest, Late, Line, engine_hashes, registered, step
+from engine_double import (
+    BLOCK,
+    CHUNK,
+    NAMESPACE,
+    EngineRequest,
+    Late,
+    Line,
+    blocks,
+    engine_hashes,
+    names,
+    registered,
+    step,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcore.policy.hashing import Namespace, chunk_names
 from kvcore.vllm.namespace import Hasher
 from kvcore.vllm.scheduler import Options, SchedulerSide
 
-NAMESPACE = Namespace(model="m", kv_dtype="float32", layout="x", block_tokens=BLOCK)
 LONG = 66 * BLOCK + 3
 CHUNKS = LONG // CHUNK
 
@@ -24,14 +34,6 @@ def request(name="a", tokens=LONG, seed=0, **fields):
     one = EngineRequest(name, [seed * 10_000 + i for i in range(tokens)], **fields)
     one.block_hashes = engine_hashes(one.prompt_token_ids)
     return one
-
-
-def names(one):
-    return chunk_names(Hasher(NAMESPACE)(one), CHUNK // BLOCK)
-
-
-def blocks(tokens, first=10):
-    return list(range(first, first + -(-tokens // BLOCK)))
 
 
 def first_step(side, one, scheduled=None):
@@ -118,6 +120,13 @@ def test_a_prompt_computed_in_several_steps_is_stored_as_it_grows():
     assert stored(*plans) == wanted(one)
     assert [count for _, _, count in line.named("ask")] == [4, 5, 5, CHUNKS - 14]
     assert len(line.named("end")) == 1
+
+
+def test_nobody_waits_for_room_in_the_middle_of_a_prompt():
+    line, side = make(line=Late(polls=4), grant_wait_s=30)
+    first_step(side, request(max_tokens=1), 300)
+    plan = side.plan(step(cached=[("a", (), 300, 300, False)]))
+    assert (plan.stores, line.polls) == ([], 3)
 
 
 def test_a_request_of_one_token_is_stored_in_the_next_step_though_it_is_not_in_it():

@@ -1,15 +1,11 @@
 """The scheduler's half, driven by hand: no vLLM, no server."""
 
 import pytest
-from engine_double import BLOCK, CHUNK, EngineRequest, Late, Line, registered, step
+from engine_double import BLOCK, CHUNK, NAMESPACE, EngineRequest, Late, Line, blocks, names, registered, step
 
-from kvcore.policy.hashing import Namespace, chunk_names
 from kvcore.vllm.jobs import StepReport
 from kvcore.vllm.namespace import Hasher
 from kvcore.vllm.scheduler import Options, SchedulerSide
-
-NAMESPACE = Namespace(model="m", kv_dtype="float32", layout="x", block_tokens=BLOCK)
-PER_CHUNK = CHUNK // BLOCK
 
 
 def make(line=None, **options):
@@ -19,14 +15,6 @@ def make(line=None, **options):
 
 def prompt(tokens, seed=0):
     return [seed * 1000 + i for i in range(tokens)]
-
-
-def names(request):
-    return chunk_names(Hasher(NAMESPACE)(request), PER_CHUNK)
-
-
-def blocks(tokens, first=10):
-    return list(range(first, first + -(-tokens // BLOCK)))
 
 
 def admit(side, request, computed=0, scheduled=None):

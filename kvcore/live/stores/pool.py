@@ -13,8 +13,6 @@ from functools import partial
 from kvcore.live.stores.base import Parts, Store, StoreError, StoreFull, size_of
 
 _log = logging.getLogger(__name__)
-
-
 _LONGEST_PAUSE_S = 30.0
 
 

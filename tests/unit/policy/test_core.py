@@ -189,12 +189,18 @@ def test_written_through_found_below_and_promoted():
     assert story.hits((A, B)) == (2, 0)
 
 
-def test_without_promotion_a_chunk_passes_through():
-    story = Story(2, None, promote_on_hit=False)
+def two_below(**options):
+    """A story in which A and B have left tier 0, and lie in tier 1."""
+    story = Story(2, None, **options)
     story.store("r", (A, B))
     story.commit("r", (A, B), tier=1)
     story.store("s", (C, D))
     story.commit("s", (C, D), tier=1)
+    return story
+
+
+def test_without_promotion_a_chunk_passes_through():
+    story = two_below(promote_on_hit=False)
     story.look_up("t", (A, B))
     story.loaded("t", (A, B), tier=1)
     story.loaded("t", (A, B))
@@ -202,11 +208,7 @@ def test_without_promotion_a_chunk_passes_through():
 
 
 def test_a_fetch_serves_all_who_want_it():
-    story = Story(2, None)
-    story.store("r", (A, B))
-    story.commit("r", (A, B), tier=1)
-    story.store("s", (C, D))
-    story.commit("s", (C, D), tier=1)
+    story = two_below()
     story.look_up("t", (A, B))
     assert story.look_up("u", (A, B)) == (Matched(request="u", hits=(0, 2)),), "no second fetch"
     assert story.loaded("t", (A, B), tier=1) == (
@@ -216,11 +218,7 @@ def test_a_fetch_serves_all_who_want_it():
 
 
 def test_a_failed_fetch_ends_the_run_and_forgets_the_chunk_below():
-    story = Story(2, None)
-    story.store("r", (A, B))
-    story.commit("r", (A, B), tier=1)
-    story.store("s", (C, D))
-    story.commit("s", (C, D), tier=1)
+    story = two_below()
     story.look_up("t", (A, B))
     assert story.loaded("t", (A,), tier=1) == ()
     assert story.tell(LoadFailed, request="t", tier=1, chunks=(B,)) == (Load(request="t", tier=0, chunks=(A,)),)
@@ -229,11 +227,7 @@ def test_a_failed_fetch_ends_the_run_and_forgets_the_chunk_below():
 
 
 def test_a_tier_that_could_not_be_asked_keeps_its_chunks():
-    story = Story(2, None)
-    story.store("r", (A, B))
-    story.commit("r", (A, B), tier=1)
-    story.store("s", (C, D))
-    story.commit("s", (C, D), tier=1)
+    story = two_below()
     story.look_up("t", (A, B))
     assert story.tell(LoadFailed, request="t", tier=1, chunks=(A, B), gone=False) == ()
     assert not [said for said in story.end("t") if isinstance(said, Evict)]
