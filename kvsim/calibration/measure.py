@@ -2,6 +2,7 @@
 
 import datetime as dt
 import hashlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kvsim.calibration.endpoint import Endpoint, EndpointError
-from kvsim.calibration.fitting import decode_grid, fit_prefill, handling, prefill_grid, spread
+from kvsim.calibration.fitting import decode_grid, fit_prefill, handling, launch, prefill_grid, spread, undisturbed
 from kvsim.calibration.plan import Plan
 from kvsim.calibration.state import CalibrationError, Point, State
 from kvsim.profiles import Part, Profile, TransferCurve
@@ -18,8 +19,12 @@ __all__ = ["CalibrationError", "Facts", "Progress", "calibrate"]
 
 Progress = Callable[[int, int, str], None]
 """Called with the points done, all of them, and what comes next."""
+Sleep = Callable[[float], None]
 FIRST_ID = 100
 _MOST_REPEATS = 4
+_MOST_REST_S = 0.5
+_JOIN_STEPS = 24
+"""Tokens of the request that others join: more than what they wait and are computed for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +52,7 @@ def calibrate(
     *,
     state: Path | None = None,
     progress: Progress | None = None,
+    sleep: Sleep = time.sleep,
 ) -> Profile:
     """Measure a profile. The engine must be idle and have prefix caching; its caches are filled with random prompts.
 
@@ -56,6 +62,7 @@ def calibrate(
         facts: What cannot be measured there.
         state: A file that keeps the measurements: run again with it, a calibration goes on where it stopped.
         progress: Told of every point.
+        sleep: Pauses for some seconds.
 
     Raises:
         EndpointError: The endpoint is gone or refuses.
@@ -63,27 +70,42 @@ def calibrate(
     """
     about = {"model": endpoint.model, "where": endpoint.where, "seed": plan.seed, "vocabulary": plan.vocabulary}
     kept = State(state, about)
-    points: list[Point] = [("prefill", *point) for point in plan.prefill] + [
-        ("decode", *point) for point in plan.decode
-    ]
     prompts = _Prompts(plan)
+    tasks = _tasks(plan)
     warmed: int | None = None
-    for number, point in enumerate(points):
-        kind, a, b = point
+    for number, (round_, point) in enumerate(tasks):
         if progress is not None:
-            what = f"prefill of {a:,} behind {b:,} tokens" if kind == "prefill" else f"decode of {a} x {b:,} tokens"
-            progress(number, len(points), what)
-        if point in kept.seconds:
+            progress(number, len(tasks), _words(point))
+        if kept.rounds[point] > round_:
             continue
         if warmed is None:
             endpoint.first_token_s(prompts.fresh("warm", 64))  # whatever is compiled or allocated on first use
-        if kind == "prefill":
-            warmed = _prefill(endpoint, plan, prompts, kept, point, warmed)
-        else:
+            warmed = 0
+        if point[0] == "prefill":
+            warmed = _prefill(endpoint, plan, prompts, kept, point, warmed, sleep)
+        elif point[0] == "decode":
             _decode(endpoint, plan, prompts, kept, point)
+        else:
+            _join(endpoint, plan, prompts, kept, point)
     if progress is not None:
-        progress(len(points), len(points), "done")
+        progress(len(tasks), len(tasks), "done")
     return _profile(kept, plan, facts, endpoint)
+
+
+def _tasks(plan: Plan) -> list[tuple[int, Point]]:
+    """Return what to measure, in order: the prefills round by round, the decodes, and prompts that join one."""
+    tasks: list[tuple[int, Point]] = [
+        (round_, ("prefill", *point)) for round_ in range(plan.repeats) for point in plan.prefill
+    ]
+    tasks += [(0, ("decode", *point)) for point in plan.decode]
+    return [*tasks, (0, ("join", 1, min(context for _, context in plan.decode)))]
+
+
+def _words(point: Point) -> str:
+    kind, a, b = point
+    if kind == "prefill":
+        return f"prefill of {a:,} behind {b:,} tokens"
+    return f"decode of {a} x {b:,} tokens" if kind == "decode" else "prompts that come while another decodes"
 
 
 class _Prompts:
@@ -100,19 +122,41 @@ class _Prompts:
         return words
 
 
-def _prefill(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, point: Point, warmed: int | None) -> int:
-    """Measure a prefill point; the prefix is computed first, unless the point before had the same one."""
+def _prefill(
+    endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, point: Point, warmed: int, sleep: Sleep
+) -> int:
+    """Measure a prefill point once more; the prefix is computed first, unless the point before had the same one."""
     _, new, cached = point
     prefix = prompts.fresh(f"prefix {cached}", cached)
     if cached and warmed != cached:
         endpoint.first_token_s([*prefix, FIRST_ID])
-    seconds: list[float] = []
-    most = 1 if plan.repeats == 1 else _MOST_REPEATS * plan.repeats
-    while len(seconds) < plan.repeats or (sum(seconds) < plan.least_s and len(seconds) < most):
-        suffix = prompts.fresh(f"suffix {new} {cached} {len(seconds)}", new)
+    round_, seconds = kept.rounds[point], list[float]()
+    most = 1 if plan.repeats == 1 else _MOST_REPEATS
+    while not seconds or (sum(seconds) < plan.least_s / plan.repeats and len(seconds) < most):
+        suffix = prompts.fresh(f"suffix {new} {cached} {round_} {len(seconds)}", new)
         seconds.append(endpoint.first_token_s([*prefix, *suffix]))
+        sleep(min(_MOST_REST_S, plan.rest * seconds[-1]))
     kept.add(point, seconds)
     return cached
+
+
+def _join(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, point: Point) -> None:
+    """Measure the shortest prompts of an idle engine in one that decodes, sent at evenly spread times of a step."""
+    _, batch, context = point
+    step_s = float(np.median(kept.seconds["decode", batch, context]))
+    new, _ = _shortest(plan)
+    seconds = []
+    for number in range(plan.joins):
+        beside = prompts.fresh(f"joined {number}", context)
+        prompt = prompts.fresh(f"joining {number}", new)
+        delay_s = step_s * (1 + (number + 0.5) / plan.joins)
+        seconds.append(endpoint.joining_s(prompt, beside, _JOIN_STEPS, delay_s))
+    kept.add(point, seconds)
+
+
+def _shortest(plan: Plan) -> tuple[int, int]:
+    """Return the prefill point of the fewest tokens behind the fewest."""
+    return min(plan.prefill, key=lambda point: (point[1], point[0]))
 
 
 def _decode(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, point: Point) -> None:
@@ -132,18 +176,21 @@ def _decode(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, poin
 def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profile:
     ttft = {point[1:]: float(np.median(values)) for point, values in kept.seconds.items() if point[0] == "prefill"}
     decode = {point[1:]: float(np.median(values)) for point, values in kept.seconds.items() if point[0] == "decode"}
-    ttft = {point: ttft[point] for point in plan.prefill if point in ttft}
-    decode = {point: decode[point] for point in plan.decode if point in decode}
+    ttft = undisturbed({point: ttft[point] for point in plan.prefill if point in ttft})
+    decode = undisturbed({point: decode[point] for point in plan.decode if point in decode})
     if any(len({point[axis] for point in points}) < 2 for points in (ttft, decode) for axis in (0, 1)):
         failed = "; ".join(kept.failed.values()) or "too few points"
         raise CalibrationError(f"{endpoint.where}: no grid can be made: {failed}")
     base, token = handling(ttft, decode)
+    join = next(point for _, point in _tasks(plan) if point[0] == "join")
+    launch_s = min(base, launch(ttft[_shortest(plan)], kept.seconds[join], decode[join[1:]]))
     least = min(decode.values())
-    prefill = {(n, c): max(least, seconds - base - token * (n + c)) for (n, c), seconds in ttft.items()}
+    steps = {(n, c): max(least, seconds - base - token * (n + c)) for (n, c), seconds in ttft.items()}
+    prefill = undisturbed(steps)
     fit = fit_prefill(prefill)
     grid = prefill_grid(prefill, fit)
     misses = [abs(fit.at(n, c) / seconds - 1) for (n, c), seconds in prefill.items()]
-    share = spread(kept.seconds)
+    share = spread({point: values for point, values in kept.seconds.items() if point != join})
     told = "one measurement a point" if np.isnan(share) else f"repeats of a point spread by {100 * share:.1f}% (median)"
     today = dt.datetime.now(tz=dt.UTC).date().isoformat()
     source = f"kvsim calibrate, {endpoint.where}, {endpoint.model}, {today}"
@@ -163,8 +210,9 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
         decode=decode_grid(decode),
         transfers=facts.transfers,
         duplex=facts.duplex,
-        handling_base_s=base,
+        handling_base_s=base - launch_s,
         handling_token_s=token,
+        launch_s=launch_s,
         provenance={
             "prefill": Part(
                 kind="measured",
@@ -185,7 +233,8 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
             "handling": Part(
                 kind="fitted",
                 source=source,
-                error="what TTFT of one token behind a cached prefix takes beyond a decode step",
+                error="what TTFT of one token behind a cached prefix takes beyond a decode step; launch: how much less "
+                f"it takes in an engine that decodes, {plan.joins} prompts",
             ),
         },
     )

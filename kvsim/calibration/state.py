@@ -1,6 +1,7 @@
 """What a calibration has measured so far, on disk: an interrupted one goes on where it stopped."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from kvsim.calibration.endpoint import EndpointError
 from kvsim.errors import UsageError
 
 Point = tuple[str, int, int]
-"""`prefill`, new and cached tokens; or `decode`, batch and context."""
+"""`prefill`, new and cached tokens; `decode` or `join`, batch and context."""
 
 
 class CalibrationError(UsageError):
@@ -28,6 +29,8 @@ class State:
 
     def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
         self.seconds: dict[Point, list[float]] = {}
+        self.rounds: Counter[Point] = Counter()
+        """How often each point has been measured, a few times each time."""
         self.failed: dict[Point, str] = {}
         self._path = path
         if path is None:
@@ -38,9 +41,13 @@ class State:
             path.write_text(json.dumps({"calibration": about}) + "\n", encoding="utf-8")
 
     def add(self, point: Point, seconds: list[float]) -> None:
-        """Keep what was measured at a point."""
-        self.seconds[point] = seconds
+        """Keep what was measured at a point in one round, beside what was before."""
+        self._keep(point, seconds)
         self._append({"point": point, "seconds": seconds})
+
+    def _keep(self, point: Point, seconds: list[float]) -> None:
+        self.seconds.setdefault(point, []).extend(seconds)
+        self.rounds[point] += 1
 
     def fail(self, point: Point, error: EndpointError) -> None:
         """Keep that a point cannot be measured; it is tried again by the next run."""
@@ -67,6 +74,6 @@ class State:
             try:
                 row = json.loads(line)
                 kind, a, b = row["point"]
-                self.seconds[kind, int(a), int(b)] = [float(value) for value in row["seconds"]]
+                self._keep((kind, int(a), int(b)), [float(value) for value in row["seconds"]])
             except (ValueError, LookupError, TypeError):
                 raise CalibrationError(f"{path}, line {number}: not a measurement") from None

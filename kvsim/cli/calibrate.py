@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _ENDPOINT, _LIMITS, _FACTS = "Engine", "What the engine can do", "What cannot be measured there"
 API_KEY = "KVSIM_API_KEY"
+_SERVED_SEQS = 256
+"""The least that `vllm serve` allows by itself, on any GPU; an engine that is made in a program allows half of it."""
 
 
 def calibrate(  # noqa: PLR0913, PLR0917 - a command's options
@@ -179,6 +181,8 @@ def _local(
     if not isinstance(length, int):
         raise UsageError("--local needs --max-model-len")
     arguments = {**limits, "max_model_len": length, "tensor_parallel_size": ranks, **given}
+    if "max_num_seqs" not in given:  # vLLM captures CUDA graphs for twice as many tokens, as a server's would be
+        arguments["max_num_seqs"] = max(_SERVED_SEQS, limits["max_num_seqs"] or 0)
     with LocalEndpoint(local, arguments=arguments, python=python) as endpoint:
         yield endpoint, length
 
@@ -211,6 +215,7 @@ def _tell(profile: "Profile", out: Path, json: bool) -> None:
                 "name": profile.name,
                 "handling_base_s": profile.handling_base_s,
                 "handling_token_s": profile.handling_token_s,
+                "launch_s": profile.launch_s,
                 "provenance": {name: asdict(part) for name, part in profile.provenance.items()},
             }
         )

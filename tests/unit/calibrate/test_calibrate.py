@@ -1,5 +1,6 @@
 import http.server
 import json
+import math
 import sys
 import threading
 import time
@@ -37,12 +38,17 @@ FACTS = Facts(
 PLAN = make_plan(max_model_len=20_000, max_num_batched_tokens=4096, max_num_seqs=8)
 
 
+def made(engine, **more):
+    return calibrate(engine, PLAN, FACTS, **{"sleep": lambda _: None, **more})
+
+
 class Engine:
     """An engine with a prefix cache whose times are known forms."""
 
     model = "known"
     where = "here"
     handling = (0.01, 1e-6)
+    launch = 0.5e-3
 
     def __init__(self, fail_after=None):
         self.cached = []
@@ -67,14 +73,24 @@ class Engine:
         self.calls += 1
         return self.step(len(prompts), len(prompts[0]))
 
+    def joining_s(self, prompt, beside, steps, delay_s):
+        """Plan the next step when this one begins, and prepare it meanwhile."""
+        self.calls += 1
+        step = self.step(1, len(beside))
+        handling = self.handling[0] + self.handling[1] * len(prompt) - self.launch
+        wait = math.ceil((delay_s + handling) / step) * step - delay_s
+        return wait + step + self.step(1, len(prompt))
+
 
 def common(a, b):
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def test_a_known_engine_is_found_again():
-    profile = calibrate(Engine(), PLAN, FACTS)
-    assert profile.handling_base_s == pytest.approx(0.01, rel=0.05)
+    profile = made(Engine())
+    assert profile.handling_base_s == pytest.approx(0.01 - Engine.launch, rel=0.05)
+    assert profile.launch_s == pytest.approx(Engine.launch, rel=0.05)
+    assert profile.handling_s(0) == pytest.approx(0.01, rel=0.05)
     assert profile.handling_token_s == pytest.approx(1e-6, rel=0.05)
     for new, cached in ((512, 0), (2048, 4096), (4096, 1024)):
         assert profile.prefill_s(new, cached) == pytest.approx(
@@ -87,14 +103,14 @@ def test_a_known_engine_is_found_again():
 
 
 def test_points_that_do_not_fit_follow_the_form():
-    profile = calibrate(Engine(), PLAN, FACTS)
+    profile = made(Engine())
     assert (4096, 16_384) not in PLAN.prefill
     want = 1e-3 + 2e-5 * 4096 + 1e-9 * 4096 * (4096 + 2 * 16_384)
     assert profile.prefill_s(4096, 16_384) == pytest.approx(want, rel=0.15)
 
 
 def test_what_is_made_can_be_kept(tmp_path):
-    profile = calibrate(Engine(), PLAN, FACTS)
+    profile = made(Engine())
     (tmp_path / "p.json").write_text(to_json(profile))
     assert load(tmp_path / "p.json") == profile
     assert all(part.source and part.error for part in profile.provenance.values())
@@ -102,40 +118,78 @@ def test_what_is_made_can_be_kept(tmp_path):
 
 def test_progress_names_every_point():
     seen = []
-    calibrate(Engine(), PLAN, FACTS, progress=lambda *row: seen.append(row))
-    total = len(PLAN.prefill) + len(PLAN.decode)
+    made(Engine(), progress=lambda *row: seen.append(row))
+    total = PLAN.repeats * len(PLAN.prefill) + len(PLAN.decode) + 1
     assert [done for done, _, _ in seen] == list(range(total + 1))
     assert "behind" in seen[0][2]
+    assert "while another decodes" in seen[-2][2]
+
+
+def test_an_engine_that_plans_one_step_at_a_time_has_no_launch_to_hide():
+    class Synchronous(Engine):
+        def joining_s(self, prompt, beside, steps, delay_s):
+            return super().joining_s(prompt, beside, steps, delay_s) - self.step(1, len(beside)) + self.launch
+
+    profile = made(Synchronous())
+    assert profile.launch_s == 0
+    assert profile.handling_base_s == pytest.approx(0.01, rel=0.05)
+
+
+def test_prefills_are_measured_in_rounds_with_a_rest_behind_each():
+    rests = []
+    engine = Engine()
+    asked = []
+    inner = engine.first_token_s
+    engine.first_token_s = lambda prompt: asked.append(inner(prompt)) or asked[-1]
+    plan = Plan(prefill=((1, 0), (256, 0), (1, 512), (256, 512)), decode=PLAN.decode, repeats=3, least_s=0, rest=0.5)
+    calibrate(engine, plan, FACTS, sleep=rests.append)
+    warm, prefixes = 1, 3
+    asked = asked[warm : warm + prefixes + 3 * 4]  # decodes compute their prompts first, later
+    measured = [seconds for seconds in asked if 0.5 * seconds in rests]
+    assert len(rests) == len(measured) == 12
+    assert measured[:4] == pytest.approx(measured[4:8], rel=0.01)  # the same points, a round later
+
+
+def test_what_disturbs_a_point_does_not_stay_in_the_grid():
+    class Disturbed(Engine):
+        def first_token_s(self, prompt):
+            return super().first_token_s(prompt) + (0.1 if len(prompt) == 512 else 0)
+
+    profile, quiet = made(Disturbed()), made(Engine())
+    assert profile.prefill_s(512) == profile.prefill_s(520) == pytest.approx(quiet.prefill_s(520), rel=0.01)
+    assert profile.prefill_s(256) == pytest.approx(quiet.prefill_s(256), rel=0.01)
+    table = np.array(profile.prefill.seconds)
+    assert (np.diff(table, axis=0) >= 0).all()
 
 
 @pytest.mark.parametrize("stop", [1, 20, 70])
 def test_half_a_calibration_goes_on_where_it_stopped(tmp_path, stop):
     state = tmp_path / "state.jsonl"
     with pytest.raises(EndpointError):
-        calibrate(Engine(fail_after=stop), PLAN, FACTS, state=state)
+        made(Engine(fail_after=stop), state=state)
     state.write_bytes(state.read_bytes() + b'{"point": ["pre')  # cut off within a line
     again = Engine()
-    resumed = calibrate(again, PLAN, FACTS, state=state)
+    resumed = made(again, state=state)
     whole_engine = Engine()
-    whole = calibrate(whole_engine, PLAN, FACTS)
+    whole = made(whole_engine)
     assert resumed.prefill == whole.prefill
     assert resumed.decode == whole.decode
     assert stop < 5 or again.calls < whole_engine.calls - stop // 2
     third = Engine()
-    calibrate(third, PLAN, FACTS, state=state)
+    made(third, state=state)
     assert third.calls == 0
 
 
 def test_a_state_of_something_else_is_refused(tmp_path):
     state = tmp_path / "state.jsonl"
-    calibrate(Engine(), PLAN, FACTS, state=state)
+    made(Engine(), state=state)
     other = Engine()
     other.model = "another"
     with pytest.raises(CalibrationError, match="model differ"):
-        calibrate(other, PLAN, FACTS, state=state)
+        made(other, state=state)
     state.write_text("hello\n")
     with pytest.raises(CalibrationError, match="not a calibration"):
-        calibrate(Engine(), PLAN, FACTS, state=state)
+        made(Engine(), state=state)
 
 
 def test_plans_stay_within_the_engines_limits():
