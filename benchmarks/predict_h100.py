@@ -12,6 +12,9 @@ and a new server; vLLM stays up. Without --log a generated chat workload is repl
 A connector packs KV here, so it is `kvsim validate --packing lossless` that predicts these logs; with --keep-journals,
 `kvsim validate --trace LOG --journal JOURNAL --profile PROFILE` finds out by itself.
 
+With --calibrate PROFILE the engine is measured first, as `kvsim calibrate --url` does it, for a profile of the machine
+of the day (profile.json): sizes and copies are taken from PROFILE, and the grid is smaller than profile_h100.py's.
+
 OUT_DIR gets predict.json (what was set, client-side TTFT, what the journal's replay says, hits) and logs.tar (the
 recorded logs, and with --keep-journals the journals). With --settings each of several further settings is replayed
 once as well, for the order in which a simulator ranks them. About 60 s to start, then 20 s a replay beside the replay.
@@ -34,6 +37,9 @@ from vllm_gpu import Serve, client, complete, facts, interrupt_on_term, model_fo
 from kvcore.live.tools import status
 from kvcore.vllm.ttft.engine import EngineError
 from kvcore.vllm.ttft.systems import connector, kvcore_counts, kvcore_server, wait_until_touched
+from kvsim.calibration import Facts, HttpEndpoint, Plan, calibrate
+from kvsim.profiles import load
+from kvsim.profiles.load import to_json
 from kvtraces import Chat, Poisson, Segment, Spread, read, segment_tokens, workload
 from kvtraces.journal import Equal, JournalError, verify
 
@@ -41,6 +47,10 @@ LOG_BLOCK = 512
 SETTINGS = "brisk:rate=1.3 brisk-none:l1=0.25,rate=1.3 busy-none:l1=0.25,rate=1.6"
 """With the replays' own setting four whose TTFT is a quarter or more apart, from one to the next."""
 REGISTER_S = 40.0
+NEW = (1, 64, 256, 512, 520, 1024, 2048, 4096, 8192)
+CACHED = (0, 2048, 8192, 32_768)
+BATCH = (1, 4, 16, 32)
+CONTEXT = (16, 2048, 8192)
 
 
 class Requests:
@@ -169,6 +179,8 @@ class Replays:
             self.serve.reset()
             if not record:
                 warm_up(self.serve, [256, 2048, min(8192, self.given.max_model_len // 2)], self.given.vocabulary)
+                if self.given.calibrate is not None:
+                    calibrated(self.given, self.serve.url)
                 return {}, folder
             before = self.serve.metrics()
             done, late_s, elapsed_s = asyncio.run(play(self.serve.url, requests.rows))
@@ -245,6 +257,29 @@ class Replays:
         return {"equal": isinstance(found, Equal), "says": str(found)}
 
 
+def calibrated(given, url):
+    """Measure the engine's profile through its server, and write it to OUT_DIR."""
+    known = load(given.calibrate)
+    longest, tokens = given.max_model_len - 32, given.gpu_blocks * given.block_size
+    plan = Plan(
+        prefill=tuple((n, c) for c in CACHED for n in NEW if n + c < longest and n <= given.max_num_batched_tokens),
+        decode=tuple((b, c) for c in CONTEXT for b in BATCH if c < longest and b * (c + 32) < tokens),
+        decode_steps=24,
+        vocabulary=given.vocabulary,
+    )
+    same = ("name", "model", "gpu", "layers", "kv_bytes_per_token", "weight_bytes", "gpu_memory_bytes", "max_model_len")
+    facts_ = Facts(
+        **{name: getattr(known, name) for name in same},
+        transfers=known.transfers,
+        transfers_from=known.provenance["pcie"],
+        duplex=known.duplex,
+    )
+    profile = calibrate(HttpEndpoint(url, model="model"), plan, facts_)
+    (given.out / "profile.json").write_text(to_json(profile))
+    say(f"calibrated: prefill of 8,192 {profile.prefill_s(8192):.4f} s, handling {profile.handling_base_s:.5f} s + "
+        f"{profile.handling_token_s:.2e} s a token, launch {profile.launch_s:.5f} s")  # fmt: skip
+
+
 def wait_until_registered(endpoint):
     """Wait until an engine has registered, scheduler and worker."""
     until = time.monotonic() + REGISTER_S
@@ -287,6 +322,7 @@ def arguments():
     parser.add_argument("--seconds", type=float, default=115.0, help="of a replay's arrivals")
     parser.add_argument("--replays", type=int, default=3)
     parser.add_argument("--settings", nargs="?", const=SETTINGS, help="replay these once as well: " + SETTINGS)
+    parser.add_argument("--calibrate", type=Path, help="a profile: measure the engine's own first")
     parser.add_argument("--block-tokens", type=int, default=128, help="tokens of what is a block of 512 in the log")
     parser.add_argument("--system-tokens", type=int, default=800, help="of a generated workload, in the median")
     parser.add_argument("--user-tokens", type=int, default=160, help="of a turn and an answer there, in the median")

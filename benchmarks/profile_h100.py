@@ -3,8 +3,9 @@
     python benchmarks/profile_h100.py --model qwen3-8b --out benchmarks/results/h100-qwen3-8b-measured.json
 
 The file is a profile as kvsim/profiles/data holds them. Prefills of up to 32k new behind up to 32k cached tokens are
-steps of their own (the engine's token budget and lengths are raised for it). Copies are those of kvkernels' start-up measurement,
-over a cache of the same layout. About seven minutes on an H100; `--state FILE` lets it go on where it was cut off.
+steps of their own (the engine's token budget and lengths are raised for it). Copies are those of kvkernels' start-up
+measurement, over a cache of the same layout. About six minutes on an H100; `--state FILE` lets it go on where it was
+cut off.
 """
 
 import argparse
@@ -121,7 +122,9 @@ def arguments():
     parser.add_argument("--kv-tokens", type=int, default=280_000, help="the most that a decode point may hold")
     parser.add_argument("--max-model-len", type=int, default=65_600)
     parser.add_argument("--max-num-batched-tokens", type=int, default=32_768)
-    parser.add_argument("--max-num-seqs", type=int, default=256, help="vLLM captures CUDA graphs for twice as many tokens")
+    parser.add_argument(
+        "--max-num-seqs", type=int, default=256, help="vLLM captures CUDA graphs for twice as many tokens"
+    )
     parser.add_argument("--connector", action="store_true", help="beside a kvcore server, as predict_h100.py runs it")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--dtype", default="bfloat16")

@@ -77,7 +77,8 @@ def main() -> None:
     for line in sys.stdin:
         command = json.loads(line)
         if "delay_s" in command:
-            reply({"joined_s": worker.join(*command["prompts"], command["tokens"], command["delay_s"])})
+            beside, prompt = command["prompts"]
+            reply({"joined_s": worker.join(beside, prompt, command["tokens"], command["delay_s"])})
         else:
             reply({"arrivals": worker.run(command["prompts"], command["tokens"])})
 

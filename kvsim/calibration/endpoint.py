@@ -2,15 +2,20 @@
 
 import http.client
 import json
+import re
 import ssl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from kvsim.errors import UsageError
+
+_TTFT = "vllm:time_to_first_token_seconds"
+_TELL_S = 1.0
+"""What is counted of a request is there by then; another client's requests would spoil the count for good."""
 
 
 class EndpointError(UsageError):
@@ -44,6 +49,9 @@ class Endpoint(Protocol):
 class HttpEndpoint:
     """`/v1/completions` of vLLM, SGLang or whatever else takes prompts as token ids and streams.
 
+    A server that counts its times to the first token in `/metrics`, as vLLM does, is taken at its word: from the
+    request's arrival there, which is what is recorded of it too, without the way between. Others are timed from here.
+
     Args:
         url: Of the server, with or without /v1.
         model: Its name there; None: the first one that the server lists.
@@ -70,12 +78,21 @@ class HttpEndpoint:
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._timeout_s = timeout_s
+        self._tells = True
         self.model = self._first_model() if model is None else model
 
     def first_token_s(self, prompt: Sequence[int]) -> float:
         """Send one prompt of token ids and return the time to its first token, in seconds."""
+        before = self._told()
         started = time.perf_counter()
-        return next(self._stream(prompt, 1)) - started
+        seconds = [at - started for at in self._stream(prompt, 1)]
+        until = time.perf_counter() + _TELL_S
+        while before is not None and (after := self._told()) is not None:
+            if after[1] == before[1] + 1:
+                return after[0] - before[0]
+            if time.perf_counter() > until:
+                self._tells = False
+        return seconds[0]
 
     def decode_step_s(self, prompts: Sequence[Sequence[int]], steps: int) -> float:
         """Have all prompts continued by `steps` tokens at once; return the time of a step with all of them in it.
@@ -106,6 +123,24 @@ class HttpEndpoint:
         entry = next((entry for entry in self._models() if entry.get("id") == self.model), {})
         length = entry.get("max_model_len")
         return length if isinstance(length, int) and length > 0 else None
+
+    def _told(self) -> tuple[float, float] | None:
+        """Ask for all times to a first token so far: their sum in seconds and number; None where nothing is told."""
+        if not self._tells:
+            return None
+        with closing(self._connect()) as connection:
+            try:
+                connection.request("GET", f"{self._path}/metrics", headers=self._headers)
+                answer = connection.getresponse()
+                text = answer.read().decode("utf-8", "replace") if answer.status == http.client.OK else ""
+            except (OSError, http.client.HTTPException) as error:
+                raise EndpointError(f"{self.where}: {type(error).__name__}: {error}") from None
+        total, count = (
+            [float(value) for value in re.findall(rf"^{_TTFT}_{what}(?:{{.*}})? (\S+)$", text, re.MULTILINE)]
+            for what in ("sum", "count")
+        )
+        self._tells = bool(count)
+        return (sum(total), sum(count)) if count else None
 
     def _first_model(self) -> str:
         try:
@@ -143,7 +178,7 @@ class HttpEndpoint:
             raise EndpointError(f"{self.where}: {type(error).__name__}: {error}") from None
         raise EndpointError(f"{self.where}{path}: status {answer.status}: {reason}")
 
-    def _stream(self, prompt: Sequence[int], tokens: int) -> Iterator[float]:
+    def _stream(self, prompt: Sequence[int], tokens: int) -> Generator[float]:
         """Yield the arrival time of each token; a message that brings several counts for each of them."""
         body = {
             "model": self.model,

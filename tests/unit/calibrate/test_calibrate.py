@@ -1,3 +1,4 @@
+import contextlib
 import http.server
 import json
 import math
@@ -212,12 +213,24 @@ class Server(http.server.BaseHTTPRequestHandler):
     """Streams tokens 10 ms apart, the first after 20 ms and a ms for each hundred tokens of prompt."""
 
     usage = True
+    told = None
+    """Sum and count of what it says its times to the first token were: 5 s each."""
     protocol_version = "HTTP/1.0"
 
     def log_message(self, *_):
         pass
 
     def do_GET(self):
+        if self.path.endswith("/metrics"):
+            self.send_response(200 if self.told else 404)
+            self.end_headers()
+            self.wfile.write(
+                b"# HELP vllm:time_to_first_token_seconds Seconds\n"
+                b'vllm:time_to_first_token_seconds_bucket{le="1.0"} 7.0\n'
+                b'vllm:time_to_first_token_seconds_sum{model_name="served"} %f\n'
+                b'vllm:time_to_first_token_seconds_count{model_name="served"} %f\n' % tuple(self.told or (0, 0))
+            )
+            return
         self.send_response(200)
         self.end_headers()
         self.wfile.write(json.dumps({"data": [{"id": "served"}]}).encode())
@@ -230,6 +243,9 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         time.sleep(0.02 + 1e-5 * len(body["prompt"]))
+        if self.told:
+            self.told[0] += 5
+            self.told[1] += 1
         for number in range(body["max_tokens"]):
             message = {"choices": [{"text": "x"}]}
             if self.usage:
@@ -241,9 +257,9 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
 
-@pytest.fixture(params=[True, False])
-def url(request):
-    handler = type("Handler", (Server,), {"usage": request.param})
+@contextlib.contextmanager
+def serving(**attributes):
+    handler = type("Handler", (Server,), attributes)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -251,6 +267,37 @@ def url(request):
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture(params=[True, False])
+def url(request):
+    with serving(usage=request.param) as url:
+        yield url
+
+
+def test_a_server_that_tells_its_times_is_taken_at_its_word():
+    with serving(told=[100.0, 20.0]) as url:
+        endpoint = HttpEndpoint(url)
+        assert endpoint.first_token_s([1] * 100) == pytest.approx(5)
+        assert endpoint.joining_s([1], [2], 12, 0.01) == pytest.approx(5)
+
+
+def test_a_server_with_other_clients_is_timed_from_here():
+    class Busy(list):
+        def __iter__(self):  # another request, each time it is asked
+            self[1] += 2
+            return super().__iter__()
+
+    with serving(told=Busy([100.0, 20.0])) as url:
+        endpoint = HttpEndpoint(url)
+        assert endpoint.first_token_s([1] * 100) < 1
+        assert endpoint.first_token_s([1] * 100) < 1
+
+
+def test_a_prompt_joins_one_that_is_decoding(url):
+    begun = time.perf_counter()
+    assert 0.02 < HttpEndpoint(url).joining_s([1] * 100, [2], 30, 0.05) < 0.2
+    assert time.perf_counter() - begun > 0.3  # the other one is waited for
 
 
 def test_an_endpoint_is_timed_over_http(url):
