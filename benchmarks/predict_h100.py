@@ -277,7 +277,7 @@ def calibrated(given, url):
     profile = calibrate(HttpEndpoint(url, model="model"), plan, facts_)
     (given.out / "profile.json").write_text(to_json(profile))
     say(f"calibrated: prefill of 8,192 {profile.prefill_s(8192):.4f} s, handling {profile.handling_base_s:.5f} s + "
-        f"{profile.handling_token_s:.2e} s a token, launch {profile.launch_s:.5f} s")  # fmt: skip
+        f"{profile.handling_token_s:.2e} s a token")  # fmt: skip
 
 
 def wait_until_registered(endpoint):

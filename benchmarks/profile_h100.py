@@ -209,8 +209,7 @@ def main():
     for tokens in (2048, 8192, 32_000):
         say(f"prefill of {tokens:,}: {profile.prefill_s(tokens):.4f} s; one token behind it: "
             f"{profile.prefill_s(16, tokens):.4f} s")  # fmt: skip
-    say(f"handling {profile.handling_base_s:.5f} s + {profile.handling_token_s:.2e} s a token, launch "
-        f"{profile.launch_s:.5f} s; {given.out}")  # fmt: skip
+    say(f"handling {profile.handling_base_s:.5f} s + {profile.handling_token_s:.2e} s a token; {given.out}")
 
 
 if __name__ == "__main__":

@@ -39,12 +39,6 @@ class Endpoint(Protocol):
     def decode_step_s(self, prompts: Sequence[Sequence[int]], steps: int) -> float:
         """Have all prompts continued by `steps` tokens at once; return the time of a step with all of them in it."""
 
-    def joining_s(self, prompt: Sequence[int], beside: Sequence[int], steps: int, delay_s: float) -> float:
-        """Have `beside` continued by `steps` tokens, and return the time to the first token of `prompt`, in seconds.
-
-        The latter is sent `delay_s` behind the former's first token, while it is decoding.
-        """
-
 
 class HttpEndpoint:
     """`/v1/completions` of vLLM, SGLang or whatever else takes prompts as token ids and streams.
@@ -103,16 +97,6 @@ class HttpEndpoint:
         with ThreadPoolExecutor(len(prompts)) as pool:
             arrivals = list(pool.map(lambda prompt: list(self._stream(prompt, steps)), prompts))
         return step_s(arrivals)
-
-    def joining_s(self, prompt: Sequence[int], beside: Sequence[int], steps: int, delay_s: float) -> float:
-        """Have `beside` continued by `steps` tokens, and return the time to the first token of `prompt`, in seconds."""
-        with closing(self._stream(beside, steps)) as decoding, ThreadPoolExecutor(1) as pool:
-            next(decoding)
-            rest = pool.submit(list, decoding)
-            time.sleep(delay_s)
-            seconds = self.first_token_s(prompt)
-            rest.result()
-        return seconds
 
     def max_model_len(self) -> int | None:
         """Ask for the longest prompt and output together; None where the server does not say, as vLLM does.

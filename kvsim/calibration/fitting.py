@@ -1,7 +1,7 @@
 """From measured points to grids: the server's own time, the fitted forms, the points that could not be measured."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,24 +30,6 @@ def handling(prefill: Points, decode: Points) -> tuple[float, float]:
     if slope < 0 or base < 0:
         slope, base = (0.0, extra.mean()) if slope < 0 else (float(np.median(extra / np.maximum(tokens, 1))), 0.0)
     return max(0.0, float(base)), max(0.0, float(slope))
-
-
-def launch(idle_s: float, joined_s: Sequence[float], step_s: float) -> float:
-    """Return what a step takes longer that finds the engine idle, in seconds; 0 where that cannot be told.
-
-    An engine that schedules asynchronously has the next step planned when a request comes: that request waits for the
-    end of the step under way (half of one, on average) and for the next one, but nobody waits for the preparation of
-    its own. In an idle engine it is the other way round. One that plans each step behind the one before, where a
-    request waits for half a step only, prepares every step in the open, and the decode step has that already. (Three
-    quarters tell the two apart.)
-
-    Args:
-        idle_s: TTFT of a short prompt in an idle engine.
-        joined_s: TTFTs of such prompts that came, at any time of a step, while another request was decoding.
-        step_s: A decode step of that request.
-    """
-    waited = float(np.median(joined_s)) - idle_s
-    return min(idle_s, max(0.0, 1.5 * step_s - waited)) if waited > 0.75 * step_s else 0.0
 
 
 def undisturbed(points: Points) -> dict[tuple[int, int], float]:

@@ -87,11 +87,6 @@ class LocalEndpoint:
         """Have all prompts continued by `steps` tokens at once; return the time of a step with all of them in it."""
         return step_s(self._run(prompts, steps))
 
-    def joining_s(self, prompt: Sequence[int], beside: Sequence[int], steps: int, delay_s: float) -> float:
-        """Have `beside` continued by `steps` tokens, and return the time to the first token of `prompt`, in seconds."""
-        asked = {"prompts": [list(beside), list(prompt)], "tokens": steps, "delay_s": delay_s}
-        return float(self._ask(asked)["joined_s"])
-
     def _run(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[float]]:
         answer = self._ask({"prompts": [list(prompt) for prompt in prompts], "tokens": tokens})
         arrivals: list[list[float]] = answer["arrivals"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kvsim.calibration.endpoint import Endpoint, EndpointError
-from kvsim.calibration.fitting import decode_grid, fit_prefill, handling, launch, prefill_grid, spread, undisturbed
+from kvsim.calibration.fitting import decode_grid, fit_prefill, handling, prefill_grid, spread, undisturbed
 from kvsim.calibration.plan import Plan
 from kvsim.calibration.state import CalibrationError, Point, State
 from kvsim.profiles import Part, Profile, TransferCurve
@@ -23,8 +23,6 @@ Sleep = Callable[[float], None]
 FIRST_ID = 100
 _MOST_REPEATS = 4
 _MOST_REST_S = 0.5
-_JOIN_STEPS = 24
-"""Tokens of the request that others join: more than what they wait and are computed for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,29 +81,24 @@ def calibrate(
             warmed = 0
         if point[0] == "prefill":
             warmed = _prefill(endpoint, plan, prompts, kept, point, warmed, sleep)
-        elif point[0] == "decode":
-            _decode(endpoint, plan, prompts, kept, point)
         else:
-            _join(endpoint, plan, prompts, kept, point)
+            _decode(endpoint, plan, prompts, kept, point)
     if progress is not None:
         progress(len(tasks), len(tasks), "done")
     return _profile(kept, plan, facts, endpoint)
 
 
 def _tasks(plan: Plan) -> list[tuple[int, Point]]:
-    """Return what to measure, in order: the prefills round by round, the decodes, and prompts that join one."""
+    """Return what to measure, in order: the prefills round by round, then the decodes once."""
     tasks: list[tuple[int, Point]] = [
         (round_, ("prefill", *point)) for round_ in range(plan.repeats) for point in plan.prefill
     ]
-    tasks += [(0, ("decode", *point)) for point in plan.decode]
-    return [*tasks, (0, ("join", 1, min(context for _, context in plan.decode)))]
+    return tasks + [(0, ("decode", *point)) for point in plan.decode]
 
 
 def _words(point: Point) -> str:
     kind, a, b = point
-    if kind == "prefill":
-        return f"prefill of {a:,} behind {b:,} tokens"
-    return f"decode of {a} x {b:,} tokens" if kind == "decode" else "prompts that come while another decodes"
+    return f"prefill of {a:,} behind {b:,} tokens" if kind == "prefill" else f"decode of {a} x {b:,} tokens"
 
 
 class _Prompts:
@@ -140,25 +133,6 @@ def _prefill(
     return cached
 
 
-def _join(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, point: Point) -> None:
-    """Measure the shortest prompts of an idle engine in one that decodes, sent at evenly spread times of a step."""
-    _, batch, context = point
-    step_s = float(np.median(kept.seconds["decode", batch, context]))
-    new, _ = _shortest(plan)
-    seconds = []
-    for number in range(plan.joins):
-        beside = prompts.fresh(f"joined {number}", context)
-        prompt = prompts.fresh(f"joining {number}", new)
-        delay_s = step_s * (1 + (number + 0.5) / plan.joins)
-        seconds.append(endpoint.joining_s(prompt, beside, _JOIN_STEPS, delay_s))
-    kept.add(point, seconds)
-
-
-def _shortest(plan: Plan) -> tuple[int, int]:
-    """Return the prefill point of the fewest tokens behind the fewest."""
-    return min(plan.prefill, key=lambda point: (point[1], point[0]))
-
-
 def _decode(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, point: Point) -> None:
     """Measure a decode point. One where requests ended before all had begun is left to the form."""
     _, batch, context = point
@@ -182,15 +156,13 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
         failed = "; ".join(kept.failed.values()) or "too few points"
         raise CalibrationError(f"{endpoint.where}: no grid can be made: {failed}")
     base, token = handling(ttft, decode)
-    join = next(point for _, point in _tasks(plan) if point[0] == "join")
-    launch_s = min(base, launch(ttft[_shortest(plan)], kept.seconds[join], decode[join[1:]]))
     least = min(decode.values())
     steps = {(n, c): max(least, seconds - base - token * (n + c)) for (n, c), seconds in ttft.items()}
     prefill = undisturbed(steps)
     fit = fit_prefill(prefill)
     grid = prefill_grid(prefill, fit)
     misses = [abs(fit.at(n, c) / seconds - 1) for (n, c), seconds in prefill.items()]
-    share = spread({point: values for point, values in kept.seconds.items() if point != join})
+    share = spread(kept.seconds)
     told = "one measurement a point" if np.isnan(share) else f"repeats of a point spread by {100 * share:.1f}% (median)"
     today = dt.datetime.now(tz=dt.UTC).date().isoformat()
     source = f"kvsim calibrate, {endpoint.where}, {endpoint.model}, {today}"
@@ -210,9 +182,8 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
         decode=decode_grid(decode),
         transfers=facts.transfers,
         duplex=facts.duplex,
-        handling_base_s=base - launch_s,
+        handling_base_s=base,
         handling_token_s=token,
-        launch_s=launch_s,
         provenance={
             "prefill": Part(
                 kind="measured",
@@ -233,8 +204,7 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
             "handling": Part(
                 kind="fitted",
                 source=source,
-                error="what TTFT of one token behind a cached prefix takes beyond a decode step; launch: how much less "
-                f"it takes in an engine that decodes, {plan.joins} prompts",
+                error="what TTFT of one token behind a cached prefix takes beyond a decode step",
             ),
         },
     )

@@ -22,7 +22,6 @@ class Plan:
             most: a short step is disturbed more easily, and costs less to repeat.
         rest: Pause behind each prefill, as a share of its time and half a second at most: a device that computes
             without a pause runs into its power limit, and one that serves below saturation does not.
-        joins: Prompts that are sent while another request decodes.
         decode_steps: Tokens that each request of a decode point puts out.
         vocabulary: Prompts are drawn from token ids below it, the lowest 100 left out (special ones, mostly).
         seed: Of the prompts.
@@ -33,7 +32,6 @@ class Plan:
     repeats: int = 3
     least_s: float = 0.25
     rest: float = 1.0
-    joins: int = 32
     decode_steps: int = 32
     vocabulary: int = 30_000
     seed: int = 0
@@ -45,8 +43,8 @@ class Plan:
                 raise ValueError(f"a calibration needs two values on each axis of {name}")
         if self.repeats < 1 or self.decode_steps < 4 or self.vocabulary < 200:
             raise ValueError("a calibration needs 1 repeat, 4 decode steps and 200 token ids at least")
-        if self.rest < 0 or self.joins < 1:
-            raise ValueError("a calibration's rest is not negative, and one prompt joins at least")
+        if self.rest < 0:
+            raise ValueError("a calibration's rest is not negative")
 
 
 def make_plan(

@@ -9,7 +9,7 @@ from kvsim.calibration.endpoint import EndpointError
 from kvsim.errors import UsageError
 
 Point = tuple[str, int, int]
-"""`prefill`, new and cached tokens; `decode` or `join`, batch and context."""
+"""`prefill`, new and cached tokens; or `decode`, batch and context."""
 
 
 class CalibrationError(UsageError):

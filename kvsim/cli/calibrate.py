@@ -215,7 +215,6 @@ def _tell(profile: "Profile", out: Path, json: bool) -> None:
                 "name": profile.name,
                 "handling_base_s": profile.handling_base_s,
                 "handling_token_s": profile.handling_token_s,
-                "launch_s": profile.launch_s,
                 "provenance": {name: asdict(part) for name, part in profile.provenance.items()},
             }
         )

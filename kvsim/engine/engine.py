@@ -65,8 +65,6 @@ class Engine:
         """When the head of the queue last got what it had lacked."""
         self._left = 0
         """Requests that have ended since the step that is being put together was."""
-        self._launch_s = 0.0
-        """What the step that is being put together takes longer because it finds the engine idle."""
         self._parts: list[tuple[Job, int]] = []
         self._loads: list[tuple[Job, int]] = []
         self._compute_s = 0.0
@@ -114,9 +112,7 @@ class Engine:
     def _poke(self) -> None:
         if self._idle:
             self._left = 0
-            self._launch_s = self._settings.profile.launch_s
             self._schedule(self._env.now)
-            self._launch_s = 0.0
         elif self._macro is not None and not self._blocked:
             self._shorten(self._macro)
 
@@ -159,7 +155,7 @@ class Engine:
         if self._parts:
             sizes = [(new, job.computed) for job, new in self._parts]
             took = self._costs.mixed(sizes, batch, self._decodes.context)
-            self._run_step(took + lookups * self._settings.lookup_s + self._launch_s)
+            self._run_step(took + lookups * self._settings.lookup_s)
         elif batch:
             self._run_decodes(lookups * self._settings.lookup_s)
         else:

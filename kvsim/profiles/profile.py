@@ -49,8 +49,6 @@ class Profile:
         duplex: Speed of each direction of PCIe while both are busy, as a fraction of its speed alone.
         handling_base_s: The server's own time for a request, outside the engine's steps.
         handling_token_s: The same, for each prompt token.
-        launch_s: What a step takes longer that finds the engine idle: its preparation, which is otherwise hidden
-            behind the step before (of engines that schedule asynchronously).
         provenance: Where each part comes from.
     """
 
@@ -70,13 +68,12 @@ class Profile:
     duplex: float
     handling_base_s: float
     handling_token_s: float
-    launch_s: float = 0.0
     provenance: Mapping[str, Part]
 
     def __post_init__(self) -> None:
         """Refuse sizes and rates that no machine has."""
         sizes = (self.tensor_parallel, self.layers, self.kv_bytes_per_token, self.gpu_memory_bytes, self.max_model_len)
-        if min(sizes) < 1 or self.weight_bytes < 0 or self.launch_s < 0:
+        if min(sizes) < 1 or self.weight_bytes < 0:
             raise ValueError(f"profile {self.name!r}: sizes are above zero")
         if not 0 < self.duplex <= 1:
             raise ValueError(f"profile {self.name!r}: duplex is a fraction of the speed alone, above 0, at most 1")
@@ -108,8 +105,8 @@ class Profile:
         return self.transfers[direction].at_array(size)
 
     def handling_s(self, prompt_tokens: float) -> float:
-        """Return what a request takes in an idle engine beside the engine's steps, in seconds."""
-        return self.handling_base_s + self.handling_token_s * prompt_tokens + self.launch_s
+        """Return what the server takes for a request beside the engine's steps, in seconds."""
+        return self.handling_base_s + self.handling_token_s * prompt_tokens
 
     def kv_bytes(self, tokens: int) -> int:
         """Return the KV cache of `tokens` tokens, in bytes over all ranks."""

@@ -1,7 +1,6 @@
 import contextlib
 import http.server
 import json
-import math
 import sys
 import threading
 import time
@@ -49,7 +48,6 @@ class Engine:
     model = "known"
     where = "here"
     handling = (0.01, 1e-6)
-    launch = 0.5e-3
 
     def __init__(self, fail_after=None):
         self.cached = []
@@ -74,14 +72,6 @@ class Engine:
         self.calls += 1
         return self.step(len(prompts), len(prompts[0]))
 
-    def joining_s(self, prompt, beside, steps, delay_s):
-        """Plan the next step when this one begins, and prepare it meanwhile."""
-        self.calls += 1
-        step = self.step(1, len(beside))
-        handling = self.handling[0] + self.handling[1] * len(prompt) - self.launch
-        wait = math.ceil((delay_s + handling) / step) * step - delay_s
-        return wait + step + self.step(1, len(prompt))
-
 
 def common(a, b):
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -89,9 +79,7 @@ def common(a, b):
 
 def test_a_known_engine_is_found_again():
     profile = made(Engine())
-    assert profile.handling_base_s == pytest.approx(0.01 - Engine.launch, rel=0.05)
-    assert profile.launch_s == pytest.approx(Engine.launch, rel=0.05)
-    assert profile.handling_s(0) == pytest.approx(0.01, rel=0.05)
+    assert profile.handling_base_s == pytest.approx(0.01, rel=0.05)
     assert profile.handling_token_s == pytest.approx(1e-6, rel=0.05)
     for new, cached in ((512, 0), (2048, 4096), (4096, 1024)):
         assert profile.prefill_s(new, cached) == pytest.approx(
@@ -120,20 +108,10 @@ def test_what_is_made_can_be_kept(tmp_path):
 def test_progress_names_every_point():
     seen = []
     made(Engine(), progress=lambda *row: seen.append(row))
-    total = PLAN.repeats * len(PLAN.prefill) + len(PLAN.decode) + 1
+    total = PLAN.repeats * len(PLAN.prefill) + len(PLAN.decode)
     assert [done for done, _, _ in seen] == list(range(total + 1))
     assert "behind" in seen[0][2]
-    assert "while another decodes" in seen[-2][2]
-
-
-def test_an_engine_that_plans_one_step_at_a_time_has_no_launch_to_hide():
-    class Synchronous(Engine):
-        def joining_s(self, prompt, beside, steps, delay_s):
-            return super().joining_s(prompt, beside, steps, delay_s) - self.step(1, len(beside)) + self.launch
-
-    profile = made(Synchronous())
-    assert profile.launch_s == 0
-    assert profile.handling_base_s == pytest.approx(0.01, rel=0.05)
+    assert "decode" in seen[-2][2]
 
 
 def test_prefills_are_measured_in_rounds_with_a_rest_behind_each():
@@ -279,7 +257,7 @@ def test_a_server_that_tells_its_times_is_taken_at_its_word():
     with serving(told=[100.0, 20.0]) as url:
         endpoint = HttpEndpoint(url)
         assert endpoint.first_token_s([1] * 100) == pytest.approx(5)
-        assert endpoint.joining_s([1], [2], 12, 0.01) == pytest.approx(5)
+        assert endpoint.first_token_s([2] * 200) == pytest.approx(5)
 
 
 def test_a_server_with_other_clients_is_timed_from_here():
@@ -292,12 +270,6 @@ def test_a_server_with_other_clients_is_timed_from_here():
         endpoint = HttpEndpoint(url)
         assert endpoint.first_token_s([1] * 100) < 1
         assert endpoint.first_token_s([1] * 100) < 1
-
-
-def test_a_prompt_joins_one_that_is_decoding(url):
-    begun = time.perf_counter()
-    assert 0.02 < HttpEndpoint(url).joining_s([1] * 100, [2], 30, 0.05) < 0.2
-    assert time.perf_counter() - begun > 0.3  # the other one is waited for
 
 
 def test_an_endpoint_is_timed_over_http(url):

@@ -22,7 +22,6 @@ def build_profile(
     duplex: float = 1.0,
     layers: int = 10,
     handling: float = 0.0,
-    launch: float = 0.0,
 ) -> Profile:
     """One byte of KV a token and nothing else that costs: what a test wants, it names."""
     curve = TransferCurve(sizes=(1,), bytes_per_s=(rate,))
@@ -45,7 +44,6 @@ def build_profile(
         duplex=duplex,
         handling_base_s=handling,
         handling_token_s=0.0,
-        launch_s=launch,
         provenance={},
     )
 

@@ -99,14 +99,6 @@ def test_with_asynchronous_scheduling_nobody_waits_for_a_step_that_there_is_not(
     assert ttft(result)[1] == pytest.approx(0.05 + 0.1)
 
 
-def test_only_a_step_that_finds_the_engine_idle_is_prepared_in_the_open(serve):
-    profile = {"base": 1.0, "linear": 1e-12, "decode": 0.1, "launch": 0.05}
-    result = serve([0, 2, 2.5, 10], [100, 100, 100, 100], [1, 20, 1, 1], profile=profile)
-    # The third comes while the second is computed, until 3.05, which then decodes until 3.15.
-    np.testing.assert_allclose(result.columns["ttft_s"], [1.05, 1.05, 3.15 + 1.0 - 2.5, 1.05], rtol=1e-6)
-    np.testing.assert_allclose(result.columns["prefill_s"][[0, 1, 3]], 1.05, rtol=1e-6)
-
-
 def test_with_asynchronous_scheduling_a_place_is_taken_a_step_after_it_is_free(serve):
     profile = {"linear": 1e-3, "decode": 0.1}
     times, prompts, outputs = [0, 0, 0.1], [100] * 3, [3, 9, 1]
