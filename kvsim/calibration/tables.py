@@ -1,8 +1,9 @@
 """Grids composed from the operator tables of NVIDIA's aiconfigurator-core (Apache-2.0).
 
-How the shipped profiles were made: `python -m kvsim.calibration.tables OUT_FOLDER`, in an environment that has
-`aiconfigurator-core`. That package measured operators (matrix products, attention, all-reduce) of vLLM on each GPU; a
-step is their sum. Nothing here is needed to use a profile.
+How the shipped profiles that nobody measured were made: `python -m kvsim.calibration.tables OUT_FOLDER`, where there is
+`aiconfigurator-core`. (It makes one of qwen3-8b on an H100 too, which `benchmarks/ship_profile.py` takes.) That package
+measured operators (matrix products, attention, all-reduce) of vLLM on each GPU; a step is their sum. Nothing here is
+needed to use a profile.
 """
 
 import importlib

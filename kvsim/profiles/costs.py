@@ -14,10 +14,13 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Seconds over a rectangle of two counts, interpolated log-bilinearly.
+    """Seconds over a rectangle of two counts, interpolated bilinearly.
 
-    The logarithm of the time is bilinear in `log(x)` and `log(y + 1)`: exact for power laws, and the time is exact at
-    every grid point. Beyond the last points the slope in log space goes on; below the first ones the time stays.
+    That is exact where a step's cost is linear in each of the two, as it is in the batch, in the context of its
+    requests, and in the tokens cached in front of a prompt; between two counts of new tokens, whose attention to each
+    other grows with the square, it is a hair too long. (A straight line between logarithms bows out above such costs,
+    by a twentieth between points that lie a factor of four apart.) Beyond the last points the slope goes on; below the
+    first ones the time stays.
 
     Attributes:
         x: Ascending counts above zero: new tokens, or the batch.
@@ -28,12 +31,9 @@ class Grid:
     x: tuple[int, ...]
     y: tuple[int, ...]
     seconds: tuple[tuple[float, ...], ...]
-    _log_x: tuple[float, ...] = field(init=False, repr=False, compare=False)
-    _log_y: tuple[float, ...] = field(init=False, repr=False, compare=False)
-    _log_s: tuple[tuple[float, ...], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Refuse a grid that cannot be interpolated; take the logarithms once."""
+        """Refuse a grid that cannot be interpolated."""
         if len(self.x) < 2 or len(self.y) < 2:
             raise ValueError("a grid needs two points on each axis")
         if any(b <= a for axis in (self.x, self.y) for a, b in pairwise(axis)):
@@ -44,59 +44,48 @@ class Grid:
             raise ValueError(f"a grid of {len(self.x)} x {len(self.y)} points")
         if any(not 0 < value < math.inf for row in self.seconds for value in row):
             raise ValueError("a grid's times are above zero and finite")
-        object.__setattr__(self, "_log_x", tuple(math.log(value) for value in self.x))
-        object.__setattr__(self, "_log_y", tuple(math.log(value + 1) for value in self.y))
-        object.__setattr__(self, "_log_s", tuple(tuple(map(math.log, row)) for row in self.seconds))
 
     def at(self, x: float, y: float) -> float:
         """Return the time at one point, in seconds; plain floats, for the simulator's inner loop."""
-        log_x, log_y = self._log_x, self._log_y
-        a = math.log(x) if x > self.x[0] else log_x[0]
-        b = math.log(y + 1) if y > self.y[0] else log_y[0]
-        i = bisect_right(log_x, a, 1, len(log_x) - 1) - 1
-        j = bisect_right(log_y, b, 1, len(log_y) - 1) - 1
-        u = (a - log_x[i]) / (log_x[i + 1] - log_x[i])
-        v = (b - log_y[j]) / (log_y[j + 1] - log_y[j])
-        low, high = self._log_s[i], self._log_s[i + 1]
-        lower = low[j] + v * (low[j + 1] - low[j])
-        upper = high[j] + v * (high[j + 1] - high[j])
-        return math.exp(lower + u * (upper - lower))
+        return self.row(x)(y)
 
     def row(self, x: float) -> Callable[[float], float]:
         """Return `at` for one x: a function of y, for who asks about the same x many times."""
-        log_x, log_y = self._log_x, self._log_y
-        a = math.log(x) if x > self.x[0] else log_x[0]
-        i = bisect_right(log_x, a, 1, len(log_x) - 1) - 1
-        u = (a - log_x[i]) / (log_x[i + 1] - log_x[i])
-        low, high = self._log_s[i], self._log_s[i + 1]
-        log_s = tuple(lower + u * (upper - lower) for lower, upper in zip(low, high, strict=True))
-        slopes = tuple((log_s[j + 1] - log_s[j]) / (log_y[j + 1] - log_y[j]) for j in range(len(log_y) - 1))
-        first, last, log, exp = self.y[0], len(log_y) - 1, math.log, math.exp
+        xs, ys = self.x, self.y
+        i = bisect_right(xs, x, 1, len(xs) - 1) - 1
+        u = (max(x, xs[0]) - xs[i]) / (xs[i + 1] - xs[i])
+        times = tuple(_between(low, high, u) for low, high in zip(self.seconds[i], self.seconds[i + 1], strict=True))
+        first, last = ys[0], len(ys) - 1
 
         def at(y: float) -> float:
-            b = log(y + 1) if y > first else log_y[0]
-            j = bisect_right(log_y, b, 1, last) - 1
-            return exp(log_s[j] + slopes[j] * (b - log_y[j]))
+            j = bisect_right(ys, y, 1, last) - 1
+            return _between(times[j], times[j + 1], (max(y, first) - ys[j]) / (ys[j + 1] - ys[j]))
 
         return at
 
     def at_array(self, x: ArrayLike, y: ArrayLike) -> FloatArray:
         """Return the times at many points, in seconds; x and y broadcast, and so is the result shaped."""
-        log_x, log_y, log_s = np.array(self._log_x), np.array(self._log_y), np.array(self._log_s)
-        a = np.maximum(np.log(np.maximum(np.asarray(x, dtype=np.float64), 1e-9)), log_x[0])
-        b = np.maximum(np.log(np.asarray(y, dtype=np.float64) + 1), log_y[0])
-        a, b = np.broadcast_arrays(a, b)
-        i = np.minimum(np.searchsorted(log_x, a, side="right"), len(log_x) - 1) - 1
-        j = np.minimum(np.searchsorted(log_y, b, side="right"), len(log_y) - 1) - 1
-        u = (a - log_x[i]) / (log_x[i + 1] - log_x[i])
-        v = (b - log_y[j]) / (log_y[j + 1] - log_y[j])
-        lower = log_s[i, j] + v * (log_s[i, j + 1] - log_s[i, j])
-        upper = log_s[i + 1, j] + v * (log_s[i + 1, j + 1] - log_s[i + 1, j])
-        return np.asarray(np.exp(lower + u * (upper - lower)), dtype=np.float64)
+        xs, ys, seconds = np.array(self.x, float), np.array(self.y, float), np.array(self.seconds)
+        a, b = np.broadcast_arrays(np.maximum(np.asarray(x, float), xs[0]), np.maximum(np.asarray(y, float), ys[0]))
+        i = np.minimum(np.searchsorted(xs, a, side="right"), len(xs) - 1) - 1
+        j = np.minimum(np.searchsorted(ys, b, side="right"), len(ys) - 1) - 1
+        u = (a - xs[i]) / (xs[i + 1] - xs[i])
+        v = (b - ys[j]) / (ys[j + 1] - ys[j])
+        lower, upper = (_between_arrays(seconds[i, k], seconds[i + 1, k], u) for k in (j, j + 1))
+        return _between_arrays(lower, upper, v)
 
     def beyond(self, x: float, y: float) -> bool:
         """Return whether a point lies past the grid's last points, where the time is an extrapolation."""
         return x > self.x[-1] or y > self.y[-1]
+
+
+def _between(low: float, high: float, share: float) -> float:
+    """Return what lies at a share of the way, or beyond it; not below both, where disturbed points slope downwards."""
+    return max(low + share * (high - low), min(low, high))
+
+
+def _between_arrays(low: FloatArray, high: FloatArray, share: FloatArray) -> FloatArray:
+    return np.maximum(low + share * (high - low), np.minimum(low, high))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,13 +12,29 @@ def grid() -> Grid:
     return Grid((1, 10, 100), (0, 99, 999), ((1.0, 2.0, 4.0), (10.0, 20.0, 40.0), (100.0, 200.0, 400.0)))
 
 
-def test_a_grid_is_exact_at_its_points_and_a_power_law_between_them():
+def test_a_grid_is_exact_at_its_points_and_linear_between_them():
     g = grid()
     for i, x in enumerate(g.x):
         for j, y in enumerate(g.y):
             assert g.at(x, y) == pytest.approx(g.seconds[i][j], rel=1e-12)
     assert g.at(37, 0) == pytest.approx(37, rel=1e-12)
-    assert g.at(1, math.sqrt(100) - 1) == pytest.approx(math.sqrt(2), rel=1e-12)
+    assert g.at(1, 33) == pytest.approx(1 + 33 / 99, rel=1e-12)
+    assert g.at(55, 549) == pytest.approx(55 * 3, rel=1e-12)
+
+
+def test_costs_that_are_linear_in_each_count_are_exact_everywhere():
+    def cost(x, y):
+        return 6.0 + 0.02 * x + 0.003 * x * y
+
+    g = Grid((1, 4, 64), (16, 2048, 8192), tuple(tuple(cost(x, y) for y in (16, 2048, 8192)) for x in (1, 4, 64)))
+    for x, y in ((2, 100), (17, 4000), (64, 8192), (200, 3000), (3, 50_000), (300, 50_000)):
+        assert g.at(x, y) == pytest.approx(cost(x, y), rel=1e-12)
+
+
+def test_beyond_a_disturbed_grid_no_step_is_faster_than_its_last_points():
+    g = Grid((1, 2), (0, 10), ((1.0, 0.9), (3.0, 2.5)))
+    assert g.at(1, 1000) == pytest.approx(0.9)
+    assert g.at_array(1, 1000) == pytest.approx(0.9)
 
 
 def test_a_grid_goes_on_with_its_slope_above_and_stays_below():
@@ -85,6 +101,7 @@ def test_every_shipped_profile_says_where_it_comes_from_and_is_monotone():
     profiles = available()
     assert {(p.model, p.gpu, p.tensor_parallel) for p in profiles} >= {
         ("qwen3-8b", "h100", 1),
+        ("qwen3-1.7b", "h100", 1),
         ("qwen3-8b", "h200", 1),
         ("qwen3-32b", "h100", 2),
         ("llama-3.1-8b", "h100", 1),
@@ -110,14 +127,13 @@ def test_the_h100_profile_agrees_with_the_ttfts_measured_there():
             done += step
         return took + profile.handling_s(new + cached)
 
-    for new, cached, measured in (
-        (2_048, 0, 0.053),
-        (8_192, 0, 0.222),
-        (32_000, 0, 1.247),
-        (16, 8_176, 0.027),
-        (16, 31_984, 0.046),
+    for new, cached, measured, within in (  # vLLM alone in benchmarks/results/ttft-graphs-h100.json, another day's host
+        (8_192, 0, 0.2185, 0.05),
+        (32_000, 0, 1.2233, 0.05),
+        (16, 8_176, 0.0202, 0.2),
+        (16, 31_984, 0.0345, 0.2),
     ):
-        assert ttft(new, cached) == pytest.approx(measured, rel=0.12)
+        assert ttft(new, cached) == pytest.approx(measured, rel=within)
     assert profile.kv_bytes(256) == 36 * 2**20
     assert float(profile.transfer_s(2**30, "h2d")) == pytest.approx(2**30 / 54.9e9)
 
@@ -129,7 +145,7 @@ def test_an_unknown_model_or_gpu_lists_what_there_is():
 
 
 def test_extrapolation_is_told_with_the_range():
-    profile = lookup("qwen3-8b", "h100")
+    profile = lookup("llama-3.1-8b", "h100")
     assert profile.extrapolation(8192, 1000) is None
     assert "0 to 131,072 cached" in str(profile.extrapolation(8192, 200_000))
 

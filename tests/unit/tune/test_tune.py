@@ -47,15 +47,14 @@ class Printed:
 
     def prefill_s(self, new, cached):
         grid = self.profile["prefill"]
-        x = [math.log(value) for value in grid["x"]]
-        y = [math.log(value + 1) for value in grid["y"]]
-        a, b = max(math.log(new), x[0]), max(math.log(cached + 1), y[0])
+        x, y = grid["x"], grid["y"]
+        a, b = max(new, x[0]), max(cached, y[0])
         i = max(k for k in range(len(x) - 1) if k == 0 or x[k] <= a)
         j = max(k for k in range(len(y) - 1) if k == 0 or y[k] <= b)
         u, v = (a - x[i]) / (x[i + 1] - x[i]), (b - y[j]) / (y[j + 1] - y[j])
-        t = [[math.log(grid["seconds"][i + di][j + dj]) for dj in (0, 1)] for di in (0, 1)]
+        t = [[grid["seconds"][i + di][j + dj] for dj in (0, 1)] for di in (0, 1)]
         low, high = (row[0] + v * (row[1] - row[0]) for row in t)
-        return math.exp(low + u * (high - low))
+        return low + u * (high - low)
 
     def copy_s(self, size):
         curve = self.profile["transfers"]["h2d"]
