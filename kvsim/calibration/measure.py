@@ -2,7 +2,6 @@
 
 import datetime as dt
 import hashlib
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,8 @@ __all__ = ["CalibrationError", "Facts", "Progress", "calibrate"]
 
 Progress = Callable[[int, int, str], None]
 """Called with the points done, all of them, and what comes next."""
-Sleep = Callable[[float], None]
 FIRST_ID = 100
 _MOST_REPEATS = 4
-_MOST_REST_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +47,6 @@ def calibrate(
     *,
     state: Path | None = None,
     progress: Progress | None = None,
-    sleep: Sleep = time.sleep,
 ) -> Profile:
     """Measure a profile. The engine must be idle and have prefix caching; its caches are filled with random prompts.
 
@@ -60,7 +56,6 @@ def calibrate(
         facts: What cannot be measured there.
         state: A file that keeps the measurements: run again with it, a calibration goes on where it stopped.
         progress: Told of every point.
-        sleep: Pauses for some seconds.
 
     Raises:
         EndpointError: The endpoint is gone or refuses.
@@ -80,7 +75,7 @@ def calibrate(
             endpoint.first_token_s(prompts.fresh("warm", 64))  # whatever is compiled or allocated on first use
             warmed = 0
         if point[0] == "prefill":
-            warmed = _prefill(endpoint, plan, prompts, kept, point, warmed, sleep)
+            warmed = _prefill(endpoint, plan, prompts, kept, point, warmed)
         else:
             _decode(endpoint, plan, prompts, kept, point)
     if progress is not None:
@@ -115,9 +110,7 @@ class _Prompts:
         return words
 
 
-def _prefill(
-    endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, point: Point, warmed: int, sleep: Sleep
-) -> int:
+def _prefill(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, point: Point, warmed: int) -> int:
     """Measure a prefill point once more; the prefix is computed first, unless the point before had the same one."""
     _, new, cached = point
     prefix = prompts.fresh(f"prefix {cached}", cached)
@@ -128,7 +121,6 @@ def _prefill(
     while not seconds or (sum(seconds) < plan.least_s / plan.repeats and len(seconds) < most):
         suffix = prompts.fresh(f"suffix {new} {cached} {round_} {len(seconds)}", new)
         seconds.append(endpoint.first_token_s([*prefix, *suffix]))
-        sleep(min(_MOST_REST_S, plan.rest * seconds[-1]))
     kept.add(point, seconds)
     return cached
 

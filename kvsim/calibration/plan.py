@@ -20,8 +20,6 @@ class Plan:
             for what disturbs a host often lasts for seconds.
         least_s: Where points are repeated at all, a prefill point is until that took so long, 4 x `repeats` times at
             most: a short step is disturbed more easily, and costs less to repeat.
-        rest: Pause behind each prefill, as a share of its time and half a second at most: a device that computes
-            without a pause runs into its power limit, and one that serves below saturation does not.
         decode_steps: Tokens that each request of a decode point puts out.
         vocabulary: Prompts are drawn from token ids below it, the lowest 100 left out (special ones, mostly).
         seed: Of the prompts.
@@ -31,7 +29,6 @@ class Plan:
     decode: tuple[tuple[int, int], ...]
     repeats: int = 3
     least_s: float = 0.25
-    rest: float = 1.0
     decode_steps: int = 32
     vocabulary: int = 30_000
     seed: int = 0
@@ -43,8 +40,6 @@ class Plan:
                 raise ValueError(f"a calibration needs two values on each axis of {name}")
         if self.repeats < 1 or self.decode_steps < 4 or self.vocabulary < 200:
             raise ValueError("a calibration needs 1 repeat, 4 decode steps and 200 token ids at least")
-        if self.rest < 0:
-            raise ValueError("a calibration's rest is not negative")
 
 
 def make_plan(

@@ -38,10 +38,6 @@ FACTS = Facts(
 PLAN = make_plan(max_model_len=20_000, max_num_batched_tokens=4096, max_num_seqs=8)
 
 
-def made(engine, **more):
-    return calibrate(engine, PLAN, FACTS, **{"sleep": lambda _: None, **more})
-
-
 class Engine:
     """An engine with a prefix cache whose times are known forms."""
 
@@ -78,7 +74,7 @@ def common(a, b):
 
 
 def test_a_known_engine_is_found_again():
-    profile = made(Engine())
+    profile = calibrate(Engine(), PLAN, FACTS)
     assert profile.handling_base_s == pytest.approx(0.01, rel=0.05)
     assert profile.handling_token_s == pytest.approx(1e-6, rel=0.05)
     for new, cached in ((512, 0), (2048, 4096), (4096, 1024)):
@@ -92,14 +88,14 @@ def test_a_known_engine_is_found_again():
 
 
 def test_points_that_do_not_fit_follow_the_form():
-    profile = made(Engine())
+    profile = calibrate(Engine(), PLAN, FACTS)
     assert (4096, 16_384) not in PLAN.prefill
     want = 1e-3 + 2e-5 * 4096 + 1e-9 * 4096 * (4096 + 2 * 16_384)
     assert profile.prefill_s(4096, 16_384) == pytest.approx(want, rel=0.15)
 
 
 def test_what_is_made_can_be_kept(tmp_path):
-    profile = made(Engine())
+    profile = calibrate(Engine(), PLAN, FACTS)
     (tmp_path / "p.json").write_text(to_json(profile))
     assert load(tmp_path / "p.json") == profile
     assert all(part.source and part.error for part in profile.provenance.values())
@@ -107,26 +103,23 @@ def test_what_is_made_can_be_kept(tmp_path):
 
 def test_progress_names_every_point():
     seen = []
-    made(Engine(), progress=lambda *row: seen.append(row))
+    calibrate(Engine(), PLAN, FACTS, progress=lambda *row: seen.append(row))
     total = PLAN.repeats * len(PLAN.prefill) + len(PLAN.decode)
     assert [done for done, _, _ in seen] == list(range(total + 1))
     assert "behind" in seen[0][2]
     assert "decode" in seen[-2][2]
 
 
-def test_prefills_are_measured_in_rounds_with_a_rest_behind_each():
-    rests = []
+def test_prefills_are_measured_in_rounds():
     engine = Engine()
     asked = []
     inner = engine.first_token_s
-    engine.first_token_s = lambda prompt: asked.append(inner(prompt)) or asked[-1]
-    plan = Plan(prefill=((1, 0), (256, 0), (1, 512), (256, 512)), decode=PLAN.decode, repeats=3, least_s=0, rest=0.5)
-    calibrate(engine, plan, FACTS, sleep=rests.append)
-    warm, prefixes = 1, 3
-    asked = asked[warm : warm + prefixes + 3 * 4]  # decodes compute their prompts first, later
-    measured = [seconds for seconds in asked if 0.5 * seconds in rests]
-    assert len(rests) == len(measured) == 12
-    assert measured[:4] == pytest.approx(measured[4:8], rel=0.01)  # the same points, a round later
+    engine.first_token_s = lambda prompt: asked.append(len(prompt)) or inner(prompt)
+    plan = Plan(prefill=((1, 0), (256, 0), (1, 512), (256, 512)), decode=PLAN.decode, repeats=3, least_s=0)
+    calibrate(engine, plan, FACTS)
+    prefix = 513
+    round_ = [1, 256, prefix, 513, 768]
+    assert asked[1 : 1 + 3 * len(round_)] == 3 * round_  # behind the first, which warms the engine up
 
 
 def test_what_disturbs_a_point_does_not_stay_in_the_grid():
@@ -134,7 +127,7 @@ def test_what_disturbs_a_point_does_not_stay_in_the_grid():
         def first_token_s(self, prompt):
             return super().first_token_s(prompt) + (0.1 if len(prompt) == 512 else 0)
 
-    profile, quiet = made(Disturbed()), made(Engine())
+    profile, quiet = calibrate(Disturbed(), PLAN, FACTS), calibrate(Engine(), PLAN, FACTS)
     assert profile.prefill_s(512) == profile.prefill_s(520) == pytest.approx(quiet.prefill_s(520), rel=0.01)
     assert profile.prefill_s(256) == pytest.approx(quiet.prefill_s(256), rel=0.01)
     table = np.array(profile.prefill.seconds)
@@ -145,30 +138,30 @@ def test_what_disturbs_a_point_does_not_stay_in_the_grid():
 def test_half_a_calibration_goes_on_where_it_stopped(tmp_path, stop):
     state = tmp_path / "state.jsonl"
     with pytest.raises(EndpointError):
-        made(Engine(fail_after=stop), state=state)
+        calibrate(Engine(fail_after=stop), PLAN, FACTS, state=state)
     state.write_bytes(state.read_bytes() + b'{"point": ["pre')  # cut off within a line
     again = Engine()
-    resumed = made(again, state=state)
+    resumed = calibrate(again, PLAN, FACTS, state=state)
     whole_engine = Engine()
-    whole = made(whole_engine)
+    whole = calibrate(whole_engine, PLAN, FACTS)
     assert resumed.prefill == whole.prefill
     assert resumed.decode == whole.decode
     assert stop < 5 or again.calls < whole_engine.calls - stop // 2
     third = Engine()
-    made(third, state=state)
+    calibrate(third, PLAN, FACTS, state=state)
     assert third.calls == 0
 
 
 def test_a_state_of_something_else_is_refused(tmp_path):
     state = tmp_path / "state.jsonl"
-    made(Engine(), state=state)
+    calibrate(Engine(), PLAN, FACTS, state=state)
     other = Engine()
     other.model = "another"
     with pytest.raises(CalibrationError, match="model differ"):
-        made(other, state=state)
+        calibrate(other, PLAN, FACTS, state=state)
     state.write_text("hello\n")
     with pytest.raises(CalibrationError, match="not a calibration"):
-        made(Engine(), state=state)
+        calibrate(Engine(), PLAN, FACTS, state=state)
 
 
 def test_plans_stay_within_the_engines_limits():
