@@ -86,6 +86,7 @@ class HttpEndpoint:
                 return after[0] - before[0]
             if time.perf_counter() > until:
                 self._tells = False
+            time.sleep(_TELL_S / 200)
         return seconds[0]
 
     def decode_step_s(self, prompts: Sequence[Sequence[int]], steps: int) -> float:

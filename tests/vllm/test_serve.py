@@ -17,6 +17,7 @@ pytest.importorskip("vllm")
 from servers import ServerProcess, counters, environment, wait_for
 
 from kvcore.vllm.embedded import remove_leftovers
+from kvsim.calibration import HttpEndpoint
 
 pytestmark = pytest.mark.vllm
 
@@ -130,6 +131,20 @@ def test_two_instances_share_one_server(tiny_model, server, tmp_path):
         assert second.logged("Retrieved") == hits
         assert counters(server.endpoint)["loaded_tokens"] == hits
         assert first.ask("shorter than a chunk") == second.ask("shorter than a chunk")
+        check_calibration(first)
+
+
+def check_calibration(serve):
+    """A calibration takes vLLM's own time of each prompt, which is shorter than the one seen from here."""
+    endpoint = HttpEndpoint(f"http://127.0.0.1:{serve.port}")
+    sums = "vllm:time_to_first_token_seconds_sum"
+    told = []
+    for number in range(3):
+        before, begun = serve.metric(sums), time.perf_counter()
+        told.append(endpoint.first_token_s([number + 5] * 300))
+        assert 0 < told[-1] < time.perf_counter() - begun
+        assert told[-1] == pytest.approx(serve.metric(sums) - before, rel=1e-6)
+    assert len(set(told)) == 3
 
 
 def test_server_inside_vllm_serve_ends_with_it(tiny_model, tmp_path):
