@@ -144,9 +144,11 @@ class Engine:
             budget -= new
         if (self._waiting or self._loaded_jobs) and not preempted:
             lookups = self._admit(budget)
-            if not parts and not self._decodes.batch:  # there was no next step to put together before they came
-                self._known, self._left = self._env.now, 0
-                lookups += self._admit(budget)
+        if not parts and not self._decodes.batch:
+            # An empty step: whoever waits came too late for it, or was kept out of it by a preemption. vLLM goes on to
+            # the next one at once, and so does this: nothing else might ever wake it.
+            self._known, self._left = self._env.now, 0
+            lookups += self._admit(self._settings.max_num_batched_tokens)
         parts[:] = [(job, new) for job, new in parts if job in self._running]
         self._start(lookups)
 
