@@ -183,14 +183,17 @@ class Engine:
                         waiting.popleft()
                         job.load_began = self._env.now
                         continue
-                if self._take_hits(job, hit):
+                end = self._loadable(job, hit)
+                beside = end > hit * block and self._asynchronous()
+                if not beside and self._too_long(job.target - min(end, job.target - 1), budget):
+                    break  # with nothing taken: the hits are looked for again when there is budget
+                self._take_hits(job, hit, end, beside)
+                if beside:
                     waiting.popleft()
                     continue
-            new = job.target - job.computed
-            if new > budget:
-                if not self._settings.chunked_prefill and budget < self._settings.max_num_batched_tokens:
-                    break
-                new = budget
+            elif self._too_long(job.target - job.computed, budget):
+                break
+            new = min(job.target - job.computed, budget)
             if not self._grow(job, job.computed + new):
                 self._blocked = True
                 break
@@ -220,25 +223,33 @@ class Engine:
         self._shell.look_up(job, hit * self._block)
         return 1
 
-    def _take_hits(self, job: Job, hit: int) -> bool:
-        """Refer to L0's hits and begin to load what lies beyond; return whether the request has to wait for it."""
+    def _loadable(self, job: Job, hit: int) -> int:
+        """Return the tokens up to which a request need not compute: L0's hits and what can be loaded beyond."""
         cached = hit * self._block
-        end = 0 if self._shell is None else self._shell.loadable(job, cached)
+        return cached if self._shell is None else max(cached, self._shell.loadable(job, cached))
+
+    def _too_long(self, new: int, budget: int) -> bool:
+        """Whether a prompt that may not be split has to wait for a step with more budget."""
+        settings = self._settings
+        return new > budget and not settings.chunked_prefill and budget < settings.max_num_batched_tokens
+
+    def _take_hits(self, job: Job, hit: int, end: int, beside: bool) -> None:
+        """Refer to L0's hits and begin to load what lies beyond, up to token `end`, in the step or beside the batch."""
+        cached = hit * self._block
         self.cache.hit(job.holding, job.path, hit)
-        job.computed = max(cached, min(end, job.target - 1))
+        job.computed = min(end, job.target - 1)
         self.pending_tokens -= job.computed
-        if end <= cached:
-            return False
+        if end == cached:
+            return
         size = self._settings.chunk_bytes(end - cached)
         job.loaded += end - cached
-        if not self._asynchronous():
+        if not beside:
             self._loads.append((job, size))
-            return False
+            return
         # The whole prompt's blocks, or requests that wait with parts of theirs could keep each other from running.
         self.cache.grow(job.holding, job.path, -(-job.target // self._block), 0)
         job.load_began = self._env.now
         self.link.send(0, size, lambda: self._loaded(job))
-        return True
 
     def _asynchronous(self) -> bool:
         """Whether a load goes on beside the batch."""

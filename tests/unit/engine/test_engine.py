@@ -62,6 +62,24 @@ def test_without_chunked_prefill_a_prompt_waits_for_a_step_to_itself(serve):
     assert ttft(result) == pytest.approx([1.01, 2.41, 3.81])
 
 
+def test_without_chunked_prefill_a_prompt_that_waits_takes_nothing_yet(serve):
+    family = list(range(20))
+    result = serve(
+        [0, 100, 100, 100],
+        [320, 10, 400, 480],
+        chains=[family, [], list(range(100, 125)), [*family, *range(200, 210)]],
+        profile={"linear": 1e-2, "rate": 1e3},
+        l1_gb=None,
+        l0_prefix_caching=False,
+        max_num_batched_tokens=500,
+        chunked_prefill=False,
+        load="sync",
+    )
+    # The third leaves too little budget for what the hit leaves of the fourth: it is loaded in the step after.
+    assert result.columns["loaded_tokens"].tolist() == [0, 0, 0, 320]
+    assert ttft(result)[1:] == pytest.approx([0.1, 4.1, 4.1 + 0.32 + 1.6])
+
+
 def test_decodes_share_their_steps(serve):
     result = serve([0, 0], [100, 100], [11, 5], profile={"linear": 1e-3, "decode": 0.1})
     finished = result.columns["finished_s"]
