@@ -12,10 +12,11 @@ class Holding:
     def __init__(self) -> None:
         self.blocks = 0
         """Blocks of its tokens so far, in nodes or private."""
-        self.nodes = 0
-        """How many leading nodes of its path it refers to."""
+        self.nodes: list[int] = []
+        """Of each leading node of its path, to how many of its blocks it refers: those from the node's head on up to
+        where its own are second copies."""
         self.claimed = 0
-        """Blocks of the nodes referred to, up to which the request has come."""
+        """Blocks of its path up to which it has come."""
         self.private = 0
 
 
@@ -27,7 +28,9 @@ class GpuCache:
     were not computed to their end go to the front, where blocks that were never used are. Blocks can be hit from the
     step that computes them on. A node (`Prefixes`) stands for its blocks: they are released together and, since they
     leave from the tail, what is left of a node is always its head. Blocks of outputs and second copies of a block hold
-    no prefix that a log could name, but take their place in the list.
+    no prefix that a log could name, but take their place in the list. So requests may refer to more or less of a node:
+    one whose whole prompt is cached computes its last block anew, and two that compute a node at the same time have a
+    copy each. Of a node is held what the request refers to that refers to most of it.
 
     Args:
         capacity: Blocks.
@@ -43,7 +46,8 @@ class GpuCache:
         """Free blocks without content."""
         self._length = node_blocks
         self._resident = [0] * len(node_blocks)
-        self._refs = [0] * len(node_blocks)
+        self._users: dict[int, dict[int, int]] = {}
+        """Of each node that is referred to: by the number of its blocks that requests refer to, how many they are."""
         self._free: OrderedDict[int, int] = OrderedDict()
         """Blocks by node, or by a negative number where nothing can be found in them."""
         self._anonymous = -1
@@ -69,28 +73,47 @@ class GpuCache:
 
     def fits(self, path: Sequence[int], blocks: int, hit: int) -> bool:
         """Return whether a prompt of `blocks` blocks, `hit` of them cached, can be held beside what is held."""
-        idle = 0
-        if hit:
-            for node in path:
-                if not self._resident[node]:
-                    break
-                if not self._refs[node]:
-                    idle += self._resident[node]
+        idle, left = 0, hit
+        for node in path:
+            if not left:
+                break
+            found = min(left, self._length[node])
+            idle += max(0, found - self._used(node))
+            left -= found
         return blocks - hit + idle <= self.free
+
+    def _used(self, node: int) -> int:
+        """Return how many blocks of a node are held: its leading ones."""
+        return max(self._users.get(node, ()), default=0)
 
     def hit(self, holding: Holding, path: Sequence[int], blocks: int) -> None:
         """Refer to the first `blocks` blocks of a prompt, all of them cached."""
-        holding.blocks = blocks
-        while blocks > holding.claimed:
-            self._refer(holding, path[holding.nodes])
-            holding.claimed += self._length[path[holding.nodes - 1]]
-        holding.claimed = min(holding.claimed, blocks)
+        holding.blocks = holding.claimed = blocks
+        for node in path:
+            if not blocks:
+                break
+            found = min(blocks, self._length[node])
+            idle = found - self._used(node)
+            if idle > 0:
+                self._free[node] -= idle
+                if not self._free[node]:
+                    del self._free[node]
+                self.held += idle
+            self._refer(node, found)
+            holding.nodes.append(found)
+            blocks -= found
 
-    def _refer(self, holding: Holding, node: int) -> None:
-        if not self._refs[node]:
-            self.held += self._free.pop(node, 0)
-        self._refs[node] += 1
-        holding.nodes += 1
+    def _refer(self, node: int, blocks: int) -> None:
+        users = self._users.setdefault(node, {})
+        users[blocks] = users.get(blocks, 0) + 1
+
+    def _let_go(self, node: int, blocks: int) -> None:
+        users = self._users[node]
+        users[blocks] -= 1
+        if not users[blocks]:
+            del users[blocks]
+            if not users:
+                del self._users[node]
 
     def grow(self, holding: Holding, path: Sequence[int], blocks: int, findable: int) -> bool:
         """Give a request room for `blocks` blocks in all; the first `findable` of them can be hit from now on.
@@ -109,19 +132,25 @@ class GpuCache:
         return True
 
     def _claim(self, holding: Holding, path: Sequence[int], findable: int) -> None:
-        """Hand private blocks over to the nodes that they belong to, unless another request was there first."""
-        length, resident = self._length, self._resident
-        start = sum(length[node] for node in path[: max(0, holding.nodes - 1)])
-        at = max(0, holding.nodes - 1)
+        """Hand private blocks over to the nodes that they belong to, unless another request was there first.
+
+        Its own are second copies then, and so is what it computes of that node from there on: whoever adds to a node
+        refers to all of it.
+        """
+        length, resident, nodes = self._length, self._resident, holding.nodes
+        at = max(0, len(nodes) - 1)
+        start = sum(length[node] for node in path[:at])
         while at < len(path) and start < findable:
             node = path[at]
-            if at >= holding.nodes:
-                self._refer(holding, node)
+            if at == len(nodes):
+                nodes.append(0)
             covered = min(length[node], findable - start)
-            gained = covered - resident[node]
-            if gained > 0:
-                resident[node] = covered
-                holding.private -= gained
+            if nodes[at] == resident[node] < covered:
+                if nodes[at]:
+                    self._let_go(node, nodes[at])
+                self._refer(node, covered)
+                holding.private -= covered - nodes[at]
+                resident[node] = nodes[at] = covered
             start += length[node]
             at += 1
         holding.claimed = findable
@@ -170,10 +199,12 @@ class GpuCache:
             self._free[self._anonymous] = private
             self._anonymous -= 1
             self.held -= private
-        refs, resident = self._refs, self._resident
-        for node in reversed(path[: holding.nodes]):
-            refs[node] -= 1
-            if not refs[node] and resident[node]:
-                self._free[node] = resident[node]
-                self.held -= resident[node]
-        holding.blocks = holding.nodes = holding.claimed = holding.private = 0
+        for node, blocks in zip(reversed(path[: len(holding.nodes)]), reversed(holding.nodes), strict=True):
+            if blocks:
+                self._let_go(node, blocks)
+                idle = blocks - self._used(node)
+                if idle > 0:
+                    self._free[node] = self._free.pop(node, 0) + idle
+                    self.held -= idle
+        holding.nodes.clear()
+        holding.blocks = holding.claimed = holding.private = 0

@@ -133,6 +133,86 @@ def test_runs_hit_and_evict_as_blocks_do(capacity, todo):
     assert both.cache.held == 0
 
 
+class Computing(Both):
+    """The same, with requests that compute their blocks bit by bit, and nothing evicted."""
+
+    def start(self, node, extra):
+        path = path_to(node)
+        names = self.names(path)
+        total = len(names) + extra
+        hit = min(self.cache.peek(path), total - 1)  # a token is computed in any case
+        idle = sum(1 for name in names[:hit] if not self.pool.refs[self.pool.block[name]])
+        most = len(self.pool.free) - idle + hit
+        assert self.cache.fits(path, most, hit)
+        assert not self.cache.fits(path, most + 1, hit)
+        holding = Holding()
+        self.cache.hit(holding, path, hit)
+        blocks = [self.pool.touch(name) for name in names[:hit]]
+        assert self.cache.grow(holding, path, total, 0)
+        blocks += [self.pool.take() for _ in range(total - hit)]
+        self.held.append((holding, path, blocks, hit))
+        self.check()
+
+    def compute(self, which, more):
+        if self.held:
+            holding, path, blocks, computed = self.held.pop(which % len(self.held))
+            names = self.names(path)
+            upto = min(len(blocks), computed + more)
+            assert self.cache.grow(holding, path, len(blocks), min(upto, len(names)))
+            for place, (node, i) in enumerate(names[:upto]):
+                if not i or self.pool.block.get((node, i - 1)) == blocks[place - 1]:  # else it adds to a second copy
+                    self.pool.publish(blocks[place], (node, i))
+            self.held.append((holding, path, blocks, upto))
+        self.check()
+
+    def check(self):
+        super().check()
+        assert self.cache.held == len({block for _, _, blocks, _ in self.held for block in blocks})
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("start"), st.integers(0, 5), st.integers(0, 2)),
+            st.tuples(st.just("compute"), st.integers(0, 9), st.integers(1, 6)),
+            st.tuples(st.just("release"), st.integers(0, 9)),
+        ),
+        max_size=40,
+    )
+)
+def test_what_is_held_is_what_requests_refer_to(todo):
+    computing = Computing(600)
+    for what, *numbers in todo:
+        getattr(computing, what)(*numbers)
+    while computing.held:
+        computing.release(0)
+    assert computing.cache.held == 0
+
+
+def test_a_prompt_that_is_cached_whole_takes_its_own_room_and_no_more():
+    cache = GpuCache(5, [4])
+    one, two = Holding(), Holding()
+    assert cache.grow(one, (0,), 4, 4)
+    cache.release(one, (0,), 4)
+    assert cache.fits((0,), 5, 3)
+    cache.hit(two, (0,), 3)  # its last block is computed anew
+    assert cache.grow(two, (0,), 4, 4)
+    assert cache.held == 4
+    assert cache.grow(two, (0,), 5, 4)
+
+
+def test_second_copies_do_not_hold_the_first_ones():
+    cache = GpuCache(16, [4])
+    first, second = Holding(), Holding()
+    assert cache.grow(first, (0,), 4, 4)
+    assert cache.grow(second, (0,), 4, 4)
+    assert cache.held == 8
+    cache.release(first, (0,), 4)
+    assert cache.held == 4
+    assert cache.peek((0,)) == 4
+
+
 def test_a_head_outlives_its_tail():
     cache = GpuCache(10, [4, 4])
     holding = Holding()

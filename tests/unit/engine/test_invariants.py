@@ -170,6 +170,8 @@ def test_bytes_are_gib():
 )
 # One runs, and preempts itself, since one whose load has arrived holds the blocks and waits for its turn.
 @example([(0.0, 65, 0, 0), (0.0, 145, 49, 0), (0.125, 17, 0, 0)], "async", 1, 40, False)
+# The second prompt is cached whole, and needs all of the GPU's blocks for its output.
+@example([(0.0, 160, 60, 0), (0.0, 160, 60, 0)], "layerwise", 1, 40, True)
 def test_every_request_ends_however_little_room_there_is(rows, load, seqs, budget, reuse):
     # Prompts of one of four families, 14 engine blocks for all; slow links, so that copies are always under way.
     times = np.cumsum([gap for gap, *_ in rows])
