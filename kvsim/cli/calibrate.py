@@ -27,8 +27,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 - a command's options
     url: Annotated[
         str | None,
         typer.Option(
-            help="A live OpenAI-compatible server, idle, with prefix caching; its own times count where its /metrics has "
-            f"them, as vLLM's does. A key: ${API_KEY}.",
+            help="A live OpenAI-compatible server, idle, with prefix caching; its own times count where its /metrics "
+            f"has them, as vLLM's does. A key: ${API_KEY}.",
             rich_help_panel=_ENDPOINT,
         ),
     ] = None,
