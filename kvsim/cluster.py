@@ -51,8 +51,8 @@ def run_on_cluster(
         task = ray.remote(num_cpus=1, max_retries=2)(run)
         shared = ray.put(log)
         tasks = [task.remote(shared, one, baseline=baseline) for one in settings]
+        waiting, done = tasks, 0
         try:
-            waiting, done = tasks, 0
             while waiting:
                 (ended,), waiting = ray.wait(waiting, num_returns=1)
                 ray.get(ended)
@@ -62,8 +62,10 @@ def run_on_cluster(
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         finally:
-            for one in tasks:  # none is left where one failed, or Ctrl-C was pressed
-                ray.cancel(one, force=True)
+            for one in waiting:  # where one has failed, or Ctrl-C was pressed
+                # Not by force: a worker that is killed while its task ends can take this process with it (Ray 2.60's
+                # TaskManager::CompletePendingTask checks that the task has not failed before).
+                ray.cancel(one)
 
 
 @contextmanager
