@@ -120,6 +120,7 @@ import time
 class EngineArgs:
     def __init__(self, **arguments):
         assert arguments["enforce_eager"] is True and arguments["max_model_len"] == 1200, arguments
+        assert arguments["max_num_seqs"] == 256, arguments  # a server's, for its CUDA graphs; 2 are measured
 class SamplingParams:
     def __init__(self, max_tokens, **_):
         self.tokens = max_tokens
