@@ -44,8 +44,8 @@ from kvtraces import Chat, Poisson, Segment, Spread, read, segment_tokens, workl
 from kvtraces.journal import Equal, JournalError, verify
 
 LOG_BLOCK = 512
-SETTINGS = "brisk:rate=1.3 brisk-none:l1=0.25,rate=1.3 busy-none:l1=0.25,rate=1.6"
-"""With the replays' own setting four whose TTFT is a quarter or more apart, from one to the next."""
+SETTINGS = "busy:rate=1.6 busy-none:l1=0.25,rate=1.6 crowded-none:l1=0.25,rate=1.75 none:l1=0.25"
+"""With the replays' own setting five whose TTFT is a quarter or more apart, from one to the next."""
 REGISTER_S = 40.0
 NEW = (1, 64, 256, 512, 520, 1024, 2048, 4096, 8192)
 CACHED = (0, 2048, 8192, 32_768)

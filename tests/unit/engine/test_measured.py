@@ -1,8 +1,10 @@
 """The engine model against TTFTs measured on one H100: vLLM 0.26.0, Qwen3-8B in bf16, one request at a time.
 
-Cold and with the prompt in the GPU's own cache (vLLM alone, CUDA graphs: benchmarks/results/ttft-graphs-h100.json), and
-with a hit in host memory: kvcore's from the same file, packed; and of a plain connector that loaded layer by layer or
-the whole of it first.
+Cold, eager and with CUDA graphs; with the prompt in the GPU's own cache (vLLM alone, graphs), and with a hit in host
+memory: kvcore's, packed (graphs), and a plain connector's that loaded layer by layer or the whole of it first (eager).
+Those with graphs are in benchmarks/results/ttft-graphs-h100.json. The shipped profile is of an engine with graphs in
+process, so it is 19% short for hits of 8,192 tokens, where what a server takes beside the step weighs most, and
+eager hits of that length, which are launch time, it does not predict.
 """
 
 import numpy as np
@@ -29,20 +31,22 @@ def second_of_two(tokens, **settings):
     return float(run(log, chosen, baseline=False).columns["ttft_s"][1])
 
 
-@pytest.mark.parametrize(("tokens", "measured"), [(8192, 0.2185), (32_000, 1.2233)])
+@pytest.mark.parametrize(
+    ("tokens", "measured"), [(2048, 0.053), (8192, 0.222), (32_000, 1.247), (8192, 0.2185), (32_000, 1.2233)]
+)
 def test_cold(tokens, measured):
     assert second_of_two(tokens, l0_prefix_caching=False) == pytest.approx(measured, rel=0.08)
 
 
-@pytest.mark.parametrize(("tokens", "measured"), [(8192, 0.0202), (32_000, 0.0345)])
-def test_hits_in_the_gpu(tokens, measured):
-    assert second_of_two(tokens) == pytest.approx(measured, rel=0.2)  # 4 ms: the hosts' processors differ
+@pytest.mark.parametrize(("tokens", "measured", "within"), [(8192, 0.0202, 0.2), (32_000, 0.0345, 0.12)])
+def test_hits_in_the_gpu(tokens, measured, within):
+    assert second_of_two(tokens) == pytest.approx(measured, rel=within)
 
 
-@pytest.mark.parametrize(("tokens", "measured"), [(8192, 0.0334), (32_000, 0.0969)])
-def test_packed_hits_in_host_memory(tokens, measured):
+@pytest.mark.parametrize(("tokens", "measured", "within"), [(8192, 0.0334, 0.2), (32_000, 0.0969, 0.12)])
+def test_packed_hits_in_host_memory(tokens, measured, within):
     packed = second_of_two(tokens, l0_prefix_caching=False, l1_gb=None, packed_share=0.7854)
-    assert packed == pytest.approx(measured, rel=0.2)
+    assert packed == pytest.approx(measured, rel=within)
 
 
 @pytest.mark.parametrize(
@@ -51,5 +55,5 @@ def test_packed_hits_in_host_memory(tokens, measured):
 )
 def test_hits_in_host_memory(load, tokens, measured):
     predicted = second_of_two(tokens, l0_prefix_caching=False, l1_gb=None, load=load)
-    # Eager: launching a step took longer than the profile's. Waiting for the whole load had costs a layer of its own.
+    # The connector that waited for the whole load had per-layer costs of its own, which no profile has.
     assert predicted == pytest.approx(measured, rel=0.2 if load == "layerwise" else 0.3)

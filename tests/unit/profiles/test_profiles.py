@@ -127,11 +127,14 @@ def test_the_h100_profile_agrees_with_the_ttfts_measured_there():
             done += step
         return took + profile.handling_s(new + cached)
 
-    for new, cached, measured, within in (  # vLLM alone in benchmarks/results/ttft-graphs-h100.json, another day's host
-        (8_192, 0, 0.2185, 0.05),
+    for new, cached, measured, within in (
+        (2_048, 0, 0.053, 0.12),  # eager
+        (8_192, 0, 0.222, 0.12),
+        (32_000, 0, 1.247, 0.12),
+        (8_192, 0, 0.2185, 0.05),  # vLLM alone in benchmarks/results/ttft-graphs-h100.json, on another day's host
         (32_000, 0, 1.2233, 0.05),
-        (16, 8_176, 0.0202, 0.2),
-        (16, 31_984, 0.0345, 0.2),
+        (16, 8_176, 0.0202, 0.2),  # 19% short: its handling is an engine's in process, not a server's
+        (16, 31_984, 0.0345, 0.12),
     ):
         assert ttft(new, cached) == pytest.approx(measured, rel=within)
     assert profile.kv_bytes(256) == 36 * 2**20
