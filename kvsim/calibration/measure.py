@@ -2,6 +2,7 @@
 
 import datetime as dt
 import hashlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ Progress = Callable[[int, int, str], None]
 """Called with the points done, all of them, and what comes next."""
 FIRST_ID = 100
 _MOST_REPEATS = 4
+_MOST_SUSTAINED = 200
+_WARM_S = 1.0
+"""An H100 that computes from a rest on slows down within that time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,8 @@ def calibrate(
             warmed = 0
         if point[0] == "prefill":
             warmed = _prefill(endpoint, plan, prompts, kept, point, warmed)
+        elif point[0] == "sustained":
+            _sustained(endpoint, plan, prompts, kept, point)
         else:
             _decode(endpoint, plan, prompts, kept, point)
     if progress is not None:
@@ -84,16 +90,20 @@ def calibrate(
 
 
 def _tasks(plan: Plan) -> list[tuple[int, Point]]:
-    """Return what to measure, in order: the prefills round by round, then the decodes once."""
+    """Return what to measure, in order: the prefills round by round, one of them without rest, and the decodes once."""
     tasks: list[tuple[int, Point]] = [
         (round_, ("prefill", *point)) for round_ in range(plan.repeats) for point in plan.prefill
     ]
+    if plan.sustained_s:
+        tasks.append((0, ("sustained", *plan.sustained)))
     return tasks + [(0, ("decode", *point)) for point in plan.decode]
 
 
 def _words(point: Point) -> str:
     kind, a, b = point
-    return f"prefill of {a:,} behind {b:,} tokens" if kind == "prefill" else f"decode of {a} x {b:,} tokens"
+    if kind == "decode":
+        return f"decode of {a} x {b:,} tokens"
+    return f"prefill of {a:,} behind {b:,} tokens" + (", without rest" if kind == "sustained" else "")
 
 
 class _Prompts:
@@ -115,14 +125,37 @@ def _prefill(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, poi
     _, new, cached = point
     prefix = prompts.fresh(f"prefix {cached}", cached)
     if cached and warmed != cached:
-        endpoint.first_token_s([*prefix, FIRST_ID])
+        _rested(endpoint, plan, [*prefix, FIRST_ID])
     round_, seconds = kept.rounds[point], list[float]()
     most = 1 if plan.repeats == 1 else _MOST_REPEATS
     while not seconds or (sum(seconds) < plan.least_s / plan.repeats and len(seconds) < most):
         suffix = prompts.fresh(f"suffix {new} {cached} {round_} {len(seconds)}", new)
-        seconds.append(endpoint.first_token_s([*prefix, *suffix]))
+        seconds.append(_rested(endpoint, plan, [*prefix, *suffix]))
     kept.add(point, seconds)
     return cached
+
+
+def _rested(endpoint: Endpoint, plan: Plan, prompt: list[int]) -> float:
+    """Return the time to a prompt's first token, and have the engine rest behind it."""
+    began = time.perf_counter()
+    seconds = endpoint.first_token_s(prompt)
+    time.sleep(plan.rest * (time.perf_counter() - began))
+    return seconds
+
+
+def _sustained(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, point: Point) -> None:
+    """Measure a prefill again and again without rest; it counts from when the GPU had been computing for a while."""
+    _, new, cached = point
+    prefix = prompts.fresh(f"prefix {cached}", cached)
+    seconds, began = list[float](), time.perf_counter()
+    for number in range(_MOST_SUSTAINED):
+        since = time.perf_counter() - began
+        if since > plan.sustained_s and seconds:
+            break
+        took = endpoint.first_token_s([*prefix, *prompts.fresh(f"sustained {number}", new)])
+        if since >= _WARM_S:
+            seconds.append(took)
+    kept.add(point, seconds)
 
 
 def _decode(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, point: Point) -> None:
@@ -159,6 +192,8 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
     today = dt.datetime.now(tz=dt.UTC).date().isoformat()
     source = f"kvsim calibrate, {endpoint.where}, {endpoint.model}, {today}"
     filled = len(grid.x) * len(grid.y) - len(prefill)
+    without_rest = kept.seconds.get(("sustained", *plan.sustained), [])
+    slower = _slower(without_rest, ttft[plan.sustained], base + token * sum(plan.sustained))
     return Profile(
         name=facts.name,
         model=facts.model,
@@ -198,5 +233,20 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
                 source=source,
                 error="what TTFT of one token behind a cached prefix takes beyond a decode step",
             ),
+            "sustained": Part(
+                kind="measured" if without_rest else "assumed",
+                source=source,
+                error=f"{len(without_rest)} prefills of {plan.sustained[0]:,} tokens without rest"
+                if without_rest
+                else "no prefill takes long enough, or none was measured without rest",
+            ),
         },
+        sustained=slower,
     )
+
+
+def _slower(without_rest: list[float], rested: float, beside: float) -> float:
+    """Return the time of a step without rest over that with; of the mean, as a GPU slows down in bouts of 0.2 s."""
+    if not without_rest or rested <= beside:
+        return 1.0
+    return max(1.0, (float(np.mean(without_rest)) - beside) / (rested - beside))

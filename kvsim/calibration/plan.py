@@ -9,6 +9,10 @@ BATCH = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = (16, 1024, 4096, 16_384, 32_768)
 
 
+LARGEST_STEP = 8192
+"""A token budget that servers commonly have; a longer prefill is slower than its steps' for lack of rest already."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The points of a calibration.
@@ -20,6 +24,9 @@ class Plan:
             for what disturbs a host often lasts for seconds.
         least_s: Where points are repeated at all, a prefill point is until that took so long, 4 x `repeats` times at
             most: a short step is disturbed more easily, and costs less to repeat.
+        rest: The pause behind each prefill, as a share of what it took: a GPU that computes without rest soon lowers
+            its clock. How much longer prefills take then (`Profile.sustained`) is measured by itself.
+        sustained_s: For how long prompts are computed without rest for that; 0: it is not measured.
         decode_steps: Tokens that each request of a decode point puts out.
         vocabulary: Prompts are drawn from token ids below it, the lowest 100 left out (special ones, mostly).
         seed: Of the prompts.
@@ -29,6 +36,8 @@ class Plan:
     decode: tuple[tuple[int, int], ...]
     repeats: int = 3
     least_s: float = 0.25
+    rest: float = 0.25
+    sustained_s: float = 5.0
     decode_steps: int = 32
     vocabulary: int = 30_000
     seed: int = 0
@@ -38,8 +47,16 @@ class Plan:
         for name, points in (("prefill", self.prefill), ("decode", self.decode)):
             if any(len({point[axis] for point in points}) < 2 for axis in (0, 1)):
                 raise ValueError(f"a calibration needs two values on each axis of {name}")
+        if min(self.rest, self.sustained_s) < 0:
+            raise ValueError("a calibration rests, and computes without rest, for no less than no time")
         if self.repeats < 1 or self.decode_steps < 4 or self.vocabulary < 200:
             raise ValueError("a calibration needs 1 repeat, 4 decode steps and 200 token ids at least")
+
+    @property
+    def sustained(self) -> tuple[int, int]:
+        """The prefill that is measured without rest as well."""
+        steps = [point for point in self.prefill if not point[1] and point[0] <= LARGEST_STEP]
+        return max(steps or self.prefill, key=lambda point: (-point[1], point[0]))
 
 
 def make_plan(

@@ -216,6 +216,7 @@ def _tell(profile: "Profile", out: Path, json: bool) -> None:
                 "name": profile.name,
                 "handling_base_s": profile.handling_base_s,
                 "handling_token_s": profile.handling_token_s,
+                "sustained": profile.sustained,
                 "provenance": {name: asdict(part) for name, part in profile.provenance.items()},
             }
         )
@@ -230,6 +231,7 @@ def _tell(profile: "Profile", out: Path, json: bool) -> None:
             (f"prefill of {longest:,} tokens", seconds(profile.prefill_s(longest))),
             ("a token for one request", seconds(profile.decode_step_s(1, profile.decode.y[0]))),
             ("the server's handling", seconds(profile.handling_s(longest))),
+            ("prefills without rest", f"{100 * (profile.sustained - 1):.1f}% longer"),
             *((name, f"{part.kind}; error {part.error}") for name, part in profile.provenance.items()),
         ],
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvsim.engine.decodes import Decodes
 from kvsim.engine.gpu_cache import GpuCache
+from kvsim.engine.heat import Heat
 from kvsim.engine.job import Job
 from kvsim.engine.links import Link
 from kvsim.engine.settings import RunSettings
@@ -68,6 +69,7 @@ class Engine:
         self._parts: list[tuple[Job, int]] = []
         self._loads: list[tuple[Job, int]] = []
         self._compute_s = 0.0
+        self._heat = Heat(settings.profile.sustained)
         self._taken = 0
         """Blocks taken already for the next step of the decodes."""
         self._macro: tuple[int, float, float] | None = None
@@ -157,6 +159,7 @@ class Engine:
         if self._parts:
             sizes = [(new, job.computed) for job, new in self._parts]
             took = self._costs.mixed(sizes, batch, self._decodes.context)
+            took = self._heat.took(self._env.now, took, took - self._costs.floor)
             self._run_step(took + lookups * self._settings.lookup_s)
         elif batch:
             self._run_decodes(lookups * self._settings.lookup_s)
@@ -368,6 +371,7 @@ class Engine:
         took = now - self._began
         self.busy_s += took
         self.prefill_s += took
+        self._heat.ran(self._began, now, self._compute_s - self._costs.floor)
         if self.steps is not None:
             self.steps.append((self._began, now, sum(new for _, new in self._parts), self._decodes.batch, 1))
         self._finish(self._decodes.advance(1))
@@ -437,6 +441,7 @@ class Engine:
     def _end_decodes(self, steps: int) -> None:
         now = self._env.now
         self.busy_s += now - self._began
+        self._heat.ran(self._began, now, 0.0)
         if self.steps is not None:
             self.steps.append((self._began, now, 0, self._decodes.batch, steps))
         self.cache.take(self._decodes.blocks(steps) - self._taken)

@@ -16,6 +16,8 @@ class StepCosts:
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
         self._prefill = profile.prefill_s
+        self.floor = profile.prefill_s(1)
+        """Time of a step that computes hardly anything, in seconds."""
         self._shortest = profile.decode.y[0]
         self._rows: dict[int, Callable[[float], float]] = {}
         """By batch, the time of a decode step as a function of the context."""

@@ -1,5 +1,6 @@
 """A profile: every cost of one model on one GPU (or one tensor-parallel group of them)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -42,13 +43,15 @@ class Profile:
         weight_bytes: Weights over all ranks.
         gpu_memory_bytes: Device memory over all ranks.
         max_model_len: Longest prompt and output together.
-        prefill: Seconds of a step by new tokens (x) and cached tokens in front of them (y); None: the fit alone.
+        prefill: Seconds of a step by new tokens (x) and cached tokens in front of them (y), on a GPU that rests in
+            between; None: the fit alone.
         prefill_fit: The fitted form; used where there is no grid, and by the core's load-or-recompute.
         decode: Seconds of a step by batch (x) and context tokens of each request (y).
         transfers: Curves by direction (`DIRECTIONS`); the h2d and d2h curves are those of all ranks together.
         duplex: Speed of each direction of PCIe while both are busy, as a fraction of its speed alone.
         handling_base_s: The server's own time for a request, outside the engine's steps.
         handling_token_s: The same, for each prompt token.
+        sustained: Time of a prefill on a GPU that computes prompts without rest, over that in `prefill`.
         provenance: Where each part comes from.
     """
 
@@ -69,6 +72,7 @@ class Profile:
     handling_base_s: float
     handling_token_s: float
     provenance: Mapping[str, Part]
+    sustained: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse sizes and rates that no machine has."""
@@ -77,6 +81,8 @@ class Profile:
             raise ValueError(f"profile {self.name!r}: sizes are above zero")
         if not 0 < self.duplex <= 1:
             raise ValueError(f"profile {self.name!r}: duplex is a fraction of the speed alone, above 0, at most 1")
+        if not 1 <= self.sustained < math.inf:
+            raise ValueError(f"profile {self.name!r}: sustained is 1 or above: a GPU that rests is not the slower one")
         missing = [direction for direction in ("h2d", "d2h") if direction not in self.transfers]
         if missing or any(direction not in DIRECTIONS for direction in self.transfers):
             raise ValueError(f"profile {self.name!r}: transfers are {', '.join(DIRECTIONS)}; h2d and d2h are needed")

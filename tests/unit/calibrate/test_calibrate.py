@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -104,8 +105,9 @@ def test_what_is_made_can_be_kept(tmp_path):
 def test_progress_names_every_point():
     seen = []
     calibrate(Engine(), PLAN, FACTS, progress=lambda *row: seen.append(row))
-    total = PLAN.repeats * len(PLAN.prefill) + len(PLAN.decode)
+    total = PLAN.repeats * len(PLAN.prefill) + 1 + len(PLAN.decode)
     assert [done for done, _, _ in seen] == list(range(total + 1))
+    assert sum("without rest" in what for _, _, what in seen) == 1
     assert "behind" in seen[0][2]
     assert "decode" in seen[-2][2]
 
@@ -132,6 +134,54 @@ def test_what_disturbs_a_point_does_not_stay_in_the_grid():
     assert profile.prefill_s(256) == pytest.approx(quiet.prefill_s(256), rel=0.01)
     table = np.array(profile.prefill.seconds)
     assert (np.diff(table, axis=0) >= 0).all()
+
+
+class Clock:
+    """Stands for `time`, in which nothing passes but what an engine and pauses take."""
+
+    def __init__(self):
+        self.now = self.worked = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        if seconds > 0.1 * self.worked:
+            self.worked = 0.0
+
+
+def test_a_gpu_that_is_slower_without_rest_is_found_out(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("kvsim.calibration.measure.time", clock)
+
+    class Hot(Engine):
+        """A tenth slower once it has computed for most of a second, until it rests for a tenth of that."""
+
+        def first_token_s(self, prompt):
+            beside = self.handling[0] + self.handling[1] * len(prompt)
+            compute = (super().first_token_s(prompt) - beside) * (1.1 if clock.worked > 0.8 else 1)
+            clock.now += beside + compute
+            clock.worked += compute
+            return beside + compute
+
+    plan = replace(PLAN, prefill=((1, 0), (4096, 0), (1, 1024), (4096, 1024)), repeats=9)
+    profile = calibrate(Hot(), plan, FACTS)
+    assert profile.sustained == pytest.approx(1.1, rel=0.01)
+    assert profile.prefill_s(4096) == pytest.approx(1e-3 + 2e-5 * 4096 + 1e-9 * 4096 * 4096, rel=0.02)
+    assert profile.provenance["sustained"].kind == "measured"
+
+
+def test_without_a_measurement_a_gpu_does_not_slow_down():
+    profile = calibrate(Engine(), replace(PLAN, sustained_s=0), FACTS)
+    assert profile.sustained == 1
+    assert profile.provenance["sustained"].kind == "assumed"
+
+
+def test_the_largest_step_is_measured_without_rest():
+    assert PLAN.sustained == (4096, 0)
+    points = ((1, 0), (8192, 0), (32_768, 0), (1, 512), (32_768, 512))
+    assert replace(PLAN, prefill=points).sustained == (8192, 0)
 
 
 @pytest.mark.parametrize("stop", [1, 20, 70])
