@@ -240,7 +240,9 @@ class WorkerSide:
 
     def close(self) -> None:
         """Wait for what is under way and leave the server."""
-        self._let_go()
+        gone = self._let_go()
+        if gone is not None:
+            gone.release()  # here: when the interpreter ends, other threads take no work any more
         self._thread.shutdown()
         self._releases.shutdown()
         if self._link is not None:
@@ -254,7 +256,9 @@ class WorkerSide:
         if registered is None or registered.epoch != epoch or registered is self._unusable:
             return None
         if self._mover is None or not self._mover.serves(registered):
-            self._let_go()
+            gone = self._let_go()
+            if gone is not None:
+                self._releases.submit(gone.release)
             try:
                 self._mover = Mover(self._cache, registered, self._shard, self._factory)
             except (ArenaError, LayoutError, ValueError, RuntimeError) as error:  # the last: what torch raises
@@ -262,15 +266,15 @@ class WorkerSide:
                 _LOG.error("kvcore cannot use the server's arena, nothing is loaded or stored: %s", error)
         return self._mover
 
-    def _let_go(self) -> None:
-        """End what is under way in the registration before, and let go of its arena, which may take seconds."""
+    def _let_go(self) -> Mover | None:
+        """End what is under way in the registration before; return its mover, whose release may take seconds."""
         self._settle(list(self._loading))
         for store in list(self._storing):
             self._end_store(store)
-        if self._mover is not None:
-            self._mover.close()
-            self._releases.submit(self._mover.release)
-            self._mover = None
+        gone, self._mover = self._mover, None
+        if gone is not None:
+            gone.close()
+        return gone
 
     def warm_up(self) -> bool:
         """Map the arena now rather than in the first request; return whether it is mapped, as it is not while away."""

@@ -44,7 +44,8 @@ class HttpEndpoint:
     """`/v1/completions` of vLLM, SGLang or whatever else takes prompts as token ids and streams.
 
     A server that counts its times to the first token in `/metrics`, as vLLM does, is taken at its word: from the
-    request's arrival there, which is what is recorded of it too, without the way between. Others are timed from here.
+    request's arrival there, which is what is recorded of it too, without the way between. Others are timed from here,
+    and so is the rest where another client's requests are counted as well; `where` says so then.
 
     Args:
         url: Of the server, with or without /v1.
@@ -73,6 +74,7 @@ class HttpEndpoint:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._timeout_s = timeout_s
         self._tells = True
+        self._told_any = False
         self.model = self._first_model() if model is None else model
 
     def first_token_s(self, prompt: Sequence[int]) -> float:
@@ -83,9 +85,12 @@ class HttpEndpoint:
         until = time.perf_counter() + _TELL_S
         while before is not None and (after := self._told()) is not None:
             if after[1] == before[1] + 1:
+                self._told_any = True
                 return after[0] - before[0]
             if time.perf_counter() > until:
                 self._tells = False
+                if self._told_any:  # the profile would hold both kinds of times and not say so
+                    self.where += " (in part timed by the client: others used the server)"
             time.sleep(_TELL_S / 200)
         return seconds[0]
 

@@ -35,7 +35,7 @@ class LocalEndpoint:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.model = model
-        self.where = f"vLLM in process, {model}"
+        self.where = "vLLM in process"
         self._last = ""
         command = [python or sys.executable, "-P", str(Path(child.__file__))]
         try:

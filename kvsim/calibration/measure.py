@@ -190,7 +190,7 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
     share = spread(kept.seconds)
     told = "one measurement a point" if np.isnan(share) else f"repeats of a point spread by {100 * share:.1f}% (median)"
     today = dt.datetime.now(tz=dt.UTC).date().isoformat()
-    source = f"kvsim calibrate, {endpoint.where}, {endpoint.model}, {today}"
+    source = f"kvsim calibrate, {endpoint.where}, {facts.model}, {today}"
     filled = len(grid.x) * len(grid.y) - len(prefill)
     without_rest = kept.seconds.get(("sustained", *plan.sustained), [])
     slower = _slower(without_rest, ttft[plan.sustained], base + token * sum(plan.sustained))

@@ -11,7 +11,7 @@ from msgspec import structs
 
 torch = pytest.importorskip("torch")
 
-from kvcore.live.arena import Arena, ArenaPaths  # noqa: E402
+from kvcore.live.arena import Arena, ArenaError, ArenaPaths  # noqa: E402
 from kvcore.live.wire import Registered  # noqa: E402
 from kvcore.vllm.jobs import Copy, StepPlan  # noqa: E402
 from kvcore.vllm.mover import Cache  # noqa: E402
@@ -596,3 +596,17 @@ def test_ranks_that_hold_the_same_kv_store_once_and_load_the_same(tmp_path):
     for one in (first, second):
         one.side.close()
         one.arena.close()
+
+
+def test_a_worker_is_closed_where_threads_take_no_more_work(rig, monkeypatch):
+    rig.step(StepPlan(stores=[rig.copy(range(4))]))
+    mover = rig.side._mover
+
+    def refused(*_):  # what an executor says once the interpreter is ending
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr("concurrent.futures.ThreadPoolExecutor.submit", refused)
+    rig.side.close()
+    assert rig.line.said[-1] == ("leave",)
+    with pytest.raises(ArenaError, match="closed"):
+        _ = mover.arena.data

@@ -313,6 +313,25 @@ def test_a_server_with_other_clients_is_timed_from_here():
         endpoint = HttpEndpoint(url)
         assert endpoint.first_token_s([1] * 100) < 1
         assert endpoint.first_token_s([1] * 100) < 1
+        assert endpoint.where == url  # all of it is timed from here
+
+
+def test_a_profile_says_where_its_times_are_of_two_kinds():
+    class Later(list):
+        asked = 0
+
+        def __iter__(self):  # another request, from the third time on that it is asked
+            self.asked += 1
+            self[1] += 2 * (self.asked > 2)
+            return super().__iter__()
+
+    with serving(told=Later([100.0, 20.0])) as url:
+        endpoint = HttpEndpoint(url)
+        assert endpoint.first_token_s([1] * 100) == pytest.approx(5)
+        assert endpoint.where == url
+        assert endpoint.first_token_s([1] * 100) < 1
+        assert endpoint.where.startswith(url)
+        assert "in part timed by the client" in endpoint.where
 
 
 def test_an_endpoint_is_timed_over_http(url):
