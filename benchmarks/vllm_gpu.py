@@ -14,6 +14,7 @@ import platform
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -136,8 +137,20 @@ def facts():
         "command": shlex.join(["python", *sys.argv]),
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "device": device(),
+        "host": {"processors": os.cpu_count(), "loop_s": loop_s()},
         "versions": versions,
     }
+
+
+def loop_s():
+    """Median time of adding up a million integers, in seconds: on a slow host, what Python launches takes longer."""
+
+    def once():
+        begun = time.perf_counter()
+        sum(range(10**6))
+        return time.perf_counter() - begun
+
+    return statistics.median(once() for _ in range(7))
 
 
 def device():

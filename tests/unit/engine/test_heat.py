@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvsim.engine.heat import HOT, MEMORY_S, READING, WARM, Heat
 from kvsim.runner import run
@@ -72,6 +74,21 @@ def test_one_that_does_not_slow_down_costs_nothing():
     heat = Heat(1.0)
     heat.ran(0, 100, 100)
     assert heat.took(100, 3.0, 2.0) == 3
+
+
+@given(
+    st.floats(1, 2),
+    st.lists(st.tuples(st.floats(0, 3), st.floats(1e-4, 2), st.floats(-0.5, 1)), min_size=1, max_size=30),
+)
+def test_a_step_is_never_faster_than_rested_nor_slower_than_sustained(sustained, steps):
+    heat, now = Heat(sustained), 0.0
+    for rest, seconds, share in steps:
+        now += rest
+        took = heat.took(now, seconds, share * seconds)
+        assert seconds <= took <= seconds * (1 + (sustained - 1) * max(0, share)) * (1 + 1e-12)
+        heat.ran(now, now + took, share * seconds)
+        now += took
+    assert heat.took(now + 20 * MEMORY_S, 1.0, 1.0) == 1
 
 
 def test_prompts_without_rest_come_later(make_profile, make_log, make_settings):
