@@ -21,9 +21,12 @@ Progress = Callable[[int, int, str], None]
 """Called with the points done, all of them, and what comes next."""
 FIRST_ID = 100
 _MOST_REPEATS = 4
+_SUSTAINED: Point = ("sustained", 0, 0)
 _MOST_SUSTAINED = 200
+_LARGEST_STEP = 8192
+"""A token budget that servers commonly have; what is computed in more steps lacks rest already."""
 _WARM_S = 1.0
-"""An H100 that computes from a rest on slows down within that time."""
+"""An H100 that computes from a rest on slows down within that time, and has rested in as much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +84,7 @@ def calibrate(
         if point[0] == "prefill":
             warmed = _prefill(endpoint, plan, prompts, kept, point, warmed)
         elif point[0] == "sustained":
-            _sustained(endpoint, plan, prompts, kept, point)
+            _sustained(endpoint, plan, prompts, kept)
         else:
             _decode(endpoint, plan, prompts, kept, point)
     if progress is not None:
@@ -95,15 +98,15 @@ def _tasks(plan: Plan) -> list[tuple[int, Point]]:
         (round_, ("prefill", *point)) for round_ in range(plan.repeats) for point in plan.prefill
     ]
     if plan.sustained_s:
-        tasks.append((0, ("sustained", *plan.sustained)))
+        tasks.append((0, _SUSTAINED))
     return tasks + [(0, ("decode", *point)) for point in plan.decode]
 
 
 def _words(point: Point) -> str:
     kind, a, b = point
-    if kind == "decode":
-        return f"decode of {a} x {b:,} tokens"
-    return f"prefill of {a:,} behind {b:,} tokens" + (", without rest" if kind == "sustained" else "")
+    if kind == "sustained":
+        return "prefills without rest"
+    return f"prefill of {a:,} behind {b:,} tokens" if kind == "prefill" else f"decode of {a} x {b:,} tokens"
 
 
 class _Prompts:
@@ -139,23 +142,35 @@ def _rested(endpoint: Endpoint, plan: Plan, prompt: list[int]) -> float:
     """Return the time to a prompt's first token, and have the engine rest behind it."""
     began = time.perf_counter()
     seconds = endpoint.first_token_s(prompt)
-    time.sleep(plan.rest * (time.perf_counter() - began))
+    time.sleep(min(_WARM_S, plan.rest * (time.perf_counter() - began)))
     return seconds
 
 
-def _sustained(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, point: Point) -> None:
+def _sustained(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State) -> None:
     """Measure a prefill again and again without rest; it counts from when the GPU had been computing for a while."""
-    _, new, cached = point
-    prefix = prompts.fresh(f"prefix {cached}", cached)
     seconds, began = list[float](), time.perf_counter()
-    for number in range(_MOST_SUSTAINED):
+    new = _repeated(kept)
+    for number in range(_MOST_SUSTAINED if new else 0):
         since = time.perf_counter() - began
         if since > plan.sustained_s and seconds:
             break
-        took = endpoint.first_token_s([*prefix, *prompts.fresh(f"sustained {number}", new)])
+        took = endpoint.first_token_s(prompts.fresh(f"sustained {number}", new))
         if since >= _WARM_S:
             seconds.append(took)
-    kept.add(point, seconds)
+    kept.add(_SUSTAINED, seconds)
+
+
+def _repeated(kept: State) -> int:
+    """Return the tokens of the prefill to repeat without rest: the longest that a GPU computes before it slows down.
+
+    0 where all take longer: those are slower for want of rest by themselves.
+    """
+    times = {
+        new: np.median(seconds)
+        for (kind, new, cached), seconds in kept.seconds.items()
+        if kind == "prefill" and not cached
+    }
+    return max((new for new, seconds in times.items() if new <= _LARGEST_STEP and seconds <= _WARM_S / 2), default=0)
 
 
 def _decode(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, point: Point) -> None:
@@ -192,8 +207,8 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
     today = dt.datetime.now(tz=dt.UTC).date().isoformat()
     source = f"kvsim calibrate, {endpoint.where}, {facts.model}, {today}"
     filled = len(grid.x) * len(grid.y) - len(prefill)
-    without_rest = kept.seconds.get(("sustained", *plan.sustained), [])
-    slower = _slower(without_rest, ttft[plan.sustained], base + token * sum(plan.sustained))
+    without_rest, repeated = kept.seconds.get(_SUSTAINED, []), _repeated(kept)
+    slower = _slower(without_rest, ttft.get((repeated, 0), 0.0), base + token * repeated)
     return Profile(
         name=facts.name,
         model=facts.model,
@@ -236,9 +251,9 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
             "sustained": Part(
                 kind="measured" if without_rest else "assumed",
                 source=source,
-                error=f"{len(without_rest)} prefills of {plan.sustained[0]:,} tokens without rest"
+                error=f"{len(without_rest)} prefills of {repeated:,} tokens without rest"
                 if without_rest
-                else "no prefill takes long enough, or none was measured without rest",
+                else "no prefill was measured without rest: they are too short for that, too long, or it was left out",
             ),
         },
         sustained=slower,

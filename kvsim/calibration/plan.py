@@ -9,10 +9,6 @@ BATCH = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = (16, 1024, 4096, 16_384, 32_768)
 
 
-LARGEST_STEP = 8192
-"""A token budget that servers commonly have; a longer prefill is slower than its steps' for lack of rest already."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The points of a calibration.
@@ -24,8 +20,8 @@ class Plan:
             for what disturbs a host often lasts for seconds.
         least_s: Where points are repeated at all, a prefill point is until that took so long, 4 x `repeats` times at
             most: a short step is disturbed more easily, and costs less to repeat.
-        rest: The pause behind each prefill, as a share of what it took: a GPU that computes without rest soon lowers
-            its clock. How much longer prefills take then (`Profile.sustained`) is measured by itself.
+        rest: The pause behind each prefill, as a share of what it took, a second at most: a GPU that computes without
+            rest soon lowers its clock. How much longer prefills take then (`Profile.sustained`) is measured by itself.
         sustained_s: For how long prompts are computed without rest for that; 0: it is not measured.
         decode_steps: Tokens that each request of a decode point puts out.
         vocabulary: Prompts are drawn from token ids below it, the lowest 100 left out (special ones, mostly).
@@ -51,12 +47,6 @@ class Plan:
             raise ValueError("a calibration rests, and computes without rest, for no less than no time")
         if self.repeats < 1 or self.decode_steps < 4 or self.vocabulary < 200:
             raise ValueError("a calibration needs 1 repeat, 4 decode steps and 200 token ids at least")
-
-    @property
-    def sustained(self) -> tuple[int, int]:
-        """The prefill that is measured without rest as well."""
-        steps = [point for point in self.prefill if not point[1] and point[0] <= LARGEST_STEP]
-        return max(steps or self.prefill, key=lambda point: (-point[1], point[0]))
 
 
 def make_plan(

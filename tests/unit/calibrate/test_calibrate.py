@@ -178,10 +178,44 @@ def test_without_a_measurement_a_gpu_does_not_slow_down():
     assert profile.provenance["sustained"].kind == "assumed"
 
 
-def test_the_largest_step_is_measured_without_rest():
-    assert PLAN.sustained == (4096, 0)
-    points = ((1, 0), (8192, 0), (32_768, 0), (1, 512), (32_768, 512))
-    assert replace(PLAN, prefill=points).sustained == (8192, 0)
+@pytest.mark.parametrize(("slower_engine", "tokens"), [(1, 4096), (6, 2048), (1000, 0)])
+def test_the_longest_step_before_a_gpu_slows_down_is_measured_without_rest(monkeypatch, slower_engine, tokens):
+    clock = Clock()
+    monkeypatch.setattr("kvsim.calibration.measure.time", clock)
+    asked = []
+
+    class Slow(Engine):
+        def first_token_s(self, prompt):
+            asked.append(len(prompt))
+            took = slower_engine * super().first_token_s(prompt)
+            clock.now += took
+            return took
+
+    points = ((64, 0), (2048, 0), (4096, 0), (16_384, 0), (64, 1024), (2048, 1024), (4096, 1024))
+    profile = calibrate(Slow(), replace(PLAN, prefill=points, decode=((1, 16), (8, 16), (1, 1024), (8, 1024))), FACTS)
+    assert profile.sustained == 1
+    part = profile.provenance["sustained"]
+    assert part.kind == ("measured" if tokens else "assumed")
+    if tokens:
+        assert f"of {tokens:,} tokens" in part.error
+        assert asked.count(tokens) > 10
+
+
+def test_a_rest_is_a_second_at_most(monkeypatch):
+    clock = Clock()
+    rests = []
+    monkeypatch.setattr("kvsim.calibration.measure.time", clock)
+    monkeypatch.setattr(clock, "sleep", rests.append)
+
+    class Timed(Engine):
+        def first_token_s(self, prompt):
+            took = 50 * super().first_token_s(prompt)
+            clock.now += took
+            return took
+
+    calibrate(Timed(), replace(PLAN, rest=0.5, repeats=1), FACTS)
+    assert max(rests) == 1
+    assert min(rests) < 0.5
 
 
 @pytest.mark.parametrize("stop", [1, 20, 70])
