@@ -70,7 +70,7 @@ def calibrate(
     """
     about = {"model": endpoint.model, "where": endpoint.where, "seed": plan.seed, "vocabulary": plan.vocabulary}
     kept = State(state, about)
-    prompts = _Prompts(plan)
+    prompts = _Prompts(plan, kept.resumed)
     tasks = _tasks(plan)
     warmed: int | None = None
     for number, (round_, point) in enumerate(tasks):
@@ -110,10 +110,10 @@ def _words(point: Point) -> str:
 
 
 class _Prompts:
-    """Random prompts; the same words for the same name, whatever was measured before."""
+    """Random prompts; the same words for the same name, whatever was measured before, but others in each run."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._seed = plan.seed
+    def __init__(self, plan: Plan, resumed: int) -> None:
+        self._seed = f"{plan.seed}/{resumed}" if resumed else f"{plan.seed}"
         self._high = plan.vocabulary
 
     def fresh(self, name: str, tokens: int) -> list[int]:

@@ -32,11 +32,15 @@ class State:
         self.rounds: Counter[Point] = Counter()
         """How often each point has been measured, a few times each time."""
         self.failed: dict[Point, str] = {}
+        self.resumed = 0
+        """How often it was gone on with; what was cut off may have left its prompt in the engine's cache."""
         self._path = path
         if path is None:
             return
         if path.exists() and path.stat().st_size:
             self._read(path, about)
+            self.resumed += 1
+            self._append({"resumed": self.resumed})
         else:
             path.write_text(json.dumps({"calibration": about}) + "\n", encoding="utf-8")
 
@@ -73,6 +77,9 @@ class State:
         for number, line in enumerate(lines[1:], 2):
             try:
                 row = json.loads(line)
+                if "resumed" in row:
+                    self.resumed = int(row["resumed"])
+                    continue
                 kind, a, b = row["point"]
                 self._keep((kind, int(a), int(b)), [float(value) for value in row["seconds"]])
             except (ValueError, LookupError, TypeError):

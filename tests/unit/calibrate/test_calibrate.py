@@ -236,6 +236,28 @@ def test_half_a_calibration_goes_on_where_it_stopped(tmp_path, stop):
     assert third.calls == 0
 
 
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+def test_what_was_cut_off_is_not_found_in_the_cache(tmp_path, stop):
+    engine = Engine()
+    computed = []
+    inner = engine.first_token_s
+
+    def first_token_s(prompt):
+        computed.append(tuple(prompt))
+        took = inner(prompt)
+        if len(computed) == stop:
+            raise KeyboardInterrupt  # the engine has computed it, and nobody has taken note
+        return took
+
+    engine.first_token_s = first_token_s
+    state = tmp_path / "state.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(engine, PLAN, FACTS, state=state)
+    cut_off = computed[-1]
+    calibrate(engine, PLAN, FACTS, state=state)
+    assert cut_off not in computed[stop:]
+
+
 def test_a_state_of_something_else_is_refused(tmp_path):
     state = tmp_path / "state.jsonl"
     calibrate(Engine(), PLAN, FACTS, state=state)
