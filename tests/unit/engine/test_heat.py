@@ -107,3 +107,22 @@ def test_prompts_without_rest_come_later(make_profile, make_log, make_settings):
     assert steps[-1] == pytest.approx(0.24, rel=0.002)
     apart = make_log([float(second) for second in range(10)], [1000] * 10)
     assert run(apart, settings, baseline=False).columns["ttft_s"] == pytest.approx(0.2)
+
+
+def test_a_rest_counts_whether_or_not_a_step_was_asked_for_before():
+    heat = Heat(1.5)
+    heat.ran(0, 100, 100)
+    heat.ran(120, 120.2, 0.2)
+    assert heat.took(120.2, 1.0, 1.0) == 1
+
+
+def test_decodes_in_between_are_no_rest(make_profile, make_log, make_settings):
+    def last_prefill_s(sustained, decodes):
+        profile = replace(make_profile(linear=2e-4, decode=1e-3), sustained=sustained)
+        times = [0.0] * decodes + [0.5 * number for number in range(1, 9)]
+        log = make_log(times, [16] * decodes + [2000] * 8, [6000] * decodes + [1] * 8)
+        return run(log, make_settings(profile), baseline=False).columns["ttft_s"][-1]
+
+    resting, decoding = (last_prefill_s(1.5, decodes) / last_prefill_s(1.0, decodes) for decodes in (0, 1))
+    assert resting == pytest.approx(1)
+    assert decoding > 1.05
