@@ -4,8 +4,9 @@
 
 Bursts of about 0.08 and 0.26 s (8 and 25 times ten 8192 x 4096 x 12288 products in bf16) fill shares of the time from a
 fifth to all of it; the time of ten products is told for each share, of bursts in the second half of three seconds. Then
-how a GPU that has rested slows down, product by product, and what a pause of 0.01 to 2 s gives back. The simulator's
-`kvsim.engine.heat` is read off this. 45 s; nothing else may use the GPU.
+the same with memory read in the pauses, as steps of decodes do; how a GPU that has rested slows down, product by
+product; and what a pause of 0.01 to 2 s gives back. The simulator's `kvsim.engine.heat` is read off this. 70 s; nothing
+else may use the GPU.
 """
 
 import argparse
@@ -22,7 +23,7 @@ PAUSES_S = (0.01, 0.03, 0.1, 0.3, 1.0, 2.0)
 
 
 class Products:
-    """Ten products at a time, timed on the device."""
+    """Ten products at a time, timed on the device, and reading in between."""
 
     def __init__(self):
         import torch  # noqa: PLC0415 - takes seconds, and --help needs none
@@ -32,6 +33,8 @@ class Products:
             torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((8192, 4096), (4096, 12288))
         )
         self._out = torch.empty(8192, 12288, device="cuda", dtype=torch.bfloat16)
+        self._weights = torch.randn(65_536, 8192, device="cuda", dtype=torch.bfloat16)  # 1 GiB
+        self._vector = torch.randn(8192, device="cuda", dtype=torch.bfloat16)
 
     def burst(self, tens):
         """Seconds of each ten products, `tens` times without rest."""
@@ -44,14 +47,22 @@ class Products:
         self._torch.cuda.synchronize()
         return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
 
+    def read(self, seconds):
+        """Multiply a matrix of 1 GiB by a vector, again and again: what a step of few decodes is, mostly."""
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            for _ in range(5):
+                self._torch.mv(self._weights, self._vector)
+            self._torch.cuda.synchronize()
 
-def at_share(products, tens, share):
-    """Seconds of ten products in bursts that fill a share of the time."""
+
+def at_share(products, tens, share, pause=time.sleep):
+    """Seconds of ten products in bursts that fill a share of the time, and something else the rest of it."""
     rows, begun = [], time.perf_counter()
     while time.perf_counter() - begun < 3:
         took = sum(products.burst(tens))
         rows.append(took / tens)
-        time.sleep(took * (1 - share) / share)
+        pause(took * (1 - share) / share)
     return statistics.median(rows[len(rows) // 2 :])
 
 
@@ -82,10 +93,16 @@ def main():
             for tens in BURSTS
             for share in SHARES
         ],
+        "shares_with_reading": [
+            {"burst": tens, "share": share, "seconds": at_share(products, tens, share, products.read)}
+            for tens in BURSTS
+            for share in SHARES[:-1]
+        ],
     }
     write(given.out, result)
-    for row in result["shares"]:
-        say(f"bursts of {row['burst']}, {row['share']:.0%} of the time: {1e3 * row['seconds']:.3f} ms")
+    for what, told in (("shares", "the time"), ("shares_with_reading", "the time, and reading")):
+        for row in result[what]:
+            say(f"bursts of {row['burst']}, {row['share']:.0%} of {told}: {1e3 * row['seconds']:.3f} ms")
 
 
 if __name__ == "__main__":
