@@ -88,13 +88,12 @@ class Validation:
 
     Attributes:
         requests: Rows of the log.
-        fitted: Rows that the baseline was fitted on; nothing else is said of them but hits.
-        compared: Rows after those whose TTFT is compared.
+        compared: Rows whose TTFT is recorded.
         hits: By tier, and `loaded`; those that the log records.
         ttft: By percentile.
         mean_absolute_error_s: Of TTFT, request by request.
         median_relative_error: Median over requests of |predicted / recorded - 1|.
-        baseline_mean_absolute_error_s: Of the baseline, the mean TTFT of the fitted rows of similar prompt length.
+        baseline_mean_absolute_error_s: Of the baseline, the mean TTFT of other requests of similar prompt length.
         beats_baseline: Whether the simulation's mean absolute error is the smaller one.
         parts: Queue, load and prefill; empty where the log does not record them.
         groups: By prompt length, the worst first.
@@ -104,7 +103,6 @@ class Validation:
     """
 
     requests: int
-    fitted: int
     compared: int
     hits: Mapping[str, Hits]
     ttft: Mapping[str, Quantile]
@@ -120,7 +118,7 @@ class Validation:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as an object that JSON can carry; the run's own under `run`."""
-        plain = ("requests", "fitted", "compared", "mean_absolute_error_s", "median_relative_error", "beats_baseline")
+        plain = ("requests", "compared", "mean_absolute_error_s", "median_relative_error", "beats_baseline")
         return {
             **{name: getattr(self, name) for name in plain},
             "baseline_mean_absolute_error_s": self.baseline_mean_absolute_error_s,
@@ -138,21 +136,19 @@ def validate(
     log: Log,
     settings: RunSettings,
     *,
-    fit_share: float = 0.3,
     handling: bool = True,
     resamples: int = 500,
     progress: Progress | None = None,
 ) -> Validation:
     """Simulate a recorded log and compare.
 
-    The settings' profile must not have been calibrated on this log. The baseline is fitted on the log's first requests,
-    and TTFT is compared on the others, so its data are disjoint too.
+    The settings' profile must not have been calibrated on this log. The baseline that every second request is compared
+    with is fitted on those between, and theirs on these, so its data are disjoint too.
 
     Args:
         log: A log with the column `ttft_ms`; `l0_tokens`, `matched_l1`, `matched_l2`, `loaded_tokens`, `queue_ms`,
             `load_ms` and `prefill_ms` are compared where it has them.
         settings: What it was recorded under.
-        fit_share: Share of the requests that the baseline is fitted on.
         handling: Whether the recorded TTFT and queue begin at the request's arrival at the server, as `kvcore serve
             --record` writes them, or only inside the engine, behind the server's own handling.
         resamples: Of the bootstrap.
@@ -167,34 +163,39 @@ def validate(
     if not handling:
         predicted = predicted - result.columns["handling_s"].astype(np.float64)
     usable = np.flatnonzero(np.isfinite(recorded) & np.isfinite(predicted) & (recorded > 0))
-    cut = round(fit_share * len(usable))
-    fit, held = usable[:cut], usable[cut:]
-    if len(fit) < BINS or len(held) < BINS:
+    if len(usable) < 4 * BINS:
         raise SettingsError(f"{len(usable)} requests have a recorded ttft_ms; a comparison needs {4 * BINS} at least")
-    baseline = mean_by_length(log.input_tokens[fit], recorded[fit], log.input_tokens[held])
-    parts = {name: _part(log, result, held, name) for name in PARTS if _has(log, f"{name}_ms", held)}
+    baseline = from_others(log.input_tokens[usable], recorded[usable])
+    parts = {name: _part(log, result, usable, name) for name in PARTS if _has(log, f"{name}_ms", usable)}
     if handling and "queue" in parts:
         there, then = parts["queue"]
-        parts["queue"] = there + result.columns["handling_s"].astype(np.float64)[held], then
+        parts["queue"] = there + result.columns["handling_s"].astype(np.float64)[usable], then
     errors = {name: np.abs(there - then) for name, (there, then) in parts.items()}
     return Validation(
         requests=len(log),
-        fitted=len(fit),
-        compared=len(held),
+        compared=len(usable),
         hits={name: _hits(log, result, column) for name, column in HITS.items() if _has(log, column)},
-        ttft=_quantiles(predicted[held], recorded[held], baseline, resamples, settings.seed),
-        mean_absolute_error_s=float(np.mean(np.abs(predicted[held] - recorded[held]))),
-        median_relative_error=float(np.median(np.abs(predicted[held] / recorded[held] - 1))),
-        baseline_mean_absolute_error_s=float(np.mean(np.abs(baseline - recorded[held]))),
+        ttft=_quantiles(predicted[usable], recorded[usable], baseline, resamples, settings.seed),
+        mean_absolute_error_s=float(np.mean(np.abs(predicted[usable] - recorded[usable]))),
+        median_relative_error=float(np.median(np.abs(predicted[usable] / recorded[usable] - 1))),
+        baseline_mean_absolute_error_s=float(np.mean(np.abs(baseline - recorded[usable]))),
         beats_baseline=bool(
-            np.mean(np.abs(predicted[held] - recorded[held])) < np.mean(np.abs(baseline - recorded[held]))
+            np.mean(np.abs(predicted[usable] - recorded[usable])) < np.mean(np.abs(baseline - recorded[usable]))
         ),
         parts=_parts(parts, errors),
-        groups=_groups(log.input_tokens[held], predicted[held], recorded[held], errors),
-        worst=_worst(held, log.input_tokens[held], predicted[held], recorded[held], errors),
-        cdf=_cdf(predicted[held], recorded[held], baseline),
+        groups=_groups(log.input_tokens[usable], predicted[usable], recorded[usable], errors),
+        worst=_worst(usable, log.input_tokens[usable], predicted[usable], recorded[usable], errors),
+        cdf=_cdf(predicted[usable], recorded[usable], baseline),
         result=result,
     )
+
+
+def from_others(tokens: NDArray[np.int64], ttft: Floats) -> Floats:
+    """Return the baseline's TTFT of each request: `mean_by_length` of every second one, for those between."""
+    found = np.empty_like(ttft)
+    for here, there in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+        found[here] = mean_by_length(tokens[there], ttft[there], tokens[here])
+    return found
 
 
 def mean_by_length(fit_tokens: NDArray[np.int64], fit_ttft: Floats, tokens: NDArray[np.int64]) -> Floats:

@@ -44,7 +44,6 @@ from kvsim.cli.options import (
     TensorParallel,
     Traces,
 )
-from kvsim.errors import UsageError
 
 
 def validate(  # noqa: PLR0913, PLR0917 - a command's options
@@ -86,12 +85,6 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     store_output: StoreOutput = False,
     load: LoadName = "auto",
     lookup_s: LookupS = 0.0,
-    fit_share: Annotated[
-        float,
-        typer.Option(
-            help="Share of the requests that fit the baseline; the others are compared.", rich_help_panel="Output"
-        ),
-    ] = 0.3,
     handling: Annotated[
         bool,
         typer.Option(
@@ -151,8 +144,6 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
 
         check_available()
         check_writable(report)
-    if not 0 < fit_share < 1:
-        raise UsageError(f"--fit-share {fit_share:g}: a fraction between 0 and 1")
     replayed = None if journal is None else replay(journal)
     with stages(progress) as shown:
         log = read_log(trace, block_size, skip_bad, shown)
@@ -163,7 +154,6 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
         found = compared(
             log,
             settings,
-            fit_share=fit_share,
             handling=handling,
             progress=lambda done, total: shown.update("running", done, total),
         )

@@ -37,11 +37,13 @@ def sentences(found: Validation) -> list[str]:
             f"of the requests are within {percent(found.median_relative_error)}."
         ),
         (
-            f"It {better} the baseline, the mean TTFT by prompt length, whose mean absolute error is "
+            f"It {better} the baseline, the mean TTFT of others by prompt length, whose mean absolute error is "
             f"{seconds(found.baseline_mean_absolute_error_s)}."
         ),
         where(found),
-        f"{found.compared:,} requests are compared; the {found.fitted:,} before them fitted the baseline.",
+        ""
+        if found.compared == found.requests
+        else f"{found.compared:,} requests have a recorded TTFT to compare with.",
     ]
     return [sentence for sentence in words if sentence]
 

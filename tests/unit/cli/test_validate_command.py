@@ -104,8 +104,6 @@ def test_a_log_without_ttft_is_refused(kvsim_command, command, recorded, trace):
 def test_bad_settings(kvsim_command, command, tmp_path):
     for arguments, word in (
         ((*command, "--chunk-tokens", 24), "24 is no multiple of the log's block of 16"),
-        ((*command, "--fit-share", 1), "--fit-share 1"),
-        ((*command, "--fit-share", 0.99), "a comparison needs"),
         ((*command, "--report", tmp_path / "no" / "r.html"), "no folder"),
         ((*command, "--journal", tmp_path), "no journal in"),
         ((*command, "--l0-block-tokens", 0), "--l0-block-tokens is 0"),

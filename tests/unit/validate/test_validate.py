@@ -3,11 +3,13 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvsim.engine.settings import RunSettings, SettingsError
 from kvsim.profiles import lookup
 from kvsim.runner import run
-from kvsim.validation import mean_by_length, validate
+from kvsim.validation import from_others, mean_by_length, validate
 from kvtraces import Chat, Poisson, generate
 
 PROFILE = lookup("qwen3-8b", "h100")
@@ -47,7 +49,7 @@ def test_a_simulation_validates_itself(truth):
     assert max(part.mean_absolute_error_s for part in found.parts.values()) == pytest.approx(0, abs=1e-9)
     assert found.beats_baseline
     assert found.baseline_mean_absolute_error_s > 1e-3
-    assert found.fitted + found.compared == 600
+    assert found.compared == found.requests == 600
     json.dumps(found.as_dict())
 
 
@@ -92,12 +94,16 @@ def test_times_taken_inside_the_engine_are_without_the_handling(truth):
     assert validate(inside, SETTINGS).mean_absolute_error_s > 1e-3
 
 
-def test_the_baseline_is_fitted_on_other_requests_only(truth):
-    ttft = 1e3 * truth.columns["ttft_s"]
-    spoiled = ttft.copy()
-    spoiled[180:] *= 3  # after the fitted 30%
-    a, b = (validate(recorded(truth, ttft_ms=values), SETTINGS) for values in (ttft, spoiled))
-    np.testing.assert_allclose(a.cdf["baseline_s"], b.cdf["baseline_s"])
+@given(st.integers(2, 60), st.integers(0, 2**32))
+def test_the_baseline_is_fitted_on_other_requests_only(count, seed):
+    rng = np.random.default_rng(seed)
+    tokens, ttft = rng.integers(1, 5000, count), rng.uniform(0.01, 1, count)
+    before = from_others(tokens, ttft)
+    np.testing.assert_allclose(before[1::2], mean_by_length(tokens[::2], ttft[::2], tokens[1::2]))
+    np.testing.assert_allclose(before[::2], mean_by_length(tokens[1::2], ttft[1::2], tokens[::2]))
+    row = int(rng.integers(count))
+    ttft[row] *= 3
+    assert from_others(tokens, ttft)[row] == before[row]
 
 
 def test_mean_by_length_is_the_mean_of_the_bin():
@@ -110,7 +116,7 @@ def test_rows_without_ttft_are_simulated_but_not_compared(truth):
     ttft = 1e3 * truth.columns["ttft_s"]
     ttft[::3] = np.nan
     found = validate(recorded(truth, ttft_ms=ttft), SETTINGS)
-    assert found.fitted + found.compared == 400
+    assert (found.compared, found.requests) == (400, 600)
     assert found.mean_absolute_error_s == pytest.approx(0, abs=1e-9)
 
 
