@@ -22,7 +22,7 @@ Progress = Callable[[int, int, str], None]
 FIRST_ID = 100
 _MOST_REPEATS = 4
 _SUSTAINED: Point = ("sustained", 0, 0)
-_MOST_SUSTAINED = 200
+_LEAST_SUSTAINED, _MOST_SUSTAINED = 5, 1000
 _LARGEST_STEP = 8192
 """A token budget that servers commonly have; what is computed in more steps lacks rest already."""
 _WARM_S = 1.0
@@ -157,7 +157,7 @@ def _sustained(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State) -
         took = endpoint.first_token_s(prompts.fresh(f"sustained {number}", new))
         if since >= _WARM_S:
             seconds.append(took)
-    kept.add(_SUSTAINED, seconds)
+    kept.add(_SUSTAINED, seconds if len(seconds) >= _LEAST_SUSTAINED else [])
 
 
 def _repeated(kept: State) -> int:

@@ -201,6 +201,23 @@ def test_the_longest_step_before_a_gpu_slows_down_is_measured_without_rest(monke
         assert asked.count(tokens) > 10
 
 
+def test_a_few_prefills_without_rest_say_nothing(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("kvsim.calibration.measure.time", clock)
+
+    class Short(Engine):
+        """Has hardly computed for a second after a thousand prefills, and then takes three times as long."""
+
+        def first_token_s(self, prompt):
+            took = super().first_token_s(prompt)
+            clock.now += 1.003e-3 if len(prompt) == 4096 else 0
+            return took if clock.now < 1 else 3 * took
+
+    profile = calibrate(Short(), replace(PLAN, rest=0, repeats=1), FACTS)
+    assert profile.sustained == 1
+    assert profile.provenance["sustained"].kind == "assumed"
+
+
 def test_a_rest_is_a_second_at_most(monkeypatch):
     clock = Clock()
     rests = []
