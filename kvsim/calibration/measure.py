@@ -202,7 +202,7 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
     fit = fit_prefill(prefill)
     grid = prefill_grid(prefill, fit)
     misses = [abs(fit.at(n, c) / seconds - 1) for (n, c), seconds in prefill.items()]
-    share = spread(kept.seconds)
+    share = spread({point: seconds for point, seconds in kept.seconds.items() if point != _SUSTAINED})
     told = "one measurement a point" if np.isnan(share) else f"repeats of a point spread by {100 * share:.1f}% (median)"
     today = dt.datetime.now(tz=dt.UTC).date().isoformat()
     source = f"kvsim calibrate, {endpoint.where}, {facts.model}, {today}"
