@@ -22,7 +22,9 @@ Progress = Callable[[int, int, str], None]
 FIRST_ID = 100
 _MOST_REPEATS = 4
 _SUSTAINED: Point = ("sustained", 0, 0)
-_LEAST_SUSTAINED, _MOST_SUSTAINED = 5, 1000
+_LEAST_SUSTAINED, _MOST_SUSTAINED = 5, 400
+_HOT_S = 0.02
+"""A prefill that takes less is launching and handling, mostly, which warms no GPU."""
 _LARGEST_STEP = 8192
 """A token budget that servers commonly have; what is computed in more steps lacks rest already."""
 _WARM_S = 1.0
@@ -163,14 +165,15 @@ def _sustained(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State) -
 def _repeated(kept: State) -> int:
     """Return the tokens of the prefill to repeat without rest: the longest that a GPU computes before it slows down.
 
-    0 where all take longer: those are slower for want of rest by themselves.
+    0 where all take longer, being slower for want of rest by themselves, or none takes long enough.
     """
     times = {
         new: np.median(seconds)
         for (kind, new, cached), seconds in kept.seconds.items()
         if kind == "prefill" and not cached
     }
-    return max((new for new, seconds in times.items() if new <= _LARGEST_STEP and seconds <= _WARM_S / 2), default=0)
+    fitting = (new for new, seconds in times.items() if new <= _LARGEST_STEP and _HOT_S <= seconds <= _WARM_S / 2)
+    return max(fitting, default=0)
 
 
 def _decode(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, point: Point) -> None:

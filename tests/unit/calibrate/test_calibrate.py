@@ -178,7 +178,7 @@ def test_without_a_measurement_a_gpu_does_not_slow_down():
     assert profile.provenance["sustained"].kind == "assumed"
 
 
-@pytest.mark.parametrize(("slower_engine", "tokens"), [(1, 4096), (6, 2048), (1000, 0)])
+@pytest.mark.parametrize(("slower_engine", "tokens"), [(1, 4096), (6, 2048), (1000, 0), (0.01, 0)])
 def test_the_longest_step_before_a_gpu_slows_down_is_measured_without_rest(monkeypatch, slower_engine, tokens):
     clock = Clock()
     monkeypatch.setattr("kvsim.calibration.measure.time", clock)
@@ -199,6 +199,8 @@ def test_the_longest_step_before_a_gpu_slows_down_is_measured_without_rest(monke
     if tokens:
         assert f"of {tokens:,} tokens" in part.error
         assert asked.count(tokens) > 10
+    else:
+        assert max(asked.count(new) for new, _ in points) < 15
 
 
 def test_a_few_prefills_without_rest_say_nothing(monkeypatch):
@@ -206,11 +208,11 @@ def test_a_few_prefills_without_rest_say_nothing(monkeypatch):
     monkeypatch.setattr("kvsim.calibration.measure.time", clock)
 
     class Short(Engine):
-        """Has hardly computed for a second after a thousand prefills, and then takes three times as long."""
+        """Has hardly computed for a second after four hundred prefills, and then takes three times as long."""
 
         def first_token_s(self, prompt):
             took = super().first_token_s(prompt)
-            clock.now += 1.003e-3 if len(prompt) == 4096 else 0
+            clock.now += 2.508e-3 if len(prompt) == 4096 else 0
             return took if clock.now < 1 else 3 * took
 
     profile = calibrate(Short(), replace(PLAN, rest=0, repeats=1), FACTS)
