@@ -171,17 +171,18 @@ def validate(
         there, then = parts["queue"]
         parts["queue"] = there + result.columns["handling_s"].astype(np.float64)[usable], then
     errors = {name: np.abs(there - then) for name, (there, then) in parts.items()}
+    error, baseline_error = (
+        float(np.mean(np.abs(there - recorded[usable]))) for there in (predicted[usable], baseline)
+    )
     return Validation(
         requests=len(log),
         compared=len(usable),
         hits={name: _hits(log, result, column) for name, column in HITS.items() if _has(log, column)},
         ttft=_quantiles(predicted[usable], recorded[usable], baseline, resamples, settings.seed),
-        mean_absolute_error_s=float(np.mean(np.abs(predicted[usable] - recorded[usable]))),
+        mean_absolute_error_s=error,
         median_relative_error=float(np.median(np.abs(predicted[usable] / recorded[usable] - 1))),
-        baseline_mean_absolute_error_s=float(np.mean(np.abs(baseline - recorded[usable]))),
-        beats_baseline=bool(
-            np.mean(np.abs(predicted[usable] - recorded[usable])) < np.mean(np.abs(baseline - recorded[usable]))
-        ),
+        baseline_mean_absolute_error_s=baseline_error,
+        beats_baseline=error < baseline_error,
         parts=_parts(parts, errors),
         groups=_groups(log.input_tokens[usable], predicted[usable], recorded[usable], errors),
         worst=_worst(usable, log.input_tokens[usable], predicted[usable], recorded[usable], errors),
@@ -193,8 +194,8 @@ def validate(
 def from_others(tokens: NDArray[np.int64], ttft: Floats) -> Floats:
     """Return the baseline's TTFT of each request: `mean_by_length` of every second one, for those between."""
     found = np.empty_like(ttft)
-    for here, there in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
-        found[here] = mean_by_length(tokens[there], ttft[there], tokens[here])
+    for here, others in ((0, 1), (1, 0)):
+        found[here::2] = mean_by_length(tokens[others::2], ttft[others::2], tokens[here::2])
     return found
 
 
@@ -225,10 +226,10 @@ def _has(log: Log, column: str, rows: NDArray[np.int64] | None = None) -> bool:
     return bool(np.isfinite(picked).any())
 
 
-def _part(log: Log, result: RunResult, held: NDArray[np.int64], name: str) -> tuple[Floats, Floats]:
+def _part(log: Log, result: RunResult, rows: NDArray[np.int64], name: str) -> tuple[Floats, Floats]:
     """Return a part of TTFT as predicted and as recorded; what was not recorded is taken as predicted."""
-    predicted = result.columns[f"{name}_s"].astype(np.float64)[held]
-    recorded = 1e-3 * _recorded(log, f"{name}_ms")[held]
+    predicted = result.columns[f"{name}_s"].astype(np.float64)[rows]
+    recorded = 1e-3 * _recorded(log, f"{name}_ms")[rows]
     return predicted, np.where(np.isfinite(recorded), recorded, predicted)
 
 
@@ -311,7 +312,7 @@ def _groups(
 
 
 def _worst(
-    held: NDArray[np.int64],
+    requests: NDArray[np.int64],
     tokens: NDArray[np.int64],
     predicted: Floats,
     recorded: Floats,
@@ -320,7 +321,7 @@ def _worst(
     rows = np.argsort(-np.abs(predicted - recorded), kind="stable")[:10]
     return tuple(
         Worst(
-            request=int(held[row]),
+            request=int(requests[row]),
             prompt_tokens=int(tokens[row]),
             predicted_s=float(predicted[row]),
             recorded_s=float(recorded[row]),

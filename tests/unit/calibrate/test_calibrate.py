@@ -192,7 +192,9 @@ def test_the_longest_step_before_a_gpu_slows_down_is_measured_without_rest(monke
             return took
 
     points = ((64, 0), (2048, 0), (4096, 0), (16_384, 0), (64, 1024), (2048, 1024), (4096, 1024))
-    profile = calibrate(Slow(), replace(PLAN, prefill=points, decode=((1, 16), (8, 16), (1, 1024), (8, 1024))), FACTS)
+    decodes = ((1, 16), (8, 16), (1, 1024), (8, 1024))
+    profile = calibrate(Slow(), replace(PLAN, prefill=points, decode=decodes, repeats=1), FACTS)
+    assert "one measurement a point" in profile.provenance["prefill"].error
     assert profile.sustained == 1
     part = profile.provenance["sustained"]
     assert part.kind == ("measured" if tokens else "assumed")

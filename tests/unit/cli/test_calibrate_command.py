@@ -24,6 +24,7 @@ def test_a_profile_is_written_that_the_others_take(kvsim_command, command, serve
     found = kvsim_command.json(*command)
     profile = load(out)
     assert found["profile"] == str(out)
+    assert found["sustained"] == profile.sustained == 1
     assert (profile.name, profile.model, profile.gpu) == ("h100-qwen3-8b", "qwen3-8b", "h100")
     assert profile.max_model_len == served.max_model_len
     assert profile.kv_bytes_per_token == 147_456

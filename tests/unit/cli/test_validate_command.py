@@ -101,6 +101,14 @@ def test_a_log_without_ttft_is_refused(kvsim_command, command, recorded, trace):
     assert "no ttft_ms column" in kvsim_command.refused(*command)
 
 
+def test_a_short_log_is_refused(kvsim_command, command, recorded, trace):
+    log, untimed = recorded
+    ttft = np.where(np.arange(len(log)) < 79, log.extra["ttft_ms"], np.nan)
+    trace.unlink()
+    write(dataclasses.replace(untimed, extra={**untimed.extra, "ttft_ms": ttft}), trace)
+    assert "a comparison needs" in kvsim_command.refused(*command)
+
+
 def test_bad_settings(kvsim_command, command, tmp_path):
     for arguments, word in (
         ((*command, "--chunk-tokens", 24), "24 is no multiple of the log's block of 16"),

@@ -166,6 +166,8 @@ def test_a_profile_survives_its_file(tmp_path):
         ({"decode": None}, "p.json"),
         ({"format": 9}, "format"),
         ({"duplex": 0}, "duplex"),
+        ({"sustained": 0.99}, "sustained"),
+        ({"sustained": math.inf}, "sustained"),
         ({"speed": 3}, "speed"),
         ({"transfers": {}}, "h2d and d2h"),
     ],
