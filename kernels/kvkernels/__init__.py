@@ -10,7 +10,7 @@ from kvkernels.errors import DeviceError, LayoutError, RequestError
 from kvkernels.layouts import PagedLayout, Plane, describe
 from kvkernels.packing import packable, packed_layout
 from kvkernels.slots import Piece, Slot, Slots
-from kvkernels.transfer import Handle, Transfer
+from kvkernels.transfer import Handle, Measured, Transfer
 
 __all__ = [
     "Arena",
@@ -18,6 +18,7 @@ __all__ = [
     "Handle",
     "HostArena",
     "LayoutError",
+    "Measured",
     "PagedLayout",
     "Piece",
     "Plane",

@@ -2,45 +2,27 @@
 
 No kernel and no staging, so nothing is taken from the model at all; what it costs is the copy engine's and the driver's
 overhead for every row, so it suits large rows (cross-layer blocks, long blocks), single blocks, and consecutive block
-ids, whose rows are merged into one copy. The arrays of addresses are computed by NumPy; see `cuda_driver.py`. The
-calling thread checks the request and makes the first driver calls, a thread for each direction the rest.
+ids, whose rows are merged into one copy. The arrays of addresses are computed by NumPy; see `cuda_driver.py`.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from functools import partial
-from typing import Self
 
 import numpy as np
 
 from kvkernels.arena import Arena, Ints
-from kvkernels.handles import InFlight, StreamHandle
+from kvkernels.handles import StreamHandle
 from kvkernels.layouts import PagedLayout
-from kvkernels.slots import Slots, merge_copies
-from kvkernels.staged import CopyLanes, give_up, ready_request
+from kvkernels.pipelined import Direction, PipelinedTransfer
+from kvkernels.slots import merge_copies
 from kvkernels.streams import Event, Runtime
-from kvkernels.submit import Window, Work
-from kvkernels.transfer import BlockIds, Handle, Request, Tensors, listed
+from kvkernels.transfer import Request, Tensors, listed
 
 __all__ = ["BatchTransfer"]
 
 
-class _Direction:
-    """One direction's streams, and what enqueues on them."""
-
-    def __init__(self, runtime: Runtime, name: str, *, urgent: bool, ahead: int) -> None:
-        self.copies = CopyLanes(runtime)
-        self.submitter = runtime.submitter(name, urgent=urgent)
-        self.window = Window(ahead)
-
-    def give_up(self) -> list[Event]:
-        """After a failure half-way: what was enqueued is over at this event."""
-        return [self.copies.give_up()]
-
-
-class BatchTransfer:
+class BatchTransfer(PipelinedTransfer[Direction]):
     """One copy a row, in batches; see `kvkernels.transfer.Transfer`.
 
     Args:
@@ -67,57 +49,20 @@ class BatchTransfer:
         ahead: int = 16,
         name: str = "cuda_batch",
     ) -> None:
-        self.name = name
-        self.layout = layout
-        self._tensors = listed(tensors)  # held: only their addresses are used below
-        self._arena = arena
-        self._runtime = runtime
+        caches = listed(tensors)
         self._batch_rows = batch_rows
         self._call_copies = call_copies
-        self._bases = np.array([self._tensors[p.tensor].data_ptr() + p.offset for p in layout.planes], np.int64)
+        self._bases = np.array([caches[p.tensor].data_ptr() + p.offset for p in layout.planes], np.int64)
         self._starts = layout.plane_starts()
-        self._out = _Direction(runtime, f"{name}-store", urgent=False, ahead=ahead)
-        self._in = _Direction(runtime, f"{name}-load", urgent=True, ahead=ahead)
-        self._flying = InFlight()
-
-    def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None) -> Handle:
-        """Copy blocks into slots after the current stream's work so far."""
-        request = ready_request(self.layout, self._arena, self._runtime, block_ids, slots, planes, loading=False)
-        return self.start(request, loading=False)
-
-    def load(self, slots: Slots, block_ids: BlockIds, *, planes: range | None = None) -> Handle:
-        """Copy slots into blocks, layer after layer, after the current stream's work so far."""
-        request = ready_request(self.layout, self._arena, self._runtime, block_ids, slots, planes, loading=True)
-        return self.start(request, loading=True)
-
-    def start(self, request: Request, *, loading: bool, after: Event | None = None) -> Handle:
-        """Carry out a checked request after the current stream's work so far, or after a given event."""
-        side = self._in if loading else self._out
-        handle = StreamHandle(self.layout, self._runtime, side.submitter)
-        handle.keep(side, self._arena, self._tensors)
-        after = after or self._runtime.current().record()
-        self._flying.add(handle)
-        steps = self._steps(request, side, after, handle, loading=loading)
-        side.submitter.submit(Work(steps, partial(give_up, side, handle)))
-        return handle
-
-    def over(self, arena: Arena) -> Self:
-        """The same streams and cache over another arena."""
-        sibling = copy.copy(self)
-        sibling._arena = arena
-        return sibling
-
-    def close(self) -> None:
-        """Wait for what is under way."""
-        self._flying.drain()
-        for side in (self._out, self._in):
-            side.submitter.close()
+        out = Direction(runtime, f"{name}-store", urgent=False, ahead=ahead)
+        into = Direction(runtime, f"{name}-load", urgent=True, ahead=ahead)
+        super().__init__(name, layout, arena, runtime, out=out, into=into, reads=caches)
 
     def _steps(
-        self, request: Request, side: _Direction, after: Event, handle: StreamHandle, *, loading: bool
+        self, request: Request, side: Direction, after: Event, handle: StreamHandle, *, loading: bool
     ) -> Iterator[Event | None]:
         side.copies.turn().wait(after)
-        side.copies.record()  # every later copy is behind it
+        handle.begun(side.copies.record(timed=True))  # every later copy is behind it
         last: list[Event] = []
         for group in self._groups(request):
             host, device, length = self._copies(request, group)
@@ -126,7 +71,7 @@ class BatchTransfer:
                 yield side.window.full()
                 mine = slice(at, at + self._call_copies)
                 side.copies.turn().copy(target[mine], source[mine], length[mine])
-                last = [side.copies.record()]
+                last = [side.copies.record(timed=mine.stop >= len(length))]
                 side.window.add(last[0])
             handle.arrived(group.stop, last)
         handle.ended(last, last)

@@ -29,7 +29,8 @@ __all__ = ["CudaDriver", "cuda_driver"]
 
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: none is current in the calling thread
-_UNTIMED_SLEEPING_EVENT = 1 | 2  # CU_EVENT_BLOCKING_SYNC: whoever waits leaves its core | CU_EVENT_DISABLE_TIMING
+_SLEEPING = 1  # CU_EVENT_BLOCKING_SYNC: whoever waits leaves its core
+_UNTIMED = 2  # CU_EVENT_DISABLE_TIMING
 _REGISTER_PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: pinned for every context of the process
 _CAPTURE_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _ACCESS_IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
@@ -74,6 +75,8 @@ class CudaDriver:
         self._stream_wait.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
         self._wait_event = self._lib.cuEventSynchronize
         self._wait_event.argtypes = [ctypes.c_void_p]
+        self._elapsed = held.cuEventElapsedTime
+        self._elapsed.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         self._launch = held.cuLaunchKernel
         sizes = [ctypes.c_uint] * 7  # grid and block in three dimensions, shared memory
         self._launch.argtypes = [ctypes.c_void_p, *sizes, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
@@ -113,10 +116,11 @@ class CudaDriver:
         """Put an event behind everything that is on a stream; what was ordered behind it before stays so."""
         self._check("cuEventRecord", self._record_event(event, stream))
 
-    def new_event(self) -> int:
-        """Create an event of the calling thread's context, without timing."""
+    def new_event(self, *, timed: bool = False) -> int:
+        """Create an event of the calling thread's context."""
         event = ctypes.c_void_p()
-        self._check("cuEventCreate", self._create_event(ctypes.byref(event), _UNTIMED_SLEEPING_EVENT))
+        flags = _SLEEPING if timed else _SLEEPING | _UNTIMED
+        self._check("cuEventCreate", self._create_event(ctypes.byref(event), flags))
         return int(event.value or 0)
 
     def order(self, stream: int, event: int) -> None:
@@ -130,6 +134,15 @@ class CudaDriver:
     def wait(self, event: int) -> bool | None:
         """Block the calling thread, and no other, until an event is reached; None where it has no context."""
         return self._answer("cuEventSynchronize", self._wait_event(event))
+
+    def elapsed(self, begin: int, end: int) -> float | None:
+        """Seconds between two timed events that were reached; None where the calling thread has no context."""
+        milliseconds = ctypes.c_float()
+        code = self._elapsed(ctypes.byref(milliseconds), begin, end)
+        if code == _INVALID_CONTEXT:
+            return None
+        self._check("cuEventElapsedTime", code)
+        return 1e-3 * milliseconds.value
 
     def launch(self, function: int, blocks: int, threads: int, shared: int, stream: int, arguments: Any) -> None:
         """Launch a CUfunction in one dimension; `arguments` is a ctypes array of its arguments' addresses."""

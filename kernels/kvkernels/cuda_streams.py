@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from kvkernels.submit import Submitter, ThreadSubmitter
 
 __all__ = ["CudaRuntime", "CudaStream"]
 
+_AnswerT = TypeVar("_AnswerT")
 _HIGH, _NORMAL = -1, 0
 _INLINE_S, _URGENT_S = 0.001, 0.02
 """How long whoever submits a transfer hands it over itself. An urgent one is waited for by the engine's next step: a
@@ -28,17 +29,21 @@ class CudaEvent:
     Args:
         stream: CUDA's handle of the stream.
         driver: the driver's calls.
-        spare: the device's events that are not in use: one is taken, or made, and given back in the end.
+        spare: events of the device, timed or not, that are not in use: one is taken, or made, and given back in the
+            end.
         enter_thread: makes the device usable from a thread: any may ask.
+        timed: whether it tells when it was reached.
     """
 
     __slots__ = ("_driver", "_enter_thread", "_spare", "handle")
 
-    def __init__(self, stream: int, driver: CudaDriver, spare: list[int], enter_thread: Callable[[], None]) -> None:
+    def __init__(
+        self, stream: int, driver: CudaDriver, spare: list[int], enter_thread: Callable[[], None], *, timed: bool
+    ) -> None:
         self._driver = driver
         self._spare = spare
         self._enter_thread = enter_thread
-        self.handle = spare.pop() if spare else driver.new_event()
+        self.handle = spare.pop() if spare else driver.new_event(timed=timed)
         driver.record(self.handle, stream)
 
     def __del__(self) -> None:
@@ -48,18 +53,23 @@ class CudaEvent:
 
     def query(self) -> bool:
         """Whether the point has been reached."""
-        return self._ask(self._driver.reached)
+        return bool(self._ask(self._driver.reached))
 
     def synchronize(self) -> None:
         """Sleep until it has been."""
         self._ask(self._driver.wait)
 
-    def _ask(self, question: Callable[[int], bool | None]) -> bool:
+    def since(self, earlier: Event) -> float:
+        """Seconds from another event to this one; DeviceError where one is not timed, or not reached."""
+        begin = cast("CudaEvent", earlier).handle
+        return float(self._ask(lambda end: self._driver.elapsed(begin, end)) or 0.0)
+
+    def _ask(self, question: Callable[[int], _AnswerT | None]) -> _AnswerT | None:
         answer = question(self.handle)
         if answer is None:
             self._enter_thread()
             answer = question(self.handle)
-        return bool(answer)
+        return answer
 
 
 class CudaStream:
@@ -69,12 +79,18 @@ class CudaStream:
         stream: the torch stream; not the legacy default stream when copies are put on it.
         driver: the driver's calls.
         batched: one call for all ranges of a copy, or one each.
-        spare: see `CudaEvent`.
+        spare: events that are not in use: those without timing, and those with.
         enter_thread: see `CudaEvent`.
     """
 
     def __init__(
-        self, stream: Any, driver: CudaDriver, *, batched: bool, spare: list[int], enter_thread: Callable[[], None]
+        self,
+        stream: Any,
+        driver: CudaDriver,
+        *,
+        batched: bool,
+        spare: tuple[list[int], list[int]],
+        enter_thread: Callable[[], None],
     ) -> None:
         self.torch = stream
         self._handle = int(stream.cuda_stream)
@@ -87,9 +103,9 @@ class CudaStream:
         """Order this stream after an event of any stream of the device."""
         self._driver.order(self._handle, cast("CudaEvent", event).handle)
 
-    def record(self) -> Event:
-        """An event without timing."""
-        return CudaEvent(self._handle, self._driver, self._spare, self._enter_thread)
+    def record(self, *, timed: bool = False) -> Event:
+        """An event of the stream's work so far."""
+        return CudaEvent(self._handle, self._driver, self._spare[timed], self._enter_thread, timed=timed)
 
     def copy(self, target: Ints, source: Ints, length: Ints) -> None:
         """Enqueue copies; host ranges must be pinned and stay so until an event after them."""
@@ -122,7 +138,7 @@ class CudaRuntime:
         self.device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         self._driver = cuda_driver()
         self._batched = self._driver.has_batch if batched is None else batched
-        self._spare_events: list[int] = []
+        self._spare_events: tuple[list[int], list[int]] = [], []
 
     def stream(self, *, urgent: bool) -> Stream:
         """A side stream; urgent ones have a higher priority for their kernels."""

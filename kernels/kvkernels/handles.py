@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kvkernels.layouts import PagedLayout
 from kvkernels.streams import Event, Runtime
 from kvkernels.submit import Submitter
+from kvkernels.transfer import Measured
 
 __all__ = ["InFlight", "StreamHandle"]
 
@@ -34,7 +35,10 @@ class StreamHandle:
         self._submitter = submitter
         self._kept: tuple[Any, ...] = ()
         self._rejected: NDArray[np.int32] | None = None
+        self._begin: Event | None = None
         self._marks: list[tuple[int, Sequence[Event]]] = []
+        self._waits: list[tuple[Event, Sequence[Event]]] = []
+        """When a stream came to wait, and for what."""
         self._last: Sequence[Event] = ()
         self._sources: Sequence[Event] = ()
         self._error: Exception | None = None
@@ -50,8 +54,12 @@ class StreamHandle:
         """Where the device marks chunks that it rejects, if it may; held like what it reads."""
         self._rejected = rejected
 
+    def begun(self, event: Event) -> None:
+        """The first copy comes right behind this (timed) event."""
+        self._begin = event
+
     def arrived(self, stop: int, events: Sequence[Event]) -> None:
-        """All planes before `stop` are in place at these events."""
+        """All planes before `stop` are in place at these (timed) events."""
         self._marks.append((stop, events))
 
     def ended(self, last: Sequence[Event], sources: Sequence[Event]) -> None:
@@ -83,7 +91,10 @@ class StreamHandle:
         needed = self._layout.planes_of_layer(layer).stop
         self._submitter.until(lambda: self._ended or bool(self._marks and self._marks[-1][0] >= needed))
         self._check()
-        self._order(next((events for stop, events in self._marks if stop >= needed), self._last))
+        events = next((events for stop, events in self._marks if stop >= needed), self._last)
+        if events and not (self._waits and self._waits[-1][1] is events):
+            self._waits.append((self._runtime.current().record(timed=True), events))
+        self._order(events)
 
     def wait_sources(self) -> None:
         """Make the current stream wait until all sources were read."""
@@ -95,6 +106,15 @@ class StreamHandle:
         """The chunks that the device has marked."""
         self._check()
         return () if self._rejected is None else tuple(np.flatnonzero(self._rejected).tolist())
+
+    def measured(self) -> Measured | None:
+        """By the timed events; nothing of a transfer that failed, or copied nothing."""
+        if self._error is not None or self._begin is None or not self._last:
+            return None
+        seconds = max(event.since(self._begin) for event in self._last)
+        waited = [(came, events) for came, events in self._waits if came.query()]  # who comes later need not wait
+        stalls = (max(event.since(came) for event in events) for came, events in waited)
+        return Measured(seconds, sum(max(0.0, stall) for stall in stalls))
 
     def over(self) -> bool:
         """Whether nothing of it is under way, failed or not."""

@@ -194,6 +194,9 @@ class _ArraysHandle:
         """None."""
         return ()
 
+    def measured(self) -> None:
+        """JAX has no clock on the device."""
+
 
 def gather_rows(ids: Any, rows: Any, *, platform: str) -> Any:
     """`rows[ids]` for a two-dimensional array and int32 row numbers, as unsigned words of the same width.

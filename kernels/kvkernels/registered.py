@@ -335,6 +335,9 @@ class _BounceHandle:
         parts = [*self._direct, *zip(self._job.result(), self._batches, strict=True)]
         return tuple(sorted(places[i] for handle, places in parts for i in handle.rejected()))
 
+    def measured(self) -> None:
+        """The rest went through the worker's hands, by no clock of the device."""
+
     def _handles(self) -> list[Handle]:
         return [*self._job.result(), *(handle for handle, _ in self._direct)]
 

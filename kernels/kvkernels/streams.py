@@ -7,10 +7,11 @@ runtime is in `cuda_streams.py`; `HostRuntime` does everything at once on the ca
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,10 @@ class Event(Protocol):
         """Block the calling thread until it has been reached."""
         ...
 
+    def since(self, earlier: Event) -> float:
+        """Seconds on the device from another event to this one, both recorded with `timed` and reached."""
+        ...
+
 
 class Stream(Protocol):
     """Work in order."""
@@ -44,8 +49,8 @@ class Stream(Protocol):
         """Later work of this stream starts only after the event."""
         ...
 
-    def record(self) -> Event:
-        """An event reached when all earlier work of this stream is done."""
+    def record(self, *, timed: bool = False) -> Event:
+        """An event reached when all earlier work of this stream is done; `timed` for one that tells when."""
         ...
 
     def copy(self, target: Ints, source: Ints, length: Ints) -> None:
@@ -95,11 +100,17 @@ class Runtime(Protocol):
 
 
 class _Reached:
+    def __init__(self) -> None:
+        self._when = time.perf_counter()
+
     def query(self) -> bool:
         return True
 
     def synchronize(self) -> None:
         pass
+
+    def since(self, earlier: Event) -> float:
+        return self._when - cast("_Reached", earlier)._when
 
 
 class HostCopier:
@@ -140,7 +151,7 @@ class HostStream:
     def wait(self, event: Event) -> None:
         """Everything already happened."""
 
-    def record(self) -> Event:
+    def record(self, *, timed: bool = False) -> Event:
         """An event in the past."""
         return _Reached()
 

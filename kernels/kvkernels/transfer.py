@@ -13,10 +13,23 @@ from kvkernels.errors import RequestError
 from kvkernels.layouts import PagedLayout
 from kvkernels.slots import Slots, SlotTable
 
-__all__ = ["BlockIds", "DoneHandle", "Handle", "Request", "Tensors", "Transfer", "check_request", "listed"]
+__all__ = ["BlockIds", "DoneHandle", "Handle", "Measured", "Request", "Tensors", "Transfer", "check_request", "listed"]
 
 BlockIds = Sequence[int] | Ints
 Tensors = Mapping[str, Any] | Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A transfer's times on the device, in seconds.
+
+    Attributes:
+        seconds: From its first copy, behind what it was ordered after, to its last.
+        stalled: How long the streams that were made to wait for its layers stood still for them.
+    """
+
+    seconds: float
+    stalled: float
 
 
 class Handle(Protocol):
@@ -53,6 +66,10 @@ class Handle(Protocol):
 
         Their slots hold nothing of use. Only transfers that pack reject any.
         """
+        ...
+
+    def measured(self) -> Measured | None:
+        """What the device says it took; to be asked once it is done. None where it says nothing."""
         ...
 
 
@@ -128,6 +145,9 @@ class DoneHandle:
     def rejected(self) -> tuple[int, ...]:
         """None."""
         return ()
+
+    def measured(self) -> None:
+        """Nobody looked at a clock."""
 
 
 def check_request(

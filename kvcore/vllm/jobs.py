@@ -57,14 +57,14 @@ class StepPlan:
 class StepReport:
     """What workers tell the scheduler after a step."""
 
-    load_seconds: dict[str, float] = field(default_factory=dict)
-    """By request, what its load took."""
+    load_stalls: dict[str, float] = field(default_factory=dict)
+    """By request, the seconds that this step stood still for its load, where it was loaded in the step."""
     failures: dict[int, int] = field(default_factory=dict)
     """By rank, how many steps had a synchronous load that failed, ever."""
 
     def merge(self, other: "StepReport") -> "StepReport":
         """Return both reports in one: a request has waited for its slowest rank."""
-        seconds = dict(self.load_seconds)
-        for request, took in other.load_seconds.items():
-            seconds[request] = max(took, seconds.get(request, 0.0))
-        return StepReport(load_seconds=seconds, failures={**self.failures, **other.failures})
+        stalls = dict(self.load_stalls)
+        for request, stalled in other.load_stalls.items():
+            stalls[request] = max(stalled, stalls.get(request, 0.0))
+        return StepReport(load_stalls=stalls, failures={**self.failures, **other.failures})

@@ -14,10 +14,10 @@ _MEANING = {
     "matched_tokens": "Leading prompt tokens that the server held at lookup, whatever the engine's own cache held.",
     "stored_tokens": "Tokens copied to L1.",
     "stored_bytes": "Bytes copied to L1.",
-    "store_seconds": "Seconds that copies to L1 took.",
+    "store_seconds": "Seconds that copies to L1 took, by the device's clock.",
     "loaded_tokens": "Tokens copied from L1 into the engine's KV cache.",
     "loaded_bytes": "Bytes copied from L1 into the engine's KV cache.",
-    "load_seconds": "Seconds that copies from L1 took.",
+    "load_seconds": "Seconds that copies from L1 took, by the device's clock.",
     "failed_tokens": "Tokens whose load failed, so that they were computed.",
     "aborted_tokens": "Tokens that were given room in L1 and not stored.",
 }

@@ -165,12 +165,12 @@ class SchedulerSide:
         return plan
 
     def reported(self, report: StepReport | None, invalid_blocks: Iterable[int], received: Iterable[str]) -> None:
-        """Take in what the workers said after a step: load times, blocks that were not loaded, ended async loads."""
+        """Take in what workers said after a step: its stalls, blocks that were not loaded, ended async loads."""
         if report is not None:
-            for request_id, seconds in report.load_seconds.items():
+            for request_id, stalled in report.load_stalls.items():
                 finished = (tracked for tracked in self._unrecorded if tracked.id == request_id)
                 if (tracked := self._tracked.get(request_id) or next(finished, None)) is not None:
-                    tracked.load_s += seconds
+                    tracked.load_s += stalled
             for rank, failures in report.failures.items():
                 self._failures[rank] = max(failures, self._failures.get(rank, 0))
         if bad := frozenset(invalid_blocks):

@@ -22,7 +22,7 @@ from kvcore.vllm.links import WorkerLink
 from kvcore.vllm.mover import Cache, Mover
 from kvcore.vllm.stats import Counters
 from kvcore.vllm.transfers import TransferFactory
-from kvkernels import DeviceError, Handle, LayoutError
+from kvkernels import DeviceError, Handle, LayoutError, Measured
 
 _LOG = logging.getLogger("kvcore.vllm")
 _SAY_AGAIN_S = 60.0
@@ -220,7 +220,7 @@ class WorkerSide:
         with self._lock:
             report, self._report = self._report, StepReport()
         loads = list(self._of_step)
-        if not (loads or report.load_seconds or self._failed_steps):
+        if not (loads or report.load_stalls or self._failed_steps):
             return None
 
         def known() -> StepReport:
@@ -358,9 +358,9 @@ class WorkerSide:
         one.over = True
 
     def _loaded(self, one: _Running, good: NDArray[np.bool_]) -> None:
-        copy, seconds = one.copy, time.perf_counter() - one.started
-        report = self._report if copy.asynchronous else one.report
-        report.load_seconds[copy.request] = seconds
+        copy, (seconds, stalled) = one.copy, self._took(one)
+        if not copy.asynchronous:
+            one.report.load_stalls[copy.request] = stalled
         if self._link is None or not good.any():
             return
         blocks = copy.blocks[good]
@@ -374,6 +374,18 @@ class WorkerSide:
             "Retrieved %d tokens of request %s: %d bytes from %s in %.6f s%s",
             tokens, copy.request, size, _tiers(copy.tiers), seconds, self._where(),
         )  # fmt: skip
+
+    def _took(self, one: _Running) -> tuple[float, float]:
+        """Return the seconds of an ended copy, and how long a step stood still for it: all the while if nobody knows.
+
+        A copy that waited for its turn behind the engine's work began later than it was asked for, and may have ended
+        long before anybody asked again: the device knows better than this thread.
+        """
+        measured = one.handle.measured() if one.valid.any() else None
+        if measured is None:
+            seconds = time.perf_counter() - one.started
+            return seconds, seconds
+        return measured.seconds, measured.seconds if self._in_step else measured.stalled
 
     def _load_failed(self, copy: Copy, failed: NDArray[np.bool_], one: _Running | None = None) -> None:
         blocks = copy.blocks[failed]
@@ -415,7 +427,7 @@ class WorkerSide:
                 self._store_failed(one.copy, ~good)
 
     def _stored(self, one: _Running, good: NDArray[np.bool_]) -> None:
-        copy, seconds = one.copy, time.perf_counter() - one.started
+        copy, (seconds, _) = one.copy, self._took(one)
         blocks = copy.blocks[good]
         tokens, size = blocks.size * self._cache.block_tokens, one.mover.block_bytes(blocks)
         self.counters.stored_tokens += self._counted(tokens)
@@ -524,6 +536,10 @@ class _InThread:
         """None: it is a load."""
         return ()
 
+    def measured(self) -> Measured | None:
+        """What it measured."""
+        return self._future.result().measured()
+
 
 class _Nothing:
     """No copy at all."""
@@ -544,6 +560,9 @@ class _Nothing:
     def rejected(self) -> tuple[int, ...]:
         """None."""
         return ()
+
+    def measured(self) -> None:
+        """No time."""
 
 
 _NOTHING = _Nothing()

@@ -28,6 +28,7 @@ from kvkernels.reference import ReferenceTransfer
 from kvkernels.reference_pack import pack_rows, unpack_rows
 from kvkernels.registered import BounceTransfer, RegisteredArena
 from kvkernels.staged import STAGING_BYTES
+from kvkernels.transfer import check_request
 
 pytestmark = pytest.mark.gpu
 
@@ -89,6 +90,38 @@ def test_ordered_with_the_engines_stream(make):
         assert torch.equal(copy[ids].view(torch.uint8), full[ids].view(torch.uint8))
     transfer.close()
     target.close()
+
+
+@pytest.mark.parametrize("make", [batched, triton])
+def test_times_are_the_devices(make):
+    """What a transfer had to wait for is none of its time, and a stream stands still only where it came too early."""
+    rng, runtime = np.random.default_rng(4), CudaRuntime(0)
+    case = random_case(rng, form="joined", block_tokens=128, device="cuda")
+    layout, ids = case.layout, random_ids(rng, case.layout, 1)
+    arena = HostArena(runtime.pinned(layout.slot_bytes), is_pinned=True)
+    slots = [[(0, layout.slot_bytes)]]
+    transfer = make(layout, case.tensors, arena)
+    long = 400_000_000  # cycles: 0.2 s at 2 GHz
+    torch.cuda._sleep(long)
+    store = transfer.store(ids, slots)
+    store.wait()
+    assert 0 < store.measured().seconds < 0.05
+    assert store.measured().stalled == 0
+    load = transfer.load(slots, ids)
+    torch.cuda._sleep(long)
+    load.wait_layer(layout.num_layers - 1)
+    torch.cuda.synchronize()
+    assert 0 < load.measured().seconds < 0.05
+    assert load.measured().stalled == 0
+    busy = runtime.stream(urgent=False)
+    busy.launch(lambda: torch.cuda._sleep(long))
+    request = check_request(layout, arena, ids, slots, None, loading=True)
+    late = transfer.start(request, loading=True, after=busy.record())
+    for layer in range(layout.num_layers):
+        late.wait_layer(layer)
+    torch.cuda.synchronize()
+    assert 0.1 < late.measured().stalled < 0.5
+    transfer.close()
 
 
 @pytest.mark.parametrize("make", [batched, triton])

@@ -387,7 +387,7 @@ def test_the_log_row_of_a_request():
     admit(side, request, computed=BLOCK)
     request.num_output_tokens = 1
     side.finished(request)
-    side.reported(StepReport(load_seconds={"a": 0.25}), (), ())
+    side.reported(StepReport(load_stalls={"a": 0.25}), (), ())
     ((name, row),) = line.recorded
     assert name == "a"
     assert row["l0_tokens"] == BLOCK

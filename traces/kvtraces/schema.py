@@ -51,6 +51,8 @@ class Row(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Tokens copied into the engine, beyond what L0 held."""
     queue_ms: Milliseconds | None = None
     load_ms: Milliseconds | None = None
+    """What waiting for its load cost the request: until it was ready for its first step, or within that step for as
+    long as attention stood still. What is copied while the engine computes costs nothing."""
     prefill_ms: Milliseconds | None = None
     ttft_ms: Milliseconds | None = None
     """Time to first token, measured in the engine."""

@@ -20,9 +20,11 @@ from kvkernels.streams import move_bytes
 
 
 class LazyEvent:
-    def __init__(self, runtime):
+    def __init__(self, runtime, timed):
         self.reached = False
         self._runtime = runtime
+        self._timed = timed
+        self._when = None
 
     def query(self):
         return self.reached
@@ -30,6 +32,15 @@ class LazyEvent:
     def synchronize(self):
         while not self.reached:
             assert self._runtime.step(), "an event that nothing will reach: deadlock"
+
+    def reach(self):
+        self.reached = True
+        self._when = self._runtime.steps
+
+    def since(self, earlier):
+        assert self._timed, "as cuEventElapsedTime refuses an event without timing"
+        assert earlier._timed
+        return float(self._when - earlier._when)
 
 
 class LazyStream:
@@ -42,13 +53,9 @@ class LazyStream:
         if self._runtime.honours_waits:
             self.queue.append((event, lambda: None))
 
-    def record(self):
-        event = LazyEvent(self._runtime)
-
-        def reach():
-            event.reached = True
-
-        self.queue.append((None, reach))
+    def record(self, *, timed=False):
+        event = LazyEvent(self._runtime, timed)
+        self.queue.append((None, event.reach))
         return event
 
     def copy(self, target, source, length):
@@ -114,7 +121,8 @@ class LazyRuntime:
     """Executes nothing until asked.
 
     `step` draws one among the streams whose wait is over and the transfers that are still being handed over, and runs
-    its head: what a thread that submits does next to the device, in any order that events allow.
+    its head: what a thread that submits does next to the device, in any order that events allow. Every step is a
+    second of its clock.
     """
 
     needs_pinned = False
@@ -127,6 +135,7 @@ class LazyRuntime:
         self.submitters = []
         self.registered = []
         self.copies_left = None
+        self.steps = 0
         self.lock = threading.RLock()
 
     def stream(self, *, urgent):
@@ -188,6 +197,7 @@ class LazyRuntime:
             ready = [*streams, *(one for one in self.submitters if one.ready())]
             if not ready:
                 return False
+            self.steps += 1
             chosen = ready[self.rng.integers(len(ready))]
             if isinstance(chosen, LazySubmitter):
                 chosen.step()

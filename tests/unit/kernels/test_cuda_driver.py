@@ -57,11 +57,16 @@ CUresult cuMemHostRegister_v2(void *p, size_t n, unsigned flags) {
         if (!slices[i].n) { slices[i].start = (uintptr_t)p; slices[i].n = n; return 0; }
     return 1;
 }
-struct event { CUstream stream; int recorded, queries; };
+struct event { CUstream stream; int recorded, queries, timed; };
 static int events, ordered, no_context;
 CUresult cuEventCreate(struct event **e, unsigned flags) {
-    if (flags != 3) return 1;
-    *e = calloc(1, sizeof **e); events++; return 0;
+    if (flags != 3 && flags != 1) return 1;
+    *e = calloc(1, sizeof **e); (*e)->timed = flags == 1; events++; return 0;
+}
+CUresult cuEventElapsedTime(float *ms, struct event *a, struct event *b) {
+    if (no_context) return 201;
+    if (!a->timed || !b->timed) return 400;
+    *ms = 12.5f; return 0;
 }
 CUresult cuEventRecord(struct event *e, CUstream s) { e->stream = s; e->recorded = 1; return 0; }
 CUresult cuEventQuery(struct event *e) {
@@ -159,10 +164,10 @@ try:
 except ValueError as error:
     assert "divisible by 16" in str(error)
 from kvkernels.cuda_streams import CudaStream
-entered, spare = [], [event]
+entered, spare, timed = [], [event], []
 where = SimpleNamespace(cuda_stream=77)
 enter = lambda: entered.append(stand_in.stand_in_context(0))
-stream = CudaStream(where, driver, batched=True, spare=spare, enter_thread=enter)
+stream = CudaStream(where, driver, batched=True, spare=(spare, timed), enter_thread=enter)
 first, second = stream.record(), stream.record()
 assert (first.handle, spare, stand_in.stand_in_events()) == (event, [], 2)
 stand_in.stand_in_context(1)
@@ -170,10 +175,22 @@ assert second.query() is False and len(entered) == 1 and second.query() is True
 stand_in.stand_in_context(1)
 first.synchronize()
 assert len(entered) == 2
-CudaStream(SimpleNamespace(cuda_stream=78), driver, batched=True, spare=[], enter_thread=None).wait(first)
+other = CudaStream(SimpleNamespace(cuda_stream=78), driver, batched=True, spare=([], []), enter_thread=None)
+other.wait(first)
 assert stand_in.stand_in_ordered() == 2
 del first
 assert spare == [event] and stream.record().handle == event
+begin, end = stream.record(timed=True), stream.record(timed=True)
+stand_in.stand_in_context(1)
+assert end.since(begin) == 0.0125 and len(entered) == 3
+try:
+    end.since(second)
+    raise SystemExit("a time since an event without timing")
+except DeviceError as error:
+    assert "cuEventElapsedTime" in str(error)
+handle = begin.handle
+del begin
+assert timed == [handle] and handle not in spare
 driver.relax_capture()
 assert ctypes.CDLL("libcuda.so.1").stand_in_capture_mode() == 2
 try:

@@ -16,11 +16,14 @@ torch = pytest.importorskip("torch")
 from kvkernels import DeviceError, HostArena, LayoutError, describe
 from kvkernels.cases import random_case, random_ids, random_slots
 from kvkernels.cuda_batch import BatchTransfer
+from kvkernels.handles import StreamHandle
 from kvkernels.pieces import load_pieces, plane_groups, store_pieces
+from kvkernels.pipelined import CopyLanes
 from kvkernels.reference import plane_views
-from kvkernels.staged import CopyLanes, StagedTransfer
+from kvkernels.staged import StagedTransfer
 from kvkernels.streams import HostRuntime
 from kvkernels.submit import ThreadSubmitter
+from kvkernels.transfer import Measured
 
 
 class TorchMover:
@@ -212,6 +215,106 @@ def test_a_layer_is_whole_once_waited_for_and_not_before_earlier_work(lazy_runti
     runtime.run_all()
     assert untouched == [True]
     assert whole == [True] * case.layout.num_layers
+
+
+def first_copy(runtime):
+    """Where the time of the first copy is put, by the runtime's clock."""
+    times = []
+
+    def moved(move, *ranges):
+        times.append(runtime.steps)
+        move(*ranges)
+
+    for stream in runtime.streams:
+        stream._move = partial(moved, stream._move)
+    return times
+
+
+@pytest.mark.parametrize("make", [staged, batched])
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_transfer_is_timed_from_its_first_copy_to_its_last_work(lazy_runtime, make, seed):
+    case, ids, slots, arena = setting(seed)
+    runtime = lazy_runtime(seed)
+    transfer = make(runtime, case.layout, case.tensors, arena)
+    runtime.main.queue.extend((None, lambda: None) for _ in range(50))  # what the engine still computes
+    copies = first_copy(runtime)
+    handle = transfer.store(ids, slots)
+    handle.wait()
+    measured = handle.measured()
+    assert measured.stalled == 0
+    assert runtime.steps - copies[0] <= measured.seconds < runtime.steps - 50, "what comes before it is none of it"
+
+
+@pytest.mark.parametrize("make", [staged, batched])
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32), busy=st.sampled_from([0, 3, 200]))
+def test_a_stall_is_what_a_layer_came_too_late(lazy_runtime, make, seed, busy):
+    case, ids, slots, arena = setting(seed)
+    runtime = lazy_runtime(seed)
+    transfer = make(runtime, case.layout, case.tensors, arena)
+    handle = transfer.load(slots, ids)
+    came, went = [], []
+    for layer in range(case.layout.num_layers):
+        runtime.main.queue.extend((None, lambda: None) for _ in range(busy))
+        runtime.main.queue.append((None, lambda: came.append(runtime.steps)))
+        handle.wait_layer(layer)
+        runtime.main.queue.append((None, lambda: went.append(runtime.steps)))
+    runtime.run_all()
+    measured = handle.measured()
+    assert 0 < measured.seconds <= runtime.steps
+    assert 0 <= measured.stalled <= sum(b - a for a, b in zip(came, went, strict=True))
+
+
+def test_stalls_are_told_by_the_waits_that_came_before_their_layers(lazy_runtime):
+    """Layer 0 arrives at 5 and layer 1 at 9, and a stream comes for them earlier or later."""
+
+    class At:
+        def __init__(self, when):
+            self.when = when
+
+        def query(self):
+            return self.when is not None
+
+        def since(self, earlier):
+            return self.when - earlier.when
+
+    class Stream:
+        def __init__(self, times):
+            self.times = iter(times)
+
+        def record(self, *, timed):
+            assert timed
+            return At(next(self.times))
+
+        def wait(self, event):
+            pass
+
+    layout, (early, late) = setting(1)[0].layout, (At(5.0), At(9.0))
+    planes = [layout.planes_of_layer(layer).stop for layer in range(2)]
+
+    def measured(times, *, begun=True, error=None):
+        runtime = lazy_runtime(0)
+        runtime.main = Stream(times)
+        handle = StreamHandle(layout, runtime, runtime.submitter("load", urgent=True))
+        if begun:
+            handle.begun(At(1.0))
+        handle.arrived(planes[0], [early])
+        handle.arrived(planes[1], [late])
+        handle.ended([late], [late])
+        handle.wait_layer(0)
+        handle.wait_layer(0)
+        handle.wait_layer(1)
+        if error is not None:
+            handle.failed(error, [late])
+        return handle.measured()
+
+    assert measured([3.0, 8.0]) == Measured(8.0, 2.0 + 1.0)
+    assert measured([6.0, 8.5]) == Measured(8.0, 0.5)
+    assert measured([3.0, 12.0]) == Measured(8.0, 2.0)
+    assert measured([3.0, None]) == Measured(8.0, 2.0)  # it has not come yet, and need not wait when it comes
+    assert measured([3.0, 8.0], begun=False) is None
+    assert measured([3.0, 8.0], error=DeviceError("no")) is None
 
 
 def store_then_overwrite(lazy_runtime, make, seed, *, ordered):
@@ -503,7 +606,7 @@ def test_copies_take_turns_each_behind_the_one_before():
         def wait(self, event):
             told.append((self.name, "waits for", event))
 
-        def record(self):
+        def record(self, *, timed=False):
             told.append((self.name, "records"))
             return f"{self.name}{len(told)}"
 
