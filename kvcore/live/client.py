@@ -155,6 +155,7 @@ class SchedulerClient:
         probe: bytes = b"",
         waited_ms: float = 0.0,
         patient: bool = False,
+        wait: bool = True,
     ) -> Found | NotYet:
         """Return what is cached of a prompt, or NOT_YET: then call again, in the next step, with the same arguments.
 
@@ -169,6 +170,7 @@ class SchedulerClient:
             probe: A digest of the first chunk's tokens alone, without the namespace.
             waited_ms: Milliseconds since the request arrived, for the recorded log.
             patient: Wait longer before saying NOT_YET, since nothing else is to be done.
+            wait: Wait at all.
 
         Every chunk of `Found`'s run is to be acknowledged: by the workers (`loaded`, `load_failed`), or by
         `drop_load` where no worker is told of it. The lookup pins what it found until then and until `end`.
@@ -196,7 +198,7 @@ class SchedulerClient:
         elif asked.answer is not None:  # it was pending
             asked.answer = None
             asked.id = self._send(Poll(session.registered.member, request), "lookup", request)
-        found = self._answer(asked, patient)
+        found = self._answer(asked, patient, wait)
         if isinstance(found, Found) and found.pending:
             return NOT_YET
         if isinstance(found, Found):
@@ -301,9 +303,10 @@ class SchedulerClient:
         self._pending[correlation] = (time.monotonic(), what, request)
         return correlation
 
-    def _answer(self, asked: _Asked[_Answer], patient: bool) -> _Answer | NotYet | None:
-        """Wait a little for an answer; None where the server is away."""
-        until = time.monotonic() + (max(_PATIENCE_S, self._wait_s) if patient else self._wait_s)
+    def _answer(self, asked: _Asked[_Answer], patient: bool, wait: bool = True) -> _Answer | NotYet | None:
+        """Wait a little for an answer, if at all; None where the server is away."""
+        wait_s = max(_PATIENCE_S, self._wait_s) if patient else self._wait_s
+        until = time.monotonic() + (wait_s if wait else 0.0)
         while True:
             left = until - time.monotonic()
             self._pump(max(0.0, left))

@@ -27,6 +27,7 @@ class SchedulerLink(Protocol):
         probe: bytes = b"",
         waited_ms: float = 0.0,
         patient: bool = False,
+        wait: bool = True,
     ) -> Found | NotYet:
         """Return what is cached, or NOT_YET: ask again in the next step."""
 

@@ -46,6 +46,7 @@ class Life:
         "session",
         "stored",
         "tainted",
+        "unawaited",
         "upto",
     )
 
@@ -58,6 +59,8 @@ class Life:
         self.blocks: list[int] = []
         self.asked = 0
         self.upto = 0
+        self.unawaited = False
+        """Its lookup was sent and nobody waited for the answer, which cannot bring anything to load."""
         self.asks: list[tuple[int, int]] = []
         """Unanswered asks: ranges of chunks, in the order in which they were asked."""
         self.allocated = False

@@ -81,7 +81,8 @@ class SchedulerSide:
         self._loading: dict[str, int] = {}
         """Tokens of asynchronous loads under way, by request."""
         self._put_off: list[Tracked] = []
-        """Requests of which nothing is cached: named and looked up behind their first step."""
+        """Requests with nothing to load: those of which nothing is cached are named and looked up behind their first
+        step, of those that the engine's own cache holds already the answer is taken in there."""
         self._abandoned: list[tuple[Tracked, Life]] = []
         """Lives that were aborted, or preempted, while their lookup was under way."""
         self._waiting_first: dict[str, Tracked] = {}
@@ -102,10 +103,15 @@ class SchedulerSide:
         if life is None:
             return 0, False
         life.computed = computed
+        life.unawaited = computed >= self._most_loadable(life, request)
         if life.found is None or life.found.load_start * life.session.chunk_tokens > computed:
             self._look_up(tracked, life)  # again where the engine's own cache has lost some since
         if life.found is None:
-            return (None, False) if tracked.life is life else (0, False)
+            if tracked.life is life and not life.unawaited:
+                return None, False
+            if tracked.life is life and tracked not in self._put_off:
+                self._put_off.append(tracked)
+            return 0, False
         external, life.asynchronous = self._loadable(life, request)
         return external, life.asynchronous
 
@@ -292,7 +298,7 @@ class SchedulerSide:
         return True
 
     def _look_up_put_off(self) -> bool:
-        """Look up the requests whose first step has been planned; return whether to wait for room asked for them."""
+        """Take in the answers for requests whose first step has been planned; return as `_advance` does."""
         waiting, self._put_off = self._put_off, []
         completes = False
         for tracked in waiting:
@@ -300,7 +306,7 @@ class SchedulerSide:
             if life is None or life.session is not self._link.registered:
                 continue
             if life.upto:
-                life.chunks = self._chunks(tracked, life.session)
+                life.chunks = life.chunks or self._chunks(tracked, life.session)
                 self._look_up(tracked, life)
             if life.found is None:
                 self._put_off.append(tracked)
@@ -311,10 +317,11 @@ class SchedulerSide:
 
     def _drop_unscheduled(self) -> None:
         """Forget what was put off of requests that did not get into the step: they are asked about anew."""
-        for tracked in self._put_off:
-            if tracked.life is not None and not tracked.life.upto:
+        late = [tracked for tracked in self._put_off if tracked.life is not None and not tracked.life.upto]
+        self._put_off = [tracked for tracked in self._put_off if tracked not in late]
+        for tracked in late:
+            if tracked.life is not None and not tracked.life.unawaited:  # of the others an answer is on its way
                 del self._tracked[tracked.id]
-        self._put_off = [tracked for tracked in self._put_off if tracked.id in self._tracked]
 
     def _look_up(self, tracked: Tracked, life: Life) -> None:
         """Ask the server; the life ends where the server turns out to be away."""
@@ -330,6 +337,7 @@ class SchedulerSide:
             probe=self._hasher.probe(tracked.request, life.session.chunk_tokens),
             waited_ms=1000.0 * max(0.0, self._clock() - tracked.arrived_s),
             patient=len(self._tracked) == 1,  # vLLM looks up its own cache anew after each NOT_YET
+            wait=not life.unawaited,
         )
         self.counters.lookup_seconds += time.perf_counter() - started
         if self._link.registered is not life.session:
@@ -355,6 +363,11 @@ class SchedulerSide:
                 self._end(life)
             else:
                 self._abandoned.append((tracked, life))
+
+    def _most_loadable(self, life: Life, request: EngineRequest) -> int:
+        """Return the tokens that could be had without computing, if every chunk were cached."""
+        block, tokens = self._options.block_tokens, int(request.num_tokens)
+        return min(len(life.chunks) * life.session.chunk_tokens, (tokens - 1) // block * block)
 
     def _loadable(self, life: Life, request: EngineRequest) -> tuple[int, bool]:
         """Return how many tokens to load, and whether asynchronously."""

@@ -1,5 +1,8 @@
 """Requests against a real server: hits, ranks, a full L1, quotas, pins, the operator."""
 
+import signal
+import time
+
 import numpy as np
 from live_fakes import SyncEngine, chain, wait_for
 
@@ -38,6 +41,28 @@ def test_a_patient_lookup_waits_for_its_answer(start):
         for patient in (False, True)
     }
     assert answers[False].count(NOT_YET) > answers[True].count(NOT_YET)
+    client.leave()
+
+
+def test_a_lookup_that_is_not_waited_for_is_answered_when_it_is_asked_for_again(start):
+    server = start()
+    prompt = chain("a", 3)
+    client = SchedulerClient(server.endpoint, Register("i", "scheduler", 16, 256), wait_s=10.0)
+    worker = WorkerClient(server.endpoint, Register("i", "worker", 16, 256))
+    assert client.register() is not None
+    assert worker.register() is not None
+    with SyncEngine(server.endpoint) as engine:
+        engine.serve("1", prompt)
+    server.process.send_signal(signal.SIGSTOP)  # no answer can be here yet
+    for _ in range(3):
+        began = time.monotonic()
+        assert client.lookup("2", prompt, computed_chunks=3, patient=True, wait=False) is NOT_YET
+        assert time.monotonic() - began < 1
+    server.process.send_signal(signal.SIGCONT)
+    found = client.lookup("2", prompt, computed_chunks=3)
+    assert (found.hits, found.load_chunks) == ((3,), 0)
+    assert server.counters()["kvcore_requests"] == 2
+    worker.leave()
     client.leave()
 
 

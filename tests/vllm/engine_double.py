@@ -59,11 +59,19 @@ class Line:
         self.at_once = True
         self.silent = False
         self.recorded = []
+        self.unawaited = []
+        """Lookups that were sent without a wait: they are answered when they are asked for again."""
 
-    def lookup(self, request, chunks, *, computed_chunks=0, queued_bytes=0, waited_ms=0.0, patient=False, **_):
+    def lookup(
+        self, request, chunks, *, computed_chunks=0, queued_bytes=0, waited_ms=0.0, patient=False, wait=True, **_
+    ):
         self.queued_bytes, self.waited_ms, self.patient = queued_bytes, waited_ms, patient
         if self.registered is None:
             return MISS
+        if not wait and request not in self.unawaited:
+            self.unawaited.append(request)
+            self.calls.append(("sent", request))
+            return NOT_YET
         if self.pending:
             self.pending -= 1
             return NOT_YET
