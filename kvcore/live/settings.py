@@ -61,7 +61,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Literal["write-through", "write-back"], _help("Copy to L2 when stored, or when evicted from L1.", "L2")
     ] = "write-through"
     promote_on_hit: Annotated[bool, _help("Whether chunks loaded from L2 stay in L1.", "L2")] = True
-    l2_threads: Annotated[int, _help("Threads that copy to and from L2.", "L2", ge=1, le=64)] = 2
+    l2_threads: Annotated[
+        int,
+        _help("Threads that copy to L2, and that copy from it; 0: half of the processors, 2 to 8.", "L2", ge=0, le=64),
+    ] = 0
     l2_queue_gb: Annotated[float, _help("Copies to L2 that may wait; beyond, they are dropped.", "L2", gt=0)] = 1.0
     bind: Annotated[
         tuple[str, ...],

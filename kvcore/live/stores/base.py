@@ -85,15 +85,44 @@ def frame(chunk: bytes, parts: Parts) -> bytes:
 
     The name is summed too, so that a value under another chunk's name is as bad as a broken one.
     """
-    return _FRAME.pack(_MAGIC, size_of(parts), _checksum(chunk, parts))
+    sums = Sums(chunk)
+    for part in parts:
+        sums.add(part)
+    return _FRAME.pack(_MAGIC, sums.size, sums.checksum)
 
 
 def is_intact(chunk: bytes, header: bytes | memoryview, parts: Parts) -> bool:
     """Whether parts, filled from a store, are what was put under this header and name."""
-    if len(header) != FRAME_BYTES:
-        return False
-    magic, length, checksum = _FRAME.unpack(header)
-    return bool(magic == _MAGIC and length == size_of(parts) and checksum == _checksum(chunk, parts))
+    sums = Sums(chunk)
+    for part in parts:
+        sums.add(part)
+    return sums.match(header)
+
+
+class Sums:
+    """Size and checksum of a chunk's payload, taken while its bytes come in: they are in the processor's cache then.
+
+    Args:
+        chunk: the chunk's name, which is summed too.
+    """
+
+    def __init__(self, chunk: bytes) -> None:
+        self.size = 0
+        self._digest = xxh3_64(chunk)
+
+    def add(self, part: memoryview) -> None:
+        """Take in the next bytes."""
+        self.size += part.nbytes
+        self._digest.update(part)
+
+    @property
+    def checksum(self) -> int:
+        """Of name and payload so far."""
+        return self._digest.intdigest()
+
+    def match(self, header: bytes | bytearray | memoryview) -> bool:
+        """Whether they are what a header says."""
+        return len(header) == FRAME_BYTES and _FRAME.unpack(header) == (_MAGIC, self.size, self.checksum)
 
 
 def accept(counters: StoreCounters, chunk: bytes, value: memoryview, into: Parts) -> bool:
@@ -121,10 +150,3 @@ def _cut(value: memoryview, like: Parts) -> list[memoryview]:
         pieces.append(value[at : at + part.nbytes])
         at += part.nbytes
     return pieces
-
-
-def _checksum(chunk: bytes, parts: Parts) -> int:
-    digest = xxh3_64(chunk)
-    for part in parts:
-        digest.update(part)
-    return digest.intdigest()
