@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 import typer
@@ -209,19 +210,35 @@ def doctor(
     server: Endpoint = "",
     vllm: Annotated[str, typer.Option(help="URL of a vLLM server, for the two-request hit test.")] = "",
     model: Annotated[str, typer.Option(help="Model to ask for; the first that vLLM serves by default.")] = "",
-    prompt_tokens: Annotated[int, typer.Option(min=16, help="Length of the hit test's prompt.")] = 4096,
+    prompt_tokens: Annotated[int, typer.Option(min=16, help="Length of the longest prompt that it is asked.")] = 4096,
+    write_load_cost: Annotated[
+        Path | None, typer.Option(help="Write what loading and computing cost, for kvcore serve --load-cost.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Go through the checklist for production; exit code 1 where a check fails.
+
+    With --vllm some fourteen prompts are asked of it, and stored as any are: whether a hit is found, and from which
+    length on one is worth its copy, in L1 and in L2.
 
     Examples:
       kvcore doctor
 
       kvcore doctor --vllm http://127.0.0.1:8000
+
+      kvcore doctor --vllm http://127.0.0.1:8000 --write-load-cost cost.json
     """
     from kvcore.live.doctor import examine, table  # noqa: PLC0415
 
-    checks = examine(server or _default_endpoint(), vllm_url=vllm, model=model, prompt_tokens=prompt_tokens)
+    if write_load_cost is not None and not vllm:
+        fail("--write-load-cost needs --vllm: what computing costs is measured there")
+    checks = examine(
+        server or _default_endpoint(),
+        vllm_url=vllm,
+        model=model,
+        prompt_tokens=prompt_tokens,
+        write_load_cost=write_load_cost,
+    )
     if as_json:
         print_json([check.as_dict() for check in checks])
     else:

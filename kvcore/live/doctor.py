@@ -18,6 +18,7 @@ from rich.table import Table
 from kvcore.live import wire
 from kvcore.live.arena import Arena, Reader, StaleChunk, Writer
 from kvcore.live.bench import Engine
+from kvcore.live.breakeven import NAME, break_even
 from kvcore.live.connection import RemoteError, ServerAwayError
 from kvcore.live.hittest import hit_test
 from kvcore.live.limits import ArenaError, gib, read_limits
@@ -46,7 +47,14 @@ class Check:
         return asdict(self)
 
 
-def examine(endpoint: str, *, vllm_url: str = "", model: str = "", prompt_tokens: int = 4096) -> list[Check]:
+def examine(
+    endpoint: str,
+    *,
+    vllm_url: str = "",
+    model: str = "",
+    prompt_tokens: int = 4096,
+    write_load_cost: Path | None = None,
+) -> list[Check]:
     """Go through the checklist; what needs a server is skipped where there is none.
 
     Args:
@@ -54,6 +62,7 @@ def examine(endpoint: str, *, vllm_url: str = "", model: str = "", prompt_tokens
         vllm_url: A vLLM server that uses it, for the hit test through a real engine.
         model: What to ask that vLLM for; by default the first model it serves.
         prompt_tokens: Length of the hit test's prompt.
+        write_load_cost: A file for what loading and computing cost, for `kvcore serve --load-cost`.
     """
     checks = [*_versions(), _hashing(), *_system()]
     server = _server(endpoint)
@@ -64,6 +73,7 @@ def examine(endpoint: str, *, vllm_url: str = "", model: str = "", prompt_tokens
     checks += [_arena(status), *_alignment(status), _own_hit_test(endpoint)]
     if vllm_url:
         checks += _guard("hit test through vLLM", lambda: hit_test(endpoint, vllm_url, model, prompt_tokens))
+        checks += _guard(NAME, lambda: break_even(endpoint, vllm_url, model, prompt_tokens, write_load_cost))
     else:
         checks.append(Check("hit test through vLLM", "skip", "no --vllm URL", "give the URL of a vLLM that uses it"))
     return checks

@@ -23,19 +23,19 @@ def hit_test(endpoint: str, vllm_url: str, model: str, prompt_tokens: int) -> li
     base = vllm_url.rstrip("/")
     if not base.startswith(("http://", "https://")):
         raise ValueError(f"not an http URL: {vllm_url}")
-    model = model or _json(f"{base}/v1/models")["data"][0]["id"]
+    model = model or first_model(base)
     random = np.random.default_rng()
     warm, prompt, fresh = (random.integers(100, 1000, prompt_tokens).tolist() for _ in range(3))
     _first_token(base, model, warm)  # the first request of a length may compile
     before = _matched(endpoint)
-    cold_s, cold_prefill_s = _timed(base, model, prompt)
+    cold_s, cold_prefill_s = timed(base, model, prompt)
     time.sleep(1.0)  # stores end after the request
     reset = _reset(base)
     hits = _external_hits(base)
-    hit_s, hit_prefill_s = _timed(base, model, prompt)
+    hit_s, hit_prefill_s = timed(base, model, prompt)
     matched = _matched(endpoint) - before
     loaded = _external_hits(base) - hits
-    fresh_s, fresh_prefill_s = _timed(base, model, fresh)
+    fresh_s, fresh_prefill_s = timed(base, model, fresh)
     rest = "" if reset else " (its own prefix cache held the rest)"
     found: Row = (
         "hit test through vLLM",
@@ -49,9 +49,14 @@ def hit_test(endpoint: str, vllm_url: str, model: str, prompt_tokens: int) -> li
         "TTFT",
         "warn" if slower else "ok",
         f"cold {cold_s:.3f}, with a hit {hit_s:.3f}, another fresh prompt {fresh_s:.3f} s; of it prefill {prefills} s",
-        "the hit was slower: try a longer prompt, or --load-cost" if slower else "",
+        "the hit was slower: see whether it is worth its copy, below" if slower else "",
     )
     return [found, timing]
+
+
+def first_model(base: str) -> str:
+    """Return the first model that a vLLM serves."""
+    return str(_json(f"{base}/v1/models")["data"][0]["id"])
 
 
 def _json(url: str, body: dict[str, Any] | None = None) -> Any:
@@ -79,7 +84,7 @@ def _first_token(base: str, model: str, prompt: list[int]) -> float:
     return first
 
 
-def _timed(base: str, model: str, prompt: list[int]) -> tuple[float, float]:
+def timed(base: str, model: str, prompt: list[int]) -> tuple[float, float]:
     """Return time to first token, and vLLM's own prefill time of it, in s."""
     before = _vllm_metric(base, "vllm:request_prefill_time_seconds_sum")
     first_s = _first_token(base, model, prompt)

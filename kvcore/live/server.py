@@ -28,7 +28,7 @@ from kvcore.live.recorder import Recorder
 from kvcore.live.service import MonotonicClock, Parts, Service
 from kvcore.live.settings import GB, Settings, check, http_address
 from kvcore.live.stores.base import Store, StoreError
-from kvcore.live.stores.pool import StorePool, usual_threads
+from kvcore.live.stores.pool import StorePool
 from kvcore.live.stores.registry import open_store
 from kvcore.live.takeover import State, go_on, recover
 from kvtraces.journal import Head, JournalWriter, take_snapshot
@@ -256,7 +256,7 @@ class Server:
         # A delete may come after the put that it makes room for, so the store itself is allowed a little more.
         size_bytes = int(settings.l2_size_gb * GB) + queue_bytes if settings.l2_size_gb else None
         store = open_store(settings.l2, size_bytes)
-        threads = settings.l2_threads or usual_threads()
+        threads = settings.copying_threads
         pool = StorePool(store, queue_bytes=queue_bytes, writers=threads, readers=threads)
         stack.callback(pool.close, finish=False)
         self._poller.register(pool.fileno(), zmq.POLLIN)

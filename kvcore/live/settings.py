@@ -113,6 +113,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return int(self.l1_size_gb * GB)
 
     @property
+    def copying_threads(self) -> int:
+        """Threads that copy to L2, and as many that copy from it.
+
+        One copies 2 to 4 GB/s out of a file that lies in the page cache. Beside an H100, on 16 processors, the first
+        token of a prompt of 32,000 that was in L2 took 0.92 s with 2 threads and 0.38 s with 8.
+        """
+        return self.l2_threads or min(8, max(2, len(os.sched_getaffinity(0)) // 2))
+
+    @property
     def endpoints(self) -> tuple[str, ...]:
         """Where to listen."""
         return self.bind or (ipc_endpoint(self.arena_dir), f"tcp://127.0.0.1:{DEFAULT_PORT}")

@@ -41,6 +41,7 @@ def status(service: "Service") -> dict[str, Any]:
         },
         "chunk_tokens": service.settings.chunk_size,
         "tiers": tiers,
+        "l2_threads": service.settings.copying_threads if service.settings.l2 else None,
         "requests": len(service.works),
         "instances": [_shown(instance) for instance in service.members.instances.values()],
         "recorder": None

@@ -3,12 +3,14 @@
 import json
 import threading
 import time
+from contextlib import contextmanager
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from live_fakes import SyncEngine
+from live_fakes import SyncEngine, chain, wait_for
 
+from kvcore.live.breakeven import break_even
 from kvcore.live.hittest import hit_test
 from kvcore.policy.hashing import block_hashes, chunk_names
 
@@ -87,6 +89,75 @@ def test_it_tells_a_hit_from_none(start, connected):
         assert "matched 2048 of 2100 tokens, vLLM loaded 2048" in found[2]
         assert timing[1] == "ok"
         assert "0.210, 0.005, 0.210 s" in timing[2], "prefill apart"
+
+
+@contextmanager
+def standing_in(server):
+    """An engine and a vLLM in front of it."""
+    with SyncEngine(server.endpoint) as engine:
+        vllm = StandIn(engine, connected=True)
+        try:
+            yield engine, vllm.url
+        finally:
+            vllm.close()
+
+
+def load(engine, nbytes, seconds):
+    """Store a prompt and load it, in so many seconds."""
+    prompt = chain(f"loaded in {seconds}", 4)
+    engine.serve("stored", prompt)
+    engine.lookup("loaded", prompt)
+    engine.loaded("loaded", prompt, tokens=4 * 256, bytes=nbytes, seconds=seconds)
+    engine.end("loaded")
+
+
+def test_it_says_from_which_length_on_a_hit_is_worth_its_copy(start, tmp_path):
+    server = start()
+    with standing_in(server) as (engine, url):
+        ((_, result, seen, _),) = break_even(server.endpoint, url, "", 2048, tmp_path / "none.json")
+        assert (result, seen) == ("skip", "nothing has been loaded from L1 yet")
+        assert not (tmp_path / "none.json").exists()
+        load(engine, 4 * 4096, 1e-6)
+        ((name, result, seen, advice),) = break_even(server.endpoint, url, "", 2048, None)
+    assert (name, result, advice) == ("load or recompute", "ok", "")
+    assert seen.startswith("L1 at 16.4 GB/s: faster from 256 tokens on (computed: 16 in 0.00")
+    assert "2,048 in 0.2" in seen
+
+
+def test_a_server_with_the_written_costs_leaves_what_is_not_worth_it(start, tmp_path):
+    server, costs = start(), tmp_path / "cost.json"
+    with standing_in(server) as (engine, url):
+        load(engine, 4096, 10.0)
+        ((_, result, seen, advice),) = break_even(server.endpoint, url, "", 1024, costs)
+    assert result == "warn"
+    assert "never faster than computing" in seen
+    assert f"--load-cost {costs}" in advice
+    server.stop()
+    for more, loaded in ((), 4), (("--load-cost", str(costs)), 0):
+        other = start(*more)
+        with SyncEngine(other.endpoint) as engine:
+            engine.serve("stored", chain("a", 4))
+            found = engine.lookup("again", chain("a", 4))
+            assert (found.hits, found.load_chunks) == ((4,), loaded)
+        assert other.counters().get(("kvcore_refused_chunks", "recompute"), 0) == 4 - loaded
+        other.stop()
+
+
+def test_reads_of_l2_have_a_rate_of_their_own(start, folder):
+    server = start("--l2", f"files:{folder}/l2", "--l2-size-gb", "0.01", "--l2-threads", "2", l1_pages=6)
+    with standing_in(server) as (engine, url):
+        load(engine, 4 * 4096, 1e-6)
+        ((_, result, seen, _),) = break_even(server.endpoint, url, "", 1024, None)
+        assert (result, seen) == ("skip", "nothing has been loaded from L2 yet")
+        for name, prompt in (("other", chain("what drives it out of L1", 5)), ("again", chain("loaded in 1e-06", 4))):
+            # What is on its way to L2 keeps its pages, and L1 has hardly any.
+            wait_for(lambda: all(tier["idle_pages"] == tier["pages"] for tier in server.status()["tiers"]))
+            found, _ = engine.serve(name, prompt)
+        assert found.hits[1] > 0
+        assert found.load_chunks == 4
+        ((_, result, seen, _),) = break_even(server.endpoint, url, "", 1024, None)
+    assert result in ("ok", "warn"), seen
+    assert "; L2 at " in seen
 
 
 def test_a_url_that_is_none(start):

@@ -16,15 +16,6 @@ _log = logging.getLogger(__name__)
 _LONGEST_PAUSE_S = 30.0
 
 
-def usual_threads() -> int:
-    """Return how many threads copy each way where nobody says: half of the processors, 2 to 8.
-
-    One copies 2 to 4 GB/s out of a file that lies in the page cache. Beside an H100, on 16 processors, the first token
-    of a prompt of 32,000 that was in L2 took 0.92 s with 2 threads and 0.38 s with 8.
-    """
-    return min(8, max(2, len(os.sched_getaffinity(0)) // 2))
-
-
 class Outcome(Enum):
     """How an operation ended: a chunk that is missed is not there, or can never be read; one that failed may be."""
 

@@ -47,6 +47,13 @@ def test_what_cannot_be_is_refused_by_name(flags, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(("processors", "threads"), [(1, 2), (2, 2), (7, 3), (16, 8), (128, 8)])
+def test_threads_that_copy_to_and_from_l2(monkeypatch, processors, threads):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: set(range(processors)))
+    assert Settings().copying_threads == threads
+    assert Settings(l2_threads=5).copying_threads == 5
+
+
 def test_a_file_of_unknown_settings_is_refused(tmp_path):
     path = tmp_path / "kvcore.toml"
     path.write_text("l1-size = 2\n")

@@ -13,7 +13,7 @@ import pytest
 
 from kvcore.live.stores.base import Parts, StoreCounters, StoreError, StoreFull
 from kvcore.live.stores.files import FileStore
-from kvcore.live.stores.pool import Completion, Outcome, StorePool, usual_threads
+from kvcore.live.stores.pool import Completion, Outcome, StorePool
 
 
 class GatedStore:
@@ -272,9 +272,3 @@ def test_many_operations_on_files_end_as_a_dict_would(tmp_path: Path) -> None:
         assert store.get(chunk, into)
         assert into[0] == value
     store.close()
-
-
-@pytest.mark.parametrize(("processors", "threads"), [(1, 2), (2, 2), (7, 3), (16, 8), (128, 8)])
-def test_threads_for_as_many_processors(monkeypatch: pytest.MonkeyPatch, processors: int, threads: int) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(processors)))
-    assert usual_threads() == threads
