@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvcore.policy import CoreConfig, InstanceLeft, InstanceRegistered
+from kvcore.policy import CoreConfig, InstanceLeft, InstanceRegistered, LoadCost
 from kvcore.policy.config import Admission, Placement
 from kvsim.engine.settings import GIB, LowerKind
 from kvsim.errors import UsageError
@@ -51,7 +51,7 @@ class Served:
     promote_on_hit: bool
     admission: Admission
     ttl_s: float | None
-    load_or_recompute: bool
+    load_cost: LoadCost | None
     chunk_bytes: int | None
     engines: int | None
     engine: dict[str, int]
@@ -72,7 +72,8 @@ class Served:
             "promote_on_hit": self.promote_on_hit,
             "admission": self.admission,
             "ttl_s": self.ttl_s,
-            "load_or_recompute": self.load_or_recompute,
+            "load_or_recompute": self.load_cost is not None,
+            "load_cost": self.load_cost,
             "engines": self.engines,
             "page_bytes": self.page_bytes,
         }
@@ -140,7 +141,7 @@ def served(journal: str | Path) -> Served:
         promote_on_hit=config.promote_on_hit,
         admission=config.admission,
         ttl_s=None if config.ttl_ns is None else config.ttl_ns / 1e9,
-        load_or_recompute=config.load_cost is not None,
+        load_cost=config.load_cost,
         chunk_bytes=seen.chunk_bytes,
         engines=seen.most or None,
         engine=facts[-1] if facts else {},

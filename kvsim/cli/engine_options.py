@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -189,10 +189,10 @@ _OF_JOURNAL = (
 
 
 def options(context: typer.Context) -> dict[str, Any]:
-    """Return those options' values by name, and the page, which is none of the options."""
+    """Return those options' values by name, and what is none of them: the page, and a server's own costs."""
     from kvsim.tuner.pricing import PAGE_BYTES  # noqa: PLC0415
 
-    return {**{name: context.params[name] for name in _OF_JOURNAL}, "page_bytes": PAGE_BYTES}
+    return {**{name: context.params[name] for name in _OF_JOURNAL}, "page_bytes": PAGE_BYTES, "load_cost": None}
 
 
 def with_journal(
@@ -237,6 +237,7 @@ def _size(value: float) -> float | None:
 def plain(settings: "RunSettings") -> dict[str, Any]:
     """Return settings as JSON values: the profile by its names, an unbounded size as null."""
     values = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "profile"}
+    values["load_cost"] = None if settings.load_cost is None else asdict(settings.load_cost)
     profile = settings.profile
     named = {"profile": profile.name, "model": profile.model, "gpu": profile.gpu}
     return {**named, "tensor_parallel": profile.tensor_parallel, **values}

@@ -2,10 +2,10 @@
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from kvcore.policy import CoreConfig, TierConfig
+from kvcore.policy import CoreConfig, LoadCost, TierConfig
 from kvcore.policy.config import Admission, Placement
 from kvsim.errors import UsageError
 from kvsim.profiles import Profile
@@ -56,6 +56,7 @@ class RunSettings:
         admission: Whether a chunk is stored at once or when it is missed a second time.
         ttl_s: Chunks unused for longer are dropped; None keeps them.
         load_or_recompute: Whether the core leaves hits that are faster to compute than to load.
+        load_cost: By which costs; None takes the profile's.
         store_output: Whether the chunks that an output completes are stored too; the log has to have their hashes. (L0
             has them either way, as vLLM does, where the log has.)
         packed_share: What KV takes beyond the GPU, of its size there: 1, or less where it is packed.
@@ -92,6 +93,7 @@ class RunSettings:
     admission: Admission = "always"
     ttl_s: float | None = None
     load_or_recompute: bool = False
+    load_cost: LoadCost | None = None
     store_output: bool = False
     packed_share: float = 1.0
     page_bytes: int = 2 * 2**20
@@ -162,17 +164,22 @@ class RunSettings:
             tiers = [TierConfig(name="l1", pages=self._pages(self.l1_gb), eviction=self.policy)]
             if self.l2_gb != 0:
                 tiers.append(TierConfig(name="l2", pages=self._pages(self.l2_gb), eviction=self.l2_policy))
-            lower = (self.l2_kind,) if self.l2_gb != 0 else ()
             return CoreConfig(
                 tiers=tuple(tiers),
                 placement=self.placement,
                 promote_on_hit=self.promote_on_hit,
                 admission=self.admission,
                 ttl_ns=None if self.ttl_s is None else round(1e9 * self.ttl_s),
-                load_cost=self.profile.load_cost(chunk_tokens, lower) if self.load_or_recompute else None,
+                load_cost=self._load_cost(chunk_tokens, len(tiers)) if self.load_or_recompute else None,
             )
         except ValueError as error:
             raise SettingsError(str(error)) from None
+
+    def _load_cost(self, chunk_tokens: int, tiers: int) -> LoadCost:
+        """Return the given costs where they are of as many tiers, the profile's otherwise."""
+        if self.load_cost is not None and len(self.load_cost.bytes_per_s) == tiers:
+            return replace(self.load_cost, chunk_tokens=chunk_tokens)
+        return self.profile.load_cost(chunk_tokens, (self.l2_kind,) if tiers > 1 else ())
 
     def _pages(self, size_gb: float | None) -> int | None:
         return None if size_gb is None else int(size_gb * GIB // self.page_bytes)

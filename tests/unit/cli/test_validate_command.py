@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kvsim
-from kvcore.policy import Core, CoreConfig, InstanceLeft, InstanceRegistered, TierConfig
+from kvcore.policy import Core, CoreConfig, InstanceLeft, InstanceRegistered, LoadCost, TierConfig
 from kvtraces import Chat, Poisson, generate, write
 from kvtraces.journal import Head, JournalWriter
 
@@ -191,6 +191,28 @@ def test_every_setting_of_a_server(kvsim_command, trace, server):
     assert settings["packed_share"] == pytest.approx(0.785, abs=0.001)
     assert "the server had quotas of tenants, which are not simulated" in found["notes"]
     assert "the server's settings changed within the journal: its last are simulated" in found["notes"]
+
+
+def test_a_servers_own_costs_decide_what_is_loaded(kvsim_command, trace, server):
+    """With a link that is never worth it nothing is loaded, whatever the profile says of links."""
+    never = LoadCost(
+        chunk_tokens=64, prefill_floor_ns=1.0, prefill_base_ns=0.0, prefill_linear_ns=1.0, prefill_quadratic_ns=0.0,
+        latency_ns=(0.0,), bytes_per_s=(1.0,),
+    )  # fmt: skip
+    loaded = []
+    for cost in (None, never):
+        server.ran(dataclasses.replace(THIRTY_GIB, load_cost=cost), META)
+        command = ("run", "--trace", trace, *COSTS, "--l0-gb", 6, "--journal", server.folder)
+        found = kvsim_command.json(*command)
+        assert found["settings"]["load_or_recompute"] is (cost is not None)
+        assert found["settings"]["load_cost"] == (
+            None if cost is None else json.loads(json.dumps(dataclasses.asdict(cost)))
+        )
+        loaded.append(found["loaded_tokens"])
+    assert loaded[0] > 0
+    assert loaded[1] == 0
+    longer = kvsim_command.json(*command, "--chunk-tokens", 128, "--l2-size-gb", 40)["settings"]
+    assert longer["load_or_recompute"], "costs of another number of tiers are the profile's"
 
 
 ENGINE = {
