@@ -52,7 +52,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         tuple[str, ...], _help("SALT=GB: the most of L1 that a tenant may hold. Repeatable.", "Cache")
     ] = ()
     load_cost: Annotated[
-        str, _help("JSON file of kvcore.policy.LoadCost: load a hit only where that beats computing it.", "Cache")
+        str, _help("JSON file of costs, as kvcore doctor writes: load a hit only where that is faster.", "Cache")
     ] = ""
     l2: Annotated[str, _help("The store behind L1: files:/path, redis://..., s3://...", "L2")] = ""
     l2_size_gb: Annotated[float, _help("Size of L2; 0 for no bound.", "L2", ge=0)] = 0.0
