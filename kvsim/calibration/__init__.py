@@ -1,6 +1,7 @@
 """Measuring profiles: of a live endpoint, of vLLM in a child process, or composed from published operator tables."""
 
 from kvsim.calibration.endpoint import Endpoint, EndpointError, HttpEndpoint
+from kvsim.calibration.link import linked
 from kvsim.calibration.local import LocalEndpoint
 from kvsim.calibration.measure import CalibrationError, Facts, calibrate
 from kvsim.calibration.plan import Plan, make_plan
@@ -14,5 +15,6 @@ __all__ = [
     "LocalEndpoint",
     "Plan",
     "calibrate",
+    "linked",
     "make_plan",
 ]

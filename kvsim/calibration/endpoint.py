@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from kvsim.errors import UsageError
 
 _TTFT = "vllm:time_to_first_token_seconds"
+_KVCORE = "vllm:kvcore"
 _TELL_S = 1.0
 """What is counted of a request is there by then; another client's requests would spoil the count for good."""
 
@@ -118,19 +119,34 @@ class HttpEndpoint:
         """Ask for all times to a first token so far: their sum in seconds and number; None where nothing is told."""
         if not self._tells:
             return None
+        text = self._metrics()
+        total, count = (_values(text, f"{_TTFT}_{what}") for what in ("sum", "count"))
+        self._tells = bool(count)
+        return (sum(total), sum(count)) if count else None
+
+    def copied(self) -> dict[str, tuple[float, float]]:
+        """Ask what a kvcore connector has copied: bytes and seconds, in (`h2d`) and out (`d2h`); nothing without one.
+
+        Raises:
+            EndpointError: It cannot be reached.
+        """
+        text, found = self._metrics(), {}
+        for way, done, took in (("h2d", "loaded", "load"), ("d2h", "stored", "store")):
+            nbytes = _values(text, f"{_KVCORE}_{done}_bytes_total")
+            seconds = _values(text, f"{_KVCORE}_{took}_seconds_total")
+            if nbytes and seconds:
+                found[way] = sum(nbytes), sum(seconds)
+        return found
+
+    def _metrics(self) -> str:
+        """Return what it counts, empty where it does not say."""
         with closing(self._connect()) as connection:
             try:
                 connection.request("GET", f"{self._path}/metrics", headers=self._headers)
                 answer = connection.getresponse()
-                text = answer.read().decode("utf-8", "replace") if answer.status == http.client.OK else ""
+                return answer.read().decode("utf-8", "replace") if answer.status == http.client.OK else ""
             except (OSError, http.client.HTTPException) as error:
                 raise EndpointError(f"{self.where}: {type(error).__name__}: {error}") from None
-        total, count = (
-            [float(value) for value in re.findall(rf"^{_TTFT}_{what}(?:{{.*}})? (\S+)$", text, re.MULTILINE)]
-            for what in ("sum", "count")
-        )
-        self._tells = bool(count)
-        return (sum(total), sum(count)) if count else None
 
     def _first_model(self) -> str:
         try:
@@ -205,6 +221,11 @@ def _tokens(line: bytes, seen: int) -> int:
     if usage and usage.get("completion_tokens"):
         return int(usage["completion_tokens"])
     return seen + 1 if message.get("choices") else seen
+
+
+def _values(metrics: str, name: str) -> list[float]:
+    """Return a metric's values, one a series."""
+    return [float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", metrics, re.MULTILINE)]
 
 
 def step_s(arrivals: Sequence[Sequence[float]]) -> float:

@@ -62,7 +62,12 @@ def calibrate(  # noqa: PLR0913, PLR0917 - a command's options
         float | None, typer.Option(help="Memory of a GPU that has no name here; of --gpu cpu.", rich_help_panel=_FACTS)
     ] = None,
     link_gb_s: Annotated[
-        float | None, typer.Option(help="Rate of its link to host memory, 1e9 bytes/s.", rich_help_panel=_FACTS)
+        float | None,
+        typer.Option(
+            help="Rate of its link to host memory, 1e9 bytes/s; by default that of kvcore's copies there so far, or "
+            "of another machine.",
+            rich_help_panel=_FACTS,
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The profile's name.", rich_help_panel=_FACTS)] = None,
     max_model_len: Annotated[
@@ -120,6 +125,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 - a command's options
         )
         plan = _plan(max_model_len=length, kv_tokens=kv_tokens, vocabulary=vocabulary, repeats=repeats, **limits)
         profile = _measure(endpoint, plan, facts, state, shown)
+        if link_gb_s is None:
+            profile = _linked(profile, endpoint)
     write_text(out, to_json(profile))
     state.unlink(missing_ok=True)
     _tell(profile, out, json)
@@ -139,6 +146,16 @@ def _measure(endpoint: "Endpoint", plan: "Plan", facts: "Facts", state: Path, sh
         )
     except EndpointError as error:
         raise UsageError(f"{error}; what was measured is kept in {state}: run the same again to go on") from error
+
+
+def _linked(profile: "Profile", endpoint: "Endpoint") -> "Profile":
+    """Take the link as a connector at a server has measured it, where there is one."""
+    from kvsim.calibration import EndpointError, HttpEndpoint, linked  # noqa: PLC0415
+
+    try:
+        return linked(profile, endpoint.copied()) if isinstance(endpoint, HttpEndpoint) else profile
+    except EndpointError:  # all that was asked for is measured
+        return profile
 
 
 def _facts(model: str, gpu: str, **given: Any) -> "Facts":

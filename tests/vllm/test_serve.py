@@ -166,6 +166,9 @@ def check_calibration(serve):
         assert 0 < told[-1] < time.perf_counter() - begun
         assert told[-1] == pytest.approx(serve.metric(sums) - before, rel=1e-6)
     assert len(set(told)) == 3
+    nbytes, seconds = endpoint.copied()["d2h"]
+    assert nbytes == serve.metric("vllm:kvcore_stored_bytes_total") > 0
+    assert 0 < seconds < 60
 
 
 def test_server_inside_vllm_serve_ends_with_it(tiny_model, tmp_path):

@@ -17,10 +17,11 @@ from kvsim.calibration import (
     LocalEndpoint,
     Plan,
     calibrate,
+    linked,
     make_plan,
 )
 from kvsim.calibration.endpoint import step_s
-from kvsim.profiles import Part, TransferCurve, load
+from kvsim.profiles import Part, TransferCurve, load, lookup
 from kvsim.profiles.load import to_json
 
 CURVE = TransferCurve(sizes=(1,), bytes_per_s=(1e9,))
@@ -311,6 +312,8 @@ class Server(http.server.BaseHTTPRequestHandler):
     """Streams tokens 10 ms apart, the first after 20 ms and a ms for each hundred tokens of prompt."""
 
     usage = True
+    copied = ""
+    """What a connector there has counted."""
     told = None
     """Sum and count of what it says its times to the first token were: 5 s each."""
     protocol_version = "HTTP/1.0"
@@ -320,8 +323,9 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path.endswith("/metrics"):
-            self.send_response(200 if self.told else 404)
+            self.send_response(200 if self.told or self.copied else 404)
             self.end_headers()
+            self.wfile.write(self.copied.encode())
             self.wfile.write(
                 b"# HELP vllm:time_to_first_token_seconds Seconds\n"
                 b'vllm:time_to_first_token_seconds_bucket{le="1.0"} 7.0\n'
@@ -378,6 +382,43 @@ def test_a_server_that_tells_its_times_is_taken_at_its_word():
         endpoint = HttpEndpoint(url)
         assert endpoint.first_token_s([1] * 100) == pytest.approx(5)
         assert endpoint.first_token_s([2] * 200) == pytest.approx(5)
+
+
+COPIED = """# HELP vllm:kvcore_stored_bytes_total Bytes copied to L1.
+vllm:kvcore_stored_bytes_total{engine="0"} 4e9
+vllm:kvcore_stored_bytes_total{engine="1"} 2e9
+vllm:kvcore_store_seconds_total{engine="0"} 0.1
+vllm:kvcore_store_seconds_total{engine="1"} 0.05
+vllm:kvcore_stored_tokens_total{engine="0"} 7
+"""
+LOADED = COPIED.replace("stored_", "loaded_").replace("store_", "load_").replace("4e9", "1e8").replace("2e9", "1e8")
+
+
+def test_what_a_connector_has_copied_is_asked_for():
+    with serving() as url:
+        assert HttpEndpoint(url).copied() == {}
+    with serving(copied=COPIED) as url:
+        assert HttpEndpoint(url).copied() == {"d2h": (6e9, pytest.approx(0.15))}
+    with serving(copied=COPIED + LOADED) as url:
+        assert HttpEndpoint(url).copied() == {
+            "d2h": (6e9, pytest.approx(0.15)),
+            "h2d": (2e8, pytest.approx(0.15)),
+        }
+
+
+def test_the_link_is_what_was_copied_over_it():
+    profile = lookup("qwen3-8b", "h100")
+    assert linked(profile, {}) is profile
+    assert linked(profile, {"h2d": (2e8, 0.1), "d2h": (6e9, 0.0)}) is profile, "hardly anything, or by no clock"
+    out = linked(profile, {"h2d": (2e8, 0.1), "d2h": (6e9, 0.15)})
+    assert out.transfers["d2h"].peak_bytes_per_s == pytest.approx(40e9)
+    assert {**out.transfers, "d2h": 0} == {**profile.transfers, "d2h": 0}
+    told = out.provenance["pcie"]
+    assert told.kind == "measured"
+    assert "6.0 GB d2h" in told.source
+    assert f"h2d: {profile.provenance['pcie'].source}" in told.error
+    both = linked(replace(profile, tensor_parallel=2), {"h2d": (3e9, 0.1), "d2h": (6e9, 0.15)})
+    assert both.transfers["h2d"].peak_bytes_per_s == pytest.approx(60e9), "two ranks, whose seconds are added up"
 
 
 def test_a_server_with_other_clients_is_timed_from_here():

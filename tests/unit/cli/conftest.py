@@ -59,6 +59,7 @@ class Served(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.0"
     max_model_len = 2048
+    metrics = ""
     answers = None
     """How many more completions it answers before it is gone; None: all."""
 
@@ -68,6 +69,9 @@ class Served(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
+        if self.path == "/metrics":
+            self.wfile.write(self.metrics.encode())
+            return
         self.wfile.write(json.dumps({"data": [{"id": "served", "max_model_len": self.max_model_len}]}).encode())
 
     def do_POST(self):

@@ -39,6 +39,21 @@ def test_a_profile_is_written_that_the_others_take(kvsim_command, command, serve
     assert swept["profile"]["name"] == "h100-qwen3-8b"
 
 
+def test_the_link_is_that_of_a_connectors_copies_unless_it_is_given(kvsim_command, command, served, out):
+    assert kvsim_command.json(*command)
+    assert load(out).provenance["pcie"].kind == "assumed"
+    served.metrics = "".join(
+        f'vllm:kvcore_{name}_total{{engine="0"}} {value}\n'
+        for name, value in (("loaded_bytes", 3e9), ("load_seconds", 0.1), ("stored_bytes", 4e9), ("store_seconds", 0.1))
+    )
+    kvsim_command.json(*command)
+    profile = load(out)
+    assert [profile.transfers[way].peak_bytes_per_s for way in ("h2d", "d2h")] == pytest.approx([30e9, 40e9])
+    assert profile.provenance["pcie"].kind == "measured"
+    kvsim_command.json(*command, "--link-gb-s", 9)
+    assert load(out).transfers["h2d"].peak_bytes_per_s == pytest.approx(9e9)
+
+
 def test_one_that_was_interrupted_goes_on(kvsim_command, command, served, out):
     served.answers = 10
     assert "run the same again to go on" in kvsim_command.refused(*command)
