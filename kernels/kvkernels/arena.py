@@ -58,6 +58,7 @@ class HostArena:
 
     def __init__(self, buffer: Any, *, is_pinned: bool = False) -> None:
         self._array = _as_bytes(buffer)
+        self._address = int(self._array.ctypes.data)  # asked for at every copy, and slow to ask NumPy for
         self._is_pinned = is_pinned
 
     @property
@@ -68,7 +69,7 @@ class HostArena:
     @property
     def address(self) -> int:
         """Where its first byte lies in this process."""
-        return int(self._array.ctypes.data)
+        return self._address
 
     @property
     def split_bytes(self) -> int:

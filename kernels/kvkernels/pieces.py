@@ -18,7 +18,16 @@ from kvkernels.errors import LayoutError
 from kvkernels.layouts import PagedLayout
 from kvkernels.slots import SlotTable, merge_copies, ordinals
 
-__all__ = ["PieceCopies", "StagedPiece", "load_pieces", "piece_copies", "plane_groups", "store_pieces"]
+__all__ = [
+    "PieceBatch",
+    "PieceCopies",
+    "StagedPiece",
+    "load_pieces",
+    "piece_batch",
+    "piece_copies",
+    "plane_groups",
+    "store_pieces",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,25 +85,42 @@ class PieceCopies:
     length: Ints
 
 
-def piece_copies(
-    layout: PagedLayout, table: SlotTable, pieces: Sequence[StagedPiece], *, split_bytes: int
-) -> list[PieceCopies]:
-    """The copies of several pieces, resolved at once: a call a piece costs more than the pieces.
+@dataclass(frozen=True, slots=True)
+class PieceBatch:
+    """Some pieces, and the range of every chunk in each of them: what does not depend on where the chunks lie.
 
-    No copy crosses a multiple of `split_bytes` in the arena.
+    `starts` are virtual (see `SlotTable`), `staged` offsets in the piece's staging buffer, `owner` the piece's place.
     """
+
+    pieces: tuple[StagedPiece, ...]
+    starts: Ints
+    staged: Ints
+    length: Ints
+    owner: Ints
+
+
+def piece_batch(layout: PagedLayout, pieces: Sequence[StagedPiece]) -> PieceBatch:
+    """Lay several pieces out for `piece_copies`."""
     starts = layout.plane_starts()
     counts = np.array([len(piece.chunks) for piece in pieces], np.int64)
     owner = np.repeat(np.arange(len(pieces)), counts)
     ordinal = ordinals(counts)
     chunk = np.array([piece.chunks.start for piece in pieces], np.int64)[owner] + ordinal
     first = [starts[piece.planes.start] + piece.blocks.start * piece.row_bytes for piece in pieces]
-    size = np.array([piece.chunk_bytes for piece in pieces], np.int64)[owner]
-    found = table.resolve(chunk * table.slot_bytes + np.array(first, np.int64)[owner], size)
-    staged = (ordinal * size)[found.index] + found.within
-    owner = owner[found.index]
+    length = np.array([piece.chunk_bytes for piece in pieces], np.int64)[owner]
+    virtual = chunk * layout.slot_bytes + np.array(first, np.int64)[owner]
+    return PieceBatch(tuple(pieces), virtual, ordinal * length, length, owner)
+
+
+def piece_copies(batch: PieceBatch, table: SlotTable, *, split_bytes: int) -> list[PieceCopies]:
+    """The copies of several pieces, resolved at once: a call a piece costs more than the pieces.
+
+    No copy crosses a multiple of `split_bytes` in the arena.
+    """
+    found = table.resolve(batch.starts, batch.length)
+    staged, owner = batch.staged[found.index] + found.within, batch.owner[found.index]
     heads, host, staged, length = merge_copies(found.offset, staged, found.length, split_bytes=split_bytes, owner=owner)
-    bounds = owner[heads].searchsorted(np.arange(len(pieces) + 1)).tolist()
+    bounds = owner[heads].searchsorted(np.arange(len(batch.pieces) + 1)).tolist()
     return [PieceCopies(host[a:b], staged[a:b], length[a:b]) for a, b in pairwise(bounds)]
 
 

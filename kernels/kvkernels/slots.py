@@ -55,6 +55,36 @@ class SlotTable:
     def __init__(self, slots: Slots, *, slot_bytes: int, arena_bytes: int, split_bytes: int = 0) -> None:
         self.slot_bytes = slot_bytes
         self.count = len(slots)
+        offset, virtual, length = self._alike(slots, arena_bytes) or self._of_any(slots, arena_bytes)
+        offset, virtual, length = _joined(offset, virtual, length)
+        offset, virtual, length = _split(offset, virtual, length, split_bytes)
+        self._virtual = np.append(virtual, self.count * slot_bytes)
+        self._offset = offset
+        self._length = length
+
+    def _alike(self, slots: Slots, arena_bytes: int) -> tuple[Ints, Ints, Ints] | None:
+        """Arena offsets, virtual starts and lengths of slots in one array whose pieces are of equal lengths.
+
+        These are a server's, and this runs in the engine's own thread; None for any others.
+        """
+        if not isinstance(slots, np.ndarray) or not slots.size:
+            return None
+        length = slots[0, :, 1]
+        if bool((slots[:, :, 1] != length).any()):
+            return None
+        start = np.cumsum(length) - length
+        short = self.slot_bytes - start
+        if int(length.min()) <= 0 or int(short[-1]) <= 0 or int(length[-1]) < int(short[-1]):
+            return None
+        offset = slots[:, :, 0]
+        if int(offset.min()) < 0 or bool((offset + length > arena_bytes).any()):
+            return None
+        virtual = np.arange(self.count, dtype=np.int64)[:, None] * self.slot_bytes + start
+        return offset.ravel(), virtual.ravel(), np.tile(np.minimum(length, short), self.count)
+
+    def _of_any(self, slots: Slots, arena_bytes: int) -> tuple[Ints, Ints, Ints]:
+        """The same of any slots. Raises RequestError."""
+        slot_bytes = self.slot_bytes
         flat, counts = _flat(slots)
         offset, length = flat[:, 0], flat[:, 1]
         if flat.size and (flat.min() < 0 or bool((offset + length > arena_bytes).any())):
@@ -68,12 +98,7 @@ class SlotTable:
         length = np.minimum(length, slot_bytes - start)
         used = length > 0
         offset, length = offset[used], length[used]
-        virtual = owner[used] * slot_bytes + start[used]
-        offset, virtual, length = _joined(offset, virtual, length)
-        offset, virtual, length = _split(offset, virtual, length, split_bytes)
-        self._virtual = np.append(virtual, self.count * slot_bytes)
-        self._offset = offset
-        self._length = length
+        return offset, owner[used] * slot_bytes + start[used], length
 
     @property
     def pieces(self) -> tuple[Ints, Ints]:
@@ -165,6 +190,8 @@ def _split(offset: Ints, virtual: Ints, length: Ints, split_bytes: int) -> tuple
         return offset, virtual, length
     first = offset // split_bytes
     counts = (offset + length - 1) // split_bytes - first + 1
+    if int(counts.max()) == 1:
+        return offset, virtual, length
     which = np.repeat(np.arange(len(length)), counts)
     border = (first[which] + ordinals(counts)) * split_bytes
     begin = np.maximum(offset[which], border)

@@ -17,7 +17,15 @@ from kvkernels.arena import Arena
 from kvkernels.errors import LayoutError
 from kvkernels.handles import StreamHandle
 from kvkernels.layouts import PagedLayout
-from kvkernels.pieces import PieceCopies, StagedPiece, load_pieces, piece_copies, store_pieces
+from kvkernels.pieces import (
+    PieceBatch,
+    PieceCopies,
+    StagedPiece,
+    load_pieces,
+    piece_batch,
+    piece_copies,
+    store_pieces,
+)
 from kvkernels.pipelined import Direction, PipelinedTransfer
 from kvkernels.streams import Event, Runtime, Stream
 from kvkernels.transfer import Request
@@ -28,6 +36,8 @@ MIB = 1 << 20
 STAGING_BYTES = 240 * MIB
 _PLANNED_PIECES = 4, 32
 """Pieces planned at once: few at first, so that the bus need not wait, then many, for a plan has a fixed cost."""
+_KEPT_PLANS = 256
+"""What depends on the number of chunks alone is kept: it is half of a plan, in the engine's own thread."""
 
 
 class Mover(Protocol):
@@ -117,6 +127,7 @@ class StagedTransfer(PipelinedTransfer[_Direction]):
         self._mover = mover
         self._copy_bytes = copy_bytes
         self._group_bytes = group_bytes
+        self._plans: dict[tuple[bool, int, range], list[PieceBatch]] = {}
         half = staging_bytes // 2
         if max(plane.row_bytes for plane in layout.planes) > half // buffers:
             raise LayoutError(f"a row of this layout does not fit a staging buffer of {half // buffers} bytes")
@@ -136,9 +147,10 @@ class StagedTransfer(PipelinedTransfer[_Direction]):
         rejected = self._marks(request.chunks) if self._mover.rejects else None
         handle.rejecting(rejected)
         ids = self._begin(request, side, after, handle)
-        pieces = list(store_pieces(self.layout, request.chunks, request.planes, side.capacity))
+        plan = self._plan(request, side, loading=False)
+        pieces = [piece for batch in plan for piece in batch.pieces]
         gathered = copied = after
-        for piece, ranges in self._planned(request, pieces):
+        for piece, ranges in self._planned(request, plan):
             yield side.window.full()
             buffer = side.next()
             if buffer.emptied is not None:
@@ -156,11 +168,11 @@ class StagedTransfer(PipelinedTransfer[_Direction]):
 
     def _load(self, request: Request, side: _Direction, after: Event, handle: StreamHandle) -> Iterator[Event | None]:
         ids = self._begin(request, side, after, handle)
-        sizes = {"copy_bytes": self._copy_bytes, "group_bytes": self._group_bytes}
-        pieces = list(load_pieces(self.layout, request.chunks, request.planes, side.capacity, **sizes))
+        plan = self._plan(request, side, loading=True)
+        pieces = [piece for batch in plan for piece in batch.pieces]
         followers = [piece.planes for piece in pieces[1:]]
         scattered = after
-        for (piece, ranges), planes_after in zip_longest(self._planned(request, pieces), followers):
+        for (piece, ranges), planes_after in zip_longest(self._planned(request, plan), followers):
             yield side.window.full()
             buffer = side.next()
             copies = side.copies.turn()
@@ -191,11 +203,26 @@ class StagedTransfer(PipelinedTransfer[_Direction]):
         marks[:] = 0
         return marks
 
-    def _planned(self, request: Request, pieces: Sequence[StagedPiece]) -> Iterator[tuple[StagedPiece, PieceCopies]]:
+    def _plan(self, request: Request, side: _Direction, *, loading: bool) -> list[PieceBatch]:
+        """The pieces of a request with so many chunks, in batches."""
+        key = loading, request.chunks, request.planes
+        plan = self._plans.get(key)
+        if plan is None:
+            if loading:
+                sizes = {"copy_bytes": self._copy_bytes, "group_bytes": self._group_bytes}
+                pieces = list(load_pieces(self.layout, request.chunks, request.planes, side.capacity, **sizes))
+            else:
+                pieces = list(store_pieces(self.layout, request.chunks, request.planes, side.capacity))
+            few, many = _PLANNED_PIECES
+            bounds = [0, *range(few, len(pieces), many), len(pieces)]
+            plan = [piece_batch(self.layout, pieces[start:stop]) for start, stop in pairwise(bounds)]
+            if len(self._plans) >= _KEPT_PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
+    def _planned(self, request: Request, plan: Sequence[PieceBatch]) -> Iterator[tuple[StagedPiece, PieceCopies]]:
         """Every piece with its copies."""
-        few, many = _PLANNED_PIECES
-        bounds = [0, *range(few, len(pieces), many), len(pieces)]
-        for start, stop in pairwise(bounds):
-            batch = pieces[start:stop]
-            copies = piece_copies(self.layout, request.table, batch, split_bytes=self._arena.split_bytes)
-            yield from zip(batch, copies, strict=True)
+        for batch in plan:
+            copies = piece_copies(batch, request.table, split_bytes=self._arena.split_bytes)
+            yield from zip(batch.pieces, copies, strict=True)

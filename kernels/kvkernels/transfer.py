@@ -173,8 +173,8 @@ def check_request(
     if ids.size and (ids.min() < (-1 if loading else 0) or ids.max() >= layout.num_blocks):
         raise RequestError(f"block ids reach from {ids.min()} to {ids.max()} in a cache of {layout.num_blocks} blocks")
     if loading:
-        kept = ids[ids >= 0]
-        if len(np.unique(kept)) != kept.size:
+        ordered = np.sort(ids[ids >= 0])
+        if bool((ordered[1:] == ordered[:-1]).any()):
             raise RequestError("a block id appears twice in one load")
     chosen = range(len(layout.planes)) if planes is None else planes
     if chosen.step != 1 or chosen.start < 0 or chosen.stop > len(layout.planes) or chosen.start > chosen.stop:

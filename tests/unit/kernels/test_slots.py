@@ -27,6 +27,28 @@ def tables(draw):
 
 
 @settings(deadline=None)
+@given(st.data())
+def test_slots_of_equal_pieces_in_one_array_are_what_they_are_in_lists(data):
+    """As a server's are, whose table is made with less ado; more than a slot needs is left alone, less is refused."""
+    least, outside = data.draw(st.integers(0, 1)), data.draw(st.booleans())
+    chunks, lengths = data.draw(st.integers(1, 4)), data.draw(st.lists(st.integers(least, 12), min_size=1, max_size=5))
+    within = st.integers(-2, 299) if outside else st.integers(0, 288)
+    offsets = [[data.draw(within) for _ in lengths] for _ in range(chunks)]
+    slots = np.array([[*zip(row, lengths, strict=True)] for row in offsets], np.int64)
+    slot_bytes = data.draw(st.integers(1, max(1, sum(lengths)) + data.draw(st.integers(0, 2))))
+    sizes = {"slot_bytes": slot_bytes, "arena_bytes": 300, "split_bytes": data.draw(st.sampled_from([0, 7, 64]))}
+    made = []
+    for form in (slots, slots.tolist()):
+        try:
+            table = SlotTable(form, **sizes)
+        except RequestError as error:
+            made.append(str(error))
+        else:
+            made.append([table._virtual.tolist(), *(column.tolist() for column in table.pieces)])
+    assert made[0] == made[1]
+
+
+@settings(deadline=None)
 @given(tables(), st.data())
 def test_resolve_finds_the_byte_behind_every_byte(made, data):
     table, behind, split = made

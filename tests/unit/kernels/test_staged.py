@@ -529,6 +529,47 @@ def test_stores_and_loads_interleaved(lazy_runtime, make, seed):
     assert loaded_right(case, empty, ids.ravel())
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_a_plan_is_kept_for_requests_of_its_kind(lazy_runtime, data):
+    """One transfer, asked for any number of chunks and any planes, again and again."""
+    seed = data.draw(st.integers(0, 2**32))
+    rng = np.random.default_rng(seed)
+    case = random_case(rng, block_tokens=16)
+    layout, runtime = case.layout, lazy_runtime(seed)
+    most = min(4, layout.num_blocks // layout.chunk_blocks)
+    every = range(len(layout.planes))
+    slots, nbytes = random_slots(rng, layout, most)
+    arena = HostArena(np.zeros(nbytes, np.uint8))
+    empty = case.emptied()
+    source = staged(runtime, layout, case.tensors, arena)
+    target = staged(runtime, layout, empty.tensors, arena)
+    asks = st.tuples(st.integers(1, most), st.integers(0, every[-1]), st.integers(1, len(every)))
+    for chunks, first, stop in data.draw(st.lists(asks, min_size=1, max_size=6)):
+        planes = range(min(first, stop - 1), stop)
+        ids = random_ids(rng, layout, chunks)
+        for one in (arena.array, *(memory.view(torch.uint8) for memory in empty.memory)):
+            one.fill_(0) if isinstance(one, torch.Tensor) else one.fill(0)
+        source.store(ids, slots[:chunks], planes=planes).wait()
+        target.load(slots[:chunks], ids, planes=planes).wait()
+        for block in ids.tolist():
+            got, wanted = empty.rows(block), case.rows(block)
+            assert all(np.array_equal(got[plane], wanted[plane]) for plane in planes)
+            assert not any(np.any(got[plane]) for plane in every if plane not in planes)
+    source.close()
+    target.close()
+
+
+def test_not_all_plans_are_kept(lazy_runtime, monkeypatch):
+    monkeypatch.setattr("kvkernels.staged._KEPT_PLANS", 3)
+    case, ids, slots, arena = next(made for made in map(setting, range(50)) if len(made[0].layout.planes) > 4)
+    transfer = staged(lazy_runtime(1), case.layout, case.tensors, arena)
+    for stop in range(1, len(case.layout.planes) + 1):
+        transfer.store(ids, slots, planes=range(stop)).wait()
+        assert 0 < len(transfer._plans) <= 3
+    assert stored_right(case, ids, slots, arena)
+
+
 def qwen3_8b():
     tensors = [np.lib.stride_tricks.as_strided(np.zeros(1, np.int8), (2000, 8, 16, 512), (65536, 8192, 512, 1))] * 36
     return describe(tensors, num_blocks=2000, block_tokens=16, chunk_tokens=256)
