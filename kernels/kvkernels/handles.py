@@ -47,8 +47,8 @@ class StreamHandle:
     # Whoever enqueues
 
     def keep(self, *values: Any) -> None:
-        """Hold what the device reads for as long as this handle lives."""
-        self._kept = values
+        """Hold what the device reads too, for as long as this handle lives."""
+        self._kept += values
 
     def rejecting(self, rejected: NDArray[np.int32] | None) -> None:
         """Where the device marks chunks that it rejects, if it may; held like what it reads."""

@@ -194,7 +194,7 @@ class StagedTransfer(PipelinedTransfer[_Direction]):
         """Order the kernels, which touch the cache, behind the engine's work so far; return the ids on the device."""
         side.kernels.wait(after)
         ids = self._runtime.upload(request.block_ids.ravel(), side.kernels)
-        handle.keep(ids, side, self._arena, self._mover)
+        handle.keep(ids)
         return ids
 
     def _marks(self, chunks: int) -> NDArray[np.int32]:

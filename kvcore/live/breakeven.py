@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -10,9 +9,10 @@ import msgspec
 import numpy as np
 
 from kvcore.live import wire
-from kvcore.live.hittest import Row, first_model, timed
+from kvcore.live.hittest import Row, base_of, first_model, timed
 from kvcore.live.tools import report
 from kvcore.policy import LoadCost
+from kvcore.policy.fit import non_negative
 
 NAME = "load or recompute"
 Point: TypeAlias = tuple[int, float]
@@ -91,7 +91,7 @@ def links_of(metrics: dict[str, Any], chunk_bytes: int, *, threads: int | None) 
 
 def prefill_points(vllm_url: str, model: str, prompt_tokens: int) -> list[Point]:
     """Measure fresh prompts of a block, and of an eighth to all of `prompt_tokens`: the faster of two, as vLLM says."""
-    base = vllm_url.rstrip("/")
+    base = base_of(vllm_url)
     model = model or first_model(base)
     random = np.random.default_rng()
     found = []
@@ -116,19 +116,10 @@ def load_cost(points: Sequence[Point], links: Sequence[Link], chunk_tokens: int)
     )
 
 
-def fitted(points: Sequence[Point]) -> tuple[float, float, float]:
+def fitted(points: Sequence[Point]) -> tuple[float, ...]:
     """Return a, b, c >= 0 with a + b n + c n^2 closest to the seconds of n tokens, by relative error."""
     tokens, seconds = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))
-    terms = np.stack([np.ones_like(tokens), tokens, tokens**2], axis=1) / seconds[:, None]
-    best, found = float("inf"), np.zeros(3)
-    for count in (1, 2, 3):
-        for kept in combinations(range(3), min(count, 3)):
-            factors, *_ = np.linalg.lstsq(terms[:, kept], np.ones_like(seconds), rcond=None)
-            error = float(np.sum((terms[:, kept] @ factors - 1) ** 2))
-            if factors.min() >= 0 and error < best - 1e-12:
-                best, found = error, np.zeros(3)
-                found[list(kept)] = factors
-    return float(found[0]), float(found[1]), float(found[2])
+    return non_negative(np.stack([np.ones_like(tokens), tokens, tokens**2], axis=1), seconds)
 
 
 def worth_from(cost: LoadCost, tier: int, chunk_bytes: int) -> int | None:

@@ -20,9 +20,7 @@ def hit_test(endpoint: str, vllm_url: str, model: str, prompt_tokens: int) -> li
 
     Raises OSError where vLLM is not reachable, ValueError or KeyError for an answer that is none of its API's.
     """
-    base = vllm_url.rstrip("/")
-    if not base.startswith(("http://", "https://")):
-        raise ValueError(f"not an http URL: {vllm_url}")
+    base = base_of(vllm_url)
     model = model or first_model(base)
     random = np.random.default_rng()
     warm, prompt, fresh = (random.integers(100, 1000, prompt_tokens).tolist() for _ in range(3))
@@ -52,6 +50,14 @@ def hit_test(endpoint: str, vllm_url: str, model: str, prompt_tokens: int) -> li
         "the hit was slower: see whether it is worth its copy, below" if slower else "",
     )
     return [found, timing]
+
+
+def base_of(vllm_url: str) -> str:
+    """Return a vLLM's URL as paths are put behind it. Raises ValueError where it is no http URL."""
+    base = vllm_url.rstrip("/")
+    if not base.startswith(("http://", "https://")):
+        raise ValueError(f"not an http URL: {vllm_url}")
+    return base
 
 
 def first_model(base: str) -> str:

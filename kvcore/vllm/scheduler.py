@@ -107,11 +107,10 @@ class SchedulerSide:
         if life.found is None or life.found.load_start * life.session.chunk_tokens > computed:
             self._look_up(tracked, life)  # again where the engine's own cache has lost some since
         if life.found is None:
-            if tracked.life is life and not life.unawaited:
-                return None, False
-            if tracked.life is life and tracked not in self._put_off:
+            at_hand = tracked.life is life
+            if at_hand and life.unawaited and tracked not in self._put_off:
                 self._put_off.append(tracked)
-            return 0, False
+            return (None if at_hand and not life.unawaited else 0), False
         external, life.asynchronous = self._loadable(life, request)
         return external, life.asynchronous
 
@@ -317,10 +316,11 @@ class SchedulerSide:
 
     def _drop_unscheduled(self) -> None:
         """Forget what was put off of requests that did not get into the step: they are asked about anew."""
-        late = [tracked for tracked in self._put_off if tracked.life is not None and not tracked.life.upto]
-        self._put_off = [tracked for tracked in self._put_off if tracked not in late]
-        for tracked in late:
-            if tracked.life is not None and not tracked.life.unawaited:  # of the others an answer is on its way
+        waiting, self._put_off = self._put_off, []
+        for tracked in waiting:
+            if tracked.life is None or tracked.life.upto:
+                self._put_off.append(tracked)
+            elif not tracked.life.unawaited:  # of the others an answer is on its way
                 del self._tracked[tracked.id]
 
     def _look_up(self, tracked: Tracked, life: Life) -> None:
@@ -366,21 +366,25 @@ class SchedulerSide:
 
     def _most_loadable(self, life: Life, request: EngineRequest) -> int:
         """Return the tokens that could be had without computing, if every chunk were cached."""
-        block, tokens = self._options.block_tokens, int(request.num_tokens)
-        return min(len(life.chunks) * life.session.chunk_tokens, (tokens - 1) // block * block)
+        return min(len(life.chunks) * life.session.chunk_tokens, self._all_but_one(request))
+
+    def _all_but_one(self, request: EngineRequest) -> int:
+        """Return the tokens of the blocks that a step need not compute: it must compute at least one token."""
+        block = self._options.block_tokens
+        return (int(request.num_tokens) - 1) // block * block
 
     def _loadable(self, life: Life, request: EngineRequest) -> tuple[int, bool]:
         """Return how many tokens to load, and whether asynchronously."""
         found = life.found
         if found is None or not found.load_chunks or life.session is not self._link.registered:
             return 0, False
-        chunk_tokens, block = life.session.chunk_tokens, self._options.block_tokens
+        chunk_tokens = life.session.chunk_tokens
         end = (found.load_start + found.load_chunks) * chunk_tokens
         if found.load_start * chunk_tokens > life.computed or end <= life.computed:
             return 0, False
         asynchronous = self._asynchronous(request)
         if not asynchronous and end >= request.num_tokens:
-            end = (request.num_tokens - 1) // block * block  # a step must compute at least one token
+            end = self._all_but_one(request)
         return (end - life.computed, asynchronous) if end > life.computed else (0, False)
 
     def _asynchronous(self, request: EngineRequest) -> bool:

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
+from kvcore.policy.fit import non_negative
 from kvsim.profiles import Grid, PrefillFit
 
 Points = Mapping[tuple[int, int], float]
@@ -46,7 +46,7 @@ def fit_prefill(points: Points) -> PrefillFit:
     n = np.array([new for (new, _), _ in rows], dtype=np.float64)
     c = np.array([cached for (_, cached), _ in rows], dtype=np.float64)
     seconds = np.array([value for _, value in rows])
-    base, linear, quadratic = _non_negative(np.stack([np.ones_like(n), n, n * (n + 2 * c)], axis=1), seconds)
+    base, linear, quadratic = non_negative(np.stack([np.ones_like(n), n, n * (n + 2 * c)], axis=1), seconds)
     return PrefillFit(floor_s=float(seconds.min()), base_s=base, linear_s=linear, quadratic_s=quadratic)
 
 
@@ -61,21 +61,8 @@ def decode_grid(points: Points) -> Grid:
     b = np.array([batch for (batch, _), _ in rows], dtype=np.float64)
     context = np.array([tokens for (_, tokens), _ in rows], dtype=np.float64)
     seconds = np.array([value for _, value in rows])
-    terms = _non_negative(np.stack([np.ones_like(b), b, b * context], axis=1), seconds)
+    terms = non_negative(np.stack([np.ones_like(b), b, b * context], axis=1), seconds)
     return _grid(points, lambda x, y: terms[0] + terms[1] * x + terms[2] * x * y)
-
-
-def _non_negative(columns: NDArray[np.float64], seconds: NDArray[np.float64]) -> tuple[float, ...]:
-    """Least squares of the relative error, dropping the most negative term until none is negative."""
-    kept = list(range(columns.shape[1]))
-    while True:
-        scaled = columns[:, kept] / seconds[:, None]
-        size = np.abs(scaled).max(axis=0)
-        found = np.linalg.lstsq(scaled / size, np.ones(len(seconds)), rcond=None)[0] / size
-        if len(kept) == 1 or (found >= 0).all():
-            terms = dict(zip(kept, found.tolist(), strict=True))
-            return tuple(max(0.0, terms.get(i, 0.0)) for i in range(columns.shape[1]))
-        kept.pop(int(np.argmin(found * size)))
 
 
 def _grid(points: Points, form: Form) -> Grid:

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from live_fakes import SyncEngine, chain, wait_for
 
-from kvcore.live.breakeven import break_even
+from kvcore.live.breakeven import break_even, prefill_points
 from kvcore.live.hittest import hit_test
 from kvcore.policy.hashing import block_hashes, chunk_names
 
@@ -163,3 +163,5 @@ def test_reads_of_l2_have_a_rate_of_their_own(start, folder):
 def test_a_url_that_is_none(start):
     with pytest.raises(ValueError, match="not an http URL"):
         hit_test("ipc:///none", "file:///etc/passwd", "", 100)
+    with pytest.raises(ValueError, match="not an http URL"):
+        prefill_points("file:///etc/passwd", "", 100)

@@ -175,6 +175,20 @@ class EngineRequest:
         return "stop"
 
 
+def decode(one):
+    """The step of a request's next token."""
+    return step(cached=[(one.request_id, (), one.num_tokens, 1, False)])
+
+
+def finish(side, one):
+    """A request's first token behind its first step, and its end."""
+    one.num_output_tokens = 1
+    side.reported(None, (), ())
+    side.plan(decode(one))
+    side.finished(one)
+    side.plan(step())
+
+
 def step(*, new=(), cached=(), preempted=()):
     """A SchedulerOutput: `new` of (id, block ids, computed, scheduled), `cached` of those and whether resumed."""
     counts = {row[0]: row[3] for row in [*new, *cached]}

@@ -1,7 +1,7 @@
 """Prompts that the engine's own cache holds: their lookup is sent, and nobody waits for what cannot bring anything."""
 
 import pytest
-from engine_double import BLOCK, CHUNK, NAMESPACE, EngineRequest, Line, blocks, names, registered, step
+from engine_double import BLOCK, CHUNK, NAMESPACE, EngineRequest, Line, blocks, decode, finish, names, registered, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,10 +34,6 @@ def first_step(side, one, computed, scheduled=None):
     side.allocated(one, blocks(one.num_tokens), 0)
     todo = scheduled or one.num_tokens - computed
     return side.plan(step(new=[(one.request_id, blocks(one.num_tokens), computed, todo)]))
-
-
-def decode(one):
-    return step(cached=[(one.request_id, (), one.num_tokens, 1, False)])
 
 
 def left_behind(side):
@@ -170,11 +166,7 @@ def test_the_log_is_that_of_a_prompt_whose_answer_is_awaited():
         line.registered = registered(record=True)
         one = request()
         first_step(side, one, HELD)
-        one.num_output_tokens = 1
-        side.reported(None, (), ())
-        side.plan(decode(one))
-        side.finished(one)
-        side.plan(step())
+        finish(side, one)
         rows += line.recorded
     assert rows[0] == rows[1]
     assert rows[0][1]["l0_tokens"] == HELD

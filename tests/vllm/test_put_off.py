@@ -9,7 +9,9 @@ from engine_double import (
     Late,
     Line,
     blocks,
+    decode,
     engine_hashes,
+    finish,
     names,
     registered,
     step,
@@ -41,10 +43,6 @@ def first_step(side, one, scheduled=None):
     assert side.matched(one, 0) == (0, False)
     side.allocated(one, blocks(one.num_tokens), 0)
     return side.plan(step(new=[(one.request_id, blocks(one.num_tokens), 0, scheduled or one.num_tokens)]))
-
-
-def decode(one):
-    return step(cached=[(one.request_id, (), one.num_tokens, 1, False)])
 
 
 def stored(*plans):
@@ -234,11 +232,7 @@ def test_the_log_is_that_of_a_prompt_looked_up_at_once():
         line.registered = registered(record=True)
         one = request()
         first_step(side, one)
-        one.num_output_tokens = 1
-        side.reported(None, (), ())
-        side.plan(decode(one))
-        side.finished(one)
-        side.plan(step())
+        finish(side, one)
         rows += line.recorded
     assert rows[0] == rows[1]
 

@@ -85,18 +85,13 @@ def frame(chunk: bytes, parts: Parts) -> bytes:
 
     The name is summed too, so that a value under another chunk's name is as bad as a broken one.
     """
-    sums = Sums(chunk)
-    for part in parts:
-        sums.add(part)
+    sums = Sums(chunk, parts)
     return _FRAME.pack(_MAGIC, sums.size, sums.checksum)
 
 
 def is_intact(chunk: bytes, header: bytes | memoryview, parts: Parts) -> bool:
     """Whether parts, filled from a store, are what was put under this header and name."""
-    sums = Sums(chunk)
-    for part in parts:
-        sums.add(part)
-    return sums.match(header)
+    return Sums(chunk, parts).match(header)
 
 
 class Sums:
@@ -104,11 +99,14 @@ class Sums:
 
     Args:
         chunk: the chunk's name, which is summed too.
+        parts: what is there already.
     """
 
-    def __init__(self, chunk: bytes) -> None:
+    def __init__(self, chunk: bytes, parts: Parts = ()) -> None:
         self.size = 0
         self._digest = xxh3_64(chunk)
+        for part in parts:
+            self.add(part)
 
     def add(self, part: memoryview) -> None:
         """Take in the next bytes."""

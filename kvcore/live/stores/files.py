@@ -221,7 +221,7 @@ def _fill(fd: int, piece: memoryview) -> bool:
 
 
 def _advance(parts: list[memoryview], count: int) -> None:
-    """Drop the first `count` bytes, as the kernel may take or give fewer than asked (2 GiB at most at a time)."""
+    """Drop the first `count` bytes, as the kernel may take fewer than asked (2 GiB at most at a time)."""
     done = 0
     while done < len(parts) and count >= parts[done].nbytes:
         count -= parts[done].nbytes
