@@ -96,7 +96,7 @@ class Bench:
             "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             "device": torch.cuda.get_device_name(0),
             "versions": versions(),
-            "batched_driver_call": cuda_driver().has_batch,
+            "batched_driver_call": cuda_driver().batch is not None,
             "seconds": round(time.perf_counter() - started, 1),
             "results": self.results,
             "failures": self.failures,

@@ -10,28 +10,51 @@ pointers to scratch memory, which kernels that ask for none do not read; `Compil
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from kvkernels.arena import Ints
 from kvkernels.cuda_streams import CudaStream
 
-__all__ = ["CompiledKernel"]
+__all__ = ["CompiledKernel", "Launch", "check_aligned"]
 
-_SCRATCH_POINTERS = 2  # global_scratch (Triton 3.3) and profile_scratch (3.5); the driver reads as many as there are
+_SCRATCH = 0, 0  # global_scratch (Triton 3.3) and profile_scratch (3.5); the driver reads as many as there are
 _ALIGNMENT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A launch in numbers.
+
+    Attributes:
+        function: the CUfunction.
+        programs: its grid.
+        threads: of each program.
+        shared: bytes of memory for each.
+        values: its parameters; 0 for those that are given later.
+        given: the places of these.
+    """
+
+    function: int
+    programs: int
+    threads: int
+    shared: int
+    values: tuple[int, ...]
+    given: tuple[int, ...] = ()
 
 
 class CompiledKernel:
     """A kernel of pointers, then 32-bit integers.
 
     Args:
-        compiled: what a launch by Triton returned.
-        pointers: how many pointers it takes, all divisible by 16.
-        integers: how many integers, none of which was specialised.
+        compiled: what a launch by Triton returned: of a kernel whose pointers were all divisible by 16, and none of
+            whose integers was specialised.
     """
 
-    def __init__(self, compiled: Any, *, pointers: int, integers: int) -> None:
+    def __init__(self, compiled: Any) -> None:
         metadata = compiled.metadata
         if getattr(metadata, "global_scratch_size", 0) or getattr(metadata, "profile_scratch_size", 0):
             raise ValueError("a kernel that needs scratch memory can only be launched by Triton")
@@ -39,22 +62,24 @@ class CompiledKernel:
         self._function = int(compiled.function)
         self._threads = 32 * int(metadata.num_warps)
         self._shared = int(metadata.shared)
-        self._pointers = (ctypes.c_uint64 * (pointers + _SCRATCH_POINTERS))()
-        self._integers = (ctypes.c_int32 * integers)()
-        addresses = [ctypes.addressof(self._pointers) + 8 * i for i in range(pointers)]
-        addresses += [ctypes.addressof(self._integers) + 4 * i for i in range(integers)]
-        addresses += [ctypes.addressof(self._pointers) + 8 * (pointers + i) for i in range(_SCRATCH_POINTERS)]
-        self._arguments = (ctypes.c_void_p * len(addresses))(*addresses)
 
     def launch(self, stream: CudaStream, programs: int, pointers: Sequence[int], integers: Sequence[int]) -> None:
-        """Launch it; the driver has read the arguments when this returns.
+        """Launch it.
 
         Raises ValueError for a pointer that is not divisible by 16, as the code that was compiled takes it to be.
         """
-        if any(pointer % _ALIGNMENT for pointer in pointers):
-            raise ValueError("a pointer is not divisible by 16")
-        for i, pointer in enumerate(pointers):
-            self._pointers[i] = pointer
-        for i, integer in enumerate(integers):
-            self._integers[i] = integer
-        stream.launch_compiled(self._function, programs, self._threads, self._shared, self._arguments)
+        check_aligned(np.array(pointers, np.int64))
+        one = self.written(programs, pointers, integers)
+        stream.launch_compiled(one.function, one.programs, one.threads, one.shared, one.values)
+
+    def written(self, programs: int, pointers: Sequence[int], integers: Sequence[int]) -> Launch:
+        """The launch in numbers; pointers that are 0 are given later."""
+        given = tuple(place for place, pointer in enumerate(pointers) if not pointer)
+        values = (*pointers, *integers, *_SCRATCH)
+        return Launch(self._function, programs, self._threads, self._shared, values, given)
+
+
+def check_aligned(pointers: Ints) -> None:
+    """Raise ValueError for a pointer that is not divisible by 16."""
+    if (pointers % _ALIGNMENT).any():
+        raise ValueError("a pointer is not divisible by 16")

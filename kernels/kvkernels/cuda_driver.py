@@ -16,16 +16,14 @@ cuThreadExchangeStreamCaptureMode; "Event Management"; "Execution Control": cuLa
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
-
-import numpy as np
 
 from kvkernels.arena import Ints
 from kvkernels.errors import DeviceError
 
-__all__ = ["CudaDriver", "cuda_driver"]
+__all__ = ["BatchCall", "CudaDriver", "cuda_driver"]
 
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: none is current in the calling thread
@@ -53,19 +51,35 @@ class _Attributes(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True, slots=True)
+class BatchCall:
+    """This driver's cuMemcpyBatchAsync.
+
+    Attributes:
+        address: where it begins.
+        constants: what it takes between the number of ranges and the stream.
+    """
+
+    address: int
+    constants: tuple[int, ...]
+
+
 class CudaDriver:
     """Copies, events and registrations through libcuda; the calling thread must have a current context.
+
+    Args:
+        library: the driver's.
 
     Raises:
         DeviceError: libcuda cannot be loaded, or a call fails.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, library: str = "libcuda.so.1") -> None:
         try:
-            self._lib = ctypes.CDLL("libcuda.so.1")
-            held = ctypes.PyDLL("libcuda.so.1")
+            self._lib = ctypes.CDLL(library)
+            held = ctypes.PyDLL(library)
         except OSError as error:
-            raise DeviceError(f"libcuda.so.1: {error}") from error
+            raise DeviceError(f"{library}: {error}") from error
         self._create_event = held.cuEventCreate
         self._create_event.argtypes = [ctypes.c_void_p, ctypes.c_uint]
         self._record_event, self._query_event = held.cuEventRecord, held.cuEventQuery
@@ -89,26 +103,23 @@ class CudaDriver:
         self._exchange_capture_mode = self._lib.cuThreadExchangeStreamCaptureMode
         self._attributes = _Attributes(src_access_order=_ACCESS_IN_STREAM_ORDER, flags=_OVERLAP_WITH_COMPUTE)
         self._attribute_starts = (ctypes.c_size_t * 1)(0)
-        self._batch = self._find_batch()
+        self._failed = ctypes.c_size_t()
+        self.batch = self._find_batch()
+        """None where the driver has none (before CUDA 12.8)."""
+        self._batch = self._batched()
 
-    @property
-    def has_batch(self) -> bool:
-        """Whether this driver has cuMemcpyBatchAsync (CUDA 12.8 or newer)."""
-        return self._batch is not None
-
-    def copy_batch(self, target: Ints, source: Ints, length: Ints, stream: int) -> None:
-        """Copy every range with one driver call; `stream` must not be the legacy null stream."""
+    def copy_batch(self, ranges: Ints, stream: int) -> None:
+        """Copy ranges, (3, count) targets, sources and lengths, by one call; not on the legacy null stream."""
         if self._batch is None:
             raise DeviceError("cuMemcpyBatchAsync: this driver has none (it came with CUDA 12.8)")
-        if count := len(length):
-            columns = np.array((target, source, length), np.int64)  # one array: NumPy is slow to tell an address
-            first = int(columns.ctypes.data)
+        if count := ranges.shape[1]:
+            first = int(ranges.ctypes.data)  # of one array: NumPy is slow to tell an address
             code = self._batch(first, first + 8 * count, first + 16 * count, count, stream)
             self._check("cuMemcpyBatchAsync", code)
 
-    def copy_each(self, target: Ints, source: Ints, length: Ints, stream: int) -> None:
+    def copy_each(self, ranges: Ints, stream: int) -> None:
         """Copy range after range, one driver call each."""
-        for to, origin, size in zip(target.tolist(), source.tolist(), length.tolist(), strict=True):
+        for to, origin, size in ranges.T.tolist():
             code = self._copy(to, origin, size, stream)
             if code:
                 self._check("cuMemcpyAsync", code)
@@ -145,9 +156,12 @@ class CudaDriver:
         self._check("cuEventElapsedTime", code)
         return 1e-3 * milliseconds.value
 
-    def launch(self, function: int, blocks: int, threads: int, shared: int, stream: int, arguments: Any) -> None:
-        """Launch a CUfunction in one dimension; `arguments` is a ctypes array of its arguments' addresses."""
-        code = self._launch(function, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(arguments), None)
+    def launch(self, function: int, blocks: int, threads: int, shared: int, stream: int, values: Sequence[int]) -> None:
+        """Launch a CUfunction in one dimension; `values` are its parameters, pointers and integers of 32 bits."""
+        words = (ctypes.c_int64 * len(values))(*values)
+        first = ctypes.addressof(words)
+        addresses = (ctypes.c_void_p * len(values))(*range(first, first + 8 * len(values), 8))
+        code = self._launch(function, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(addresses), None)
         self._check("cuLaunchKernel", code)
 
     def _answer(self, call: str, code: int) -> bool | None:
@@ -174,31 +188,35 @@ class CudaDriver:
         mode = ctypes.c_int(_CAPTURE_RELAXED)
         self._check("cuThreadExchangeStreamCaptureMode", self._exchange_capture_mode(ctypes.byref(mode)))
 
-    def _check(self, call: str, code: int) -> None:
-        if not code:
-            return
+    def address(self, call: str) -> int:
+        """Where a function of libcuda begins."""
+        return int(ctypes.cast(getattr(self._lib, call), ctypes.c_void_p).value or 0)
+
+    def error(self, call: str, code: int) -> DeviceError:
+        """What a call's code says."""
         name = ctypes.c_char_p()
         self._lib.cuGetErrorName(ctypes.c_int(code), ctypes.byref(name))
-        raise DeviceError(f"{call}: {(name.value or b'unknown error').decode()} ({code})")
+        return DeviceError(f"{call}: {(name.value or b'unknown error').decode()} ({code})")
 
-    def _find_batch(self) -> Callable[[int, int, int, int, int], int] | None:
-        attributes = ctypes.addressof(self._attributes)
-        starts = ctypes.addressof(self._attribute_starts)
+    def _check(self, call: str, code: int) -> None:
+        if code:
+            raise self.error(call, code)
+
+    def _batched(self) -> Callable[[int, int, int, int, int], int] | None:
+        if self.batch is None:
+            return None
+        constants, more = self.batch.constants, len(self.batch.constants) - 3
         pointer, size = ctypes.c_void_p, ctypes.c_size_t
-        arrays = (pointer, pointer, pointer, size, pointer, pointer, size)
-        address = self._address("cuMemcpyBatchAsync", _WITHOUT_FAIL_INDEX)
-        if address:
-            plain = ctypes.PYFUNCTYPE(ctypes.c_int, *arrays, pointer)(address)
-            return lambda to, origin, sizes, count, stream: plain(
-                to, origin, sizes, count, attributes, starts, 1, stream
-            )
-        address = self._address("cuMemcpyBatchAsync", _WITH_FAIL_INDEX)
-        if address:
-            older = ctypes.PYFUNCTYPE(ctypes.c_int, *arrays, pointer, pointer)(address)
-            failed = ctypes.c_size_t()
-            return lambda to, origin, sizes, count, stream: older(
-                to, origin, sizes, count, attributes, starts, 1, ctypes.addressof(failed), stream
-            )
+        kinds = (pointer, pointer, pointer, size, pointer, pointer, size, *[pointer] * more, pointer)
+        call = ctypes.PYFUNCTYPE(ctypes.c_int, *kinds)(self.batch.address)
+        return lambda to, origin, sizes, count, stream: call(to, origin, sizes, count, *constants, stream)
+
+    def _find_batch(self) -> BatchCall | None:
+        constants = (ctypes.addressof(self._attributes), ctypes.addressof(self._attribute_starts), 1)
+        if address := self._address("cuMemcpyBatchAsync", _WITHOUT_FAIL_INDEX):
+            return BatchCall(address, constants)
+        if address := self._address("cuMemcpyBatchAsync", _WITH_FAIL_INDEX):
+            return BatchCall(address, (*constants, ctypes.addressof(self._failed)))
         return None
 
     def _address(self, symbol: str, version: int) -> int:

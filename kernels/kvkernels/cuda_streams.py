@@ -1,8 +1,12 @@
-"""CUDA streams and memory of torch's; what is put on the streams goes through the driver."""
+"""CUDA streams and memory of torch's; what is put on the streams goes through the driver.
+
+At once, in the calling thread, or, while a transfer is handed over, by a pump: then it is written down.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -11,16 +15,26 @@ from numpy.typing import NDArray
 
 from kvkernels.arena import Ints
 from kvkernels.cuda_driver import CudaDriver, cuda_driver
+from kvkernels.errors import DeviceError
+from kvkernels.pump import Program, Pump
 from kvkernels.streams import Event, Stream
-from kvkernels.submit import Submitter, ThreadSubmitter
+from kvkernels.submit import Submitter, ThreadSubmitter, Work
 
 __all__ = ["CudaRuntime", "CudaStream"]
 
 _AnswerT = TypeVar("_AnswerT")
 _HIGH, _NORMAL = -1, 0
 _INLINE_S, _URGENT_S = 0.001, 0.02
-"""How long whoever submits a transfer hands it over itself. An urgent one is waited for by the engine's next step: a
+"""How long whoever submits a transfer writes it down itself. An urgent one is waited for by the engine's next step: a
 thread would hold that up for as long, and lose more in handing the interpreter back and forth."""
+_POST_ROWS = 48
+"""Rows that are handed over at a time: some pieces of a transfer."""
+
+
+class _Writing(threading.local):
+    """What the calling thread writes down at the moment."""
+
+    program: Program | None = None
 
 
 class CudaEvent:
@@ -33,18 +47,33 @@ class CudaEvent:
             end.
         enter_thread: makes the device usable from a thread: any may ask.
         timed: whether it tells when it was reached.
+        program: what it is written into; none: it is recorded at once.
+        row: the row that will record it, where that is known.
     """
 
-    __slots__ = ("_driver", "_enter_thread", "_spare", "handle")
+    __slots__ = ("_driver", "_enter_thread", "_program", "_row", "_spare", "handle")
 
     def __init__(
-        self, stream: int, driver: CudaDriver, spare: list[int], enter_thread: Callable[[], None], *, timed: bool
+        self,
+        stream: int,
+        driver: CudaDriver,
+        spare: list[int],
+        enter_thread: Callable[[], None],
+        *,
+        timed: bool,
+        program: Program | None = None,
+        row: int = 0,
     ) -> None:
         self._driver = driver
         self._spare = spare
         self._enter_thread = enter_thread
+        self._program = program
+        self._row = row
         self.handle = spare.pop() if spare else driver.new_event(timed=timed)
-        driver.record(self.handle, stream)
+        if program is None:
+            driver.record(self.handle, stream)
+        elif not row:
+            self._row = program.record(self.handle, stream, self)
 
     def __del__(self) -> None:
         """Give it back, reached or not."""
@@ -53,11 +82,23 @@ class CudaEvent:
 
     def query(self) -> bool:
         """Whether the point has been reached."""
+        if self._program is not None and not self._program.pump.carried_out(self._row):
+            return False  # to the driver an event that is not recorded yet is one that was reached
         return bool(self._ask(self._driver.reached))
 
     def synchronize(self) -> None:
         """Sleep until it has been."""
+        self.be_recorded()
         self._ask(self._driver.wait)
+
+    def fault(self) -> DeviceError | None:
+        """What kept some of the work before it from being enqueued."""
+        return None if self._program is None else self._program.fault()
+
+    def be_recorded(self, by: Pump | None = None) -> None:
+        """Return when it is recorded, or will be before what this pump is given next."""
+        if self._program is not None and self._program.pump is not by:
+            self._program.pump.until(self._row)
 
     def since(self, earlier: Event) -> float:
         """Seconds from another event to this one; DeviceError where one is not timed, or not reached."""
@@ -81,6 +122,7 @@ class CudaStream:
         batched: one call for all ranges of a copy, or one each.
         spare: events that are not in use: those without timing, and those with.
         enter_thread: see `CudaEvent`.
+        writing: what the calling thread writes down, instead of calling the driver.
     """
 
     def __init__(
@@ -91,9 +133,12 @@ class CudaStream:
         batched: bool,
         spare: tuple[list[int], list[int]],
         enter_thread: Callable[[], None],
+        writing: _Writing,
     ) -> None:
         self.torch = stream
-        self._handle = int(stream.cuda_stream)
+        self.handle = int(stream.cuda_stream)
+        """CUDA's."""
+        self._writing = writing
         self._driver = driver
         self._batched = batched
         self._spare = spare
@@ -101,27 +146,39 @@ class CudaStream:
 
     def wait(self, event: Event) -> None:
         """Order this stream after an event of any stream of the device."""
-        self._driver.order(self._handle, cast("CudaEvent", event).handle)
+        point, program = cast("CudaEvent", event), self._writing.program
+        if program is None:
+            point.be_recorded()
+            self._driver.order(self.handle, point.handle)
+        else:
+            point.be_recorded(by=program.pump)
+            program.order(self.handle, point.handle, point)
 
     def record(self, *, timed: bool = False) -> Event:
         """An event of the stream's work so far."""
-        return CudaEvent(self._handle, self._driver, self._spare[timed], self._enter_thread, timed=timed)
+        spare, program = self._spare[timed], self._writing.program
+        return CudaEvent(self.handle, self._driver, spare, self._enter_thread, timed=timed, program=program)
 
     def copy(self, target: Ints, source: Ints, length: Ints) -> None:
         """Enqueue copies; host ranges must be pinned and stay so until an event after them."""
+        columns = np.array((target, source, length), np.int64)
+        caller = self._writing.program or self._driver
         if self._batched and len(length) > 1:
-            self._driver.copy_batch(target, source, length, self._handle)
+            caller.copy_batch(columns, self.handle)
         else:
-            self._driver.copy_each(target, source, length, self._handle)
+            caller.copy_each(columns, self.handle)
 
     def launch(self, kernel: Callable[[], None]) -> None:
         """Run with this stream as torch's (and so Triton's) current one."""
+        if (program := self._writing.program) is not None:
+            program.pump.catch_up()
         with torch.cuda.stream(self.torch):
             kernel()
 
-    def launch_compiled(self, function: int, programs: int, threads: int, shared: int, arguments: Any) -> None:
-        """Launch a kernel by the driver."""
-        self._driver.launch(function, programs, threads, shared, self._handle, arguments)
+    def launch_compiled(self, function: int, programs: int, threads: int, shared: int, values: Sequence[int]) -> None:
+        """Launch a kernel by the driver; `values` are its parameters, pointers and integers."""
+        caller = self._writing.program or self._driver
+        caller.launch(function, programs, threads, shared, self.handle, values)
 
 
 class CudaRuntime:
@@ -137,8 +194,12 @@ class CudaRuntime:
     def __init__(self, device: torch.device | int | str, *, batched: bool | None = None) -> None:
         self.device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         self._driver = cuda_driver()
-        self._batched = self._driver.has_batch if batched is None else batched
+        self._batched = self._driver.batch is not None if batched is None else batched
         self._spare_events: tuple[list[int], list[int]] = [], []
+        self._writing = _Writing()
+        self._index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        self._engines: dict[int, CudaStream] = {}
+        """Streams of the callers', by CUDA's handle."""
 
     def stream(self, *, urgent: bool) -> Stream:
         """A side stream; urgent ones have a higher priority for their kernels."""
@@ -147,22 +208,35 @@ class CudaRuntime:
 
     def current(self) -> Stream:
         """The calling thread's current torch stream."""
-        return self._wrap(torch.cuda.current_stream(self.device))
+        # As Triton asks for it: torch.cuda.current_stream makes an object, and takes as long as all that is done here.
+        handle = torch._C._cuda_getCurrentRawStream(self._index)
+        known = self._engines.get(handle)
+        if known is None:
+            known = self._engines[handle] = self._wrap(torch.cuda.current_stream(self.device))
+        return known
+
+    def writing(self) -> Program | None:
+        """What the calling thread writes down at the moment, where copies can be made in batches."""
+        return self._writing.program if self._batched else None
+
+    def written(self, program: Program, row: int, *, timed: bool) -> CudaEvent:
+        """An event that a row of the program will record."""
+        spare = self._spare_events[timed]
+        return CudaEvent(0, self._driver, spare, self.enter_thread, timed=timed, program=program, row=row)
 
     def staging(self, nbytes: int) -> torch.Tensor:
         """Device bytes from torch's allocator."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def upload(self, values: Ints, stream: Stream) -> Any:
-        """Copy through pinned memory, allocated and filled on the given stream.
+        """Copy through pinned memory, allocated and filled on the given stream, at once.
 
         Allocated there, its memory can only be given again to later work of that stream; the caller still must keep
         it while other streams read it.
         """
         pinned = torch.from_numpy(np.array(values, np.int64)).pin_memory()
-        uploaded: list[torch.Tensor] = []
-        stream.launch(lambda: uploaded.append(pinned.to(self.device, non_blocking=True)))
-        return uploaded[0]
+        with torch.cuda.stream(cast("CudaStream", stream).torch):
+            return pinned.to(self.device, non_blocking=True)
 
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
         """Pinned host bytes from torch's allocator."""
@@ -178,10 +252,51 @@ class CudaRuntime:
         self._driver.relax_capture()
 
     def submitter(self, name: str, *, urgent: bool) -> Submitter:
-        """Hands urgent transfers over at once as far as they fit the window, of others only the first steps."""
-        return ThreadSubmitter(name, self.enter_thread, inline_s=_URGENT_S if urgent else _INLINE_S)
+        """Writes urgent transfers down at once, of others only the first steps; a pump calls the driver."""
+        pump = Pump(self._driver, name, self.enter_thread)
+        return PumpSubmitter(pump, self._writing, self.enter_thread, inline_s=_URGENT_S if urgent else _INLINE_S)
 
     def _wrap(self, stream: Any) -> CudaStream:
         return CudaStream(
-            stream, self._driver, batched=self._batched, spare=self._spare_events, enter_thread=self.enter_thread
+            stream,
+            self._driver,
+            batched=self._batched,
+            spare=self._spare_events,
+            enter_thread=self.enter_thread,
+            writing=self._writing,
         )
+
+
+class PumpSubmitter(ThreadSubmitter):
+    """Has steps written down rather than done, and waits for nothing itself: the pump does.
+
+    Args:
+        pump: carries out what is written.
+        writing: tells the streams what to write into.
+        enter_thread: called in the thread that has the rest of a long work written.
+        inline_s: as there.
+    """
+
+    def __init__(self, pump: Pump, writing: _Writing, enter_thread: Callable[[], None], *, inline_s: float) -> None:
+        super().__init__(pump.name, enter_thread, inline_s=inline_s)
+        self._pump = pump
+        self._writing = writing
+
+    def close(self) -> None:
+        """Return when everything has been handed to the device."""
+        super().close()
+        self._pump.close()
+
+    def _step(self, work: Work) -> tuple[bool, Event | None]:
+        program: Program = work.notes or self._pump.program()
+        work.notes = program
+        self._writing.program = program
+        try:
+            more, before = work.step()
+        finally:
+            self._writing.program = None
+        if before is not None:
+            program.wait(cast("CudaEvent", before).handle, before)
+        if not more or self._pump.pending >= _POST_ROWS:
+            self._pump.post()
+        return more, None

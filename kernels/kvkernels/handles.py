@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvkernels.layouts import PagedLayout
-from kvkernels.streams import Event, Runtime
+from kvkernels.streams import Event, Runtime, Stream
 from kvkernels.submit import Submitter
 from kvkernels.transfer import Measured
 
@@ -24,21 +23,21 @@ class StreamHandle:
     that on the submitter, then for the events.
 
     Args:
-        layout: the transfer's layout.
+        stops: for each layer, behind which planes it is whole (`planes_of_layer`).
         runtime: the device.
         submitter: what runs the transfer's steps.
     """
 
-    def __init__(self, layout: PagedLayout, runtime: Runtime, submitter: Submitter) -> None:
-        self._layout = layout
+    def __init__(self, stops: Sequence[int], runtime: Runtime, submitter: Submitter) -> None:
+        self._stops = stops
         self._runtime = runtime
         self._submitter = submitter
         self._kept: tuple[Any, ...] = ()
         self._rejected: NDArray[np.int32] | None = None
         self._begin: Event | None = None
         self._marks: list[tuple[int, Sequence[Event]]] = []
-        self._waits: list[tuple[Event, Sequence[Event]]] = []
-        """When a stream came to wait, and for what."""
+        self._waits: list[tuple[Event, Sequence[Event], Stream]] = []
+        """When a stream came to wait, for what, and which."""
         self._last: Sequence[Event] = ()
         self._sources: Sequence[Event] = ()
         self._error: Exception | None = None
@@ -88,19 +87,25 @@ class StreamHandle:
 
     def wait_layer(self, layer: int) -> None:
         """Make the current stream wait for the layer's planes, or for everything where it has no event of its own."""
-        needed = self._layout.planes_of_layer(layer).stop
-        self._submitter.until(lambda: self._ended or bool(self._marks and self._marks[-1][0] >= needed))
+        needed = self._stops[layer]
+        if not (self._ended or (self._marks and self._marks[-1][0] >= needed)):
+            self._submitter.until(lambda: self._ended or bool(self._marks and self._marks[-1][0] >= needed))
         self._check()
         events = next((events for stop, events in self._marks if stop >= needed), self._last)
-        if events and not (self._waits and self._waits[-1][1] is events):
-            self._waits.append((self._runtime.current().record(timed=True), events))
-        self._order(events)
+        stream = self._runtime.current()
+        if not events or (self._waits and self._waits[-1][1:] == (events, stream)):
+            return  # it waits for these already
+        self._waits.append((stream.record(timed=True), events, stream))
+        for event in events:
+            stream.wait(event)
 
     def wait_sources(self) -> None:
         """Make the current stream wait until all sources were read."""
         self._submitter.until(lambda: self._ended)
         self._check()
-        self._order(self._sources)
+        stream = self._runtime.current()
+        for event in self._sources:
+            stream.wait(event)
 
     def rejected(self) -> tuple[int, ...]:
         """The chunks that the device has marked."""
@@ -109,10 +114,10 @@ class StreamHandle:
 
     def measured(self) -> Measured | None:
         """By the timed events; nothing of a transfer that failed, or copied nothing."""
-        if self._error is not None or self._begin is None or not self._last:
+        if self._fault() is not None or self._begin is None or not self._last:
             return None
         seconds = max(event.since(self._begin) for event in self._last)
-        waited = [(came, events) for came, events in self._waits if came.query()]  # who comes later need not wait
+        waited = [(came, events) for came, events, _ in self._waits if came.query()]  # who comes later need not wait
         stalls = (max(event.since(came) for event in events) for came, events in waited)
         return Measured(seconds, sum(max(0.0, stall) for stall in stalls))
 
@@ -126,14 +131,13 @@ class StreamHandle:
         for event in self._last:
             event.synchronize()
 
-    def _order(self, events: Sequence[Event]) -> None:
-        stream = self._runtime.current()
-        for event in events:
-            stream.wait(event)
-
     def _check(self) -> None:
-        if self._error is not None:
-            raise self._error
+        if (fault := self._fault()) is not None:
+            raise fault
+
+    def _fault(self) -> Exception | None:
+        """What the transfer failed by, as far as it is known."""
+        return self._error or next(filter(None, (event.fault() for event in self._last)), None)
 
 
 class InFlight:

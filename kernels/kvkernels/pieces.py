@@ -19,9 +19,11 @@ from kvkernels.layouts import PagedLayout
 from kvkernels.slots import SlotTable, merge_copies, ordinals
 
 __all__ = [
+    "CopyRanges",
     "PieceBatch",
     "PieceCopies",
     "StagedPiece",
+    "copy_ranges",
     "load_pieces",
     "piece_batch",
     "piece_copies",
@@ -112,7 +114,17 @@ def piece_batch(layout: PagedLayout, pieces: Sequence[StagedPiece]) -> PieceBatc
     return PieceBatch(tuple(pieces), virtual, ordinal * length, length, owner)
 
 
-def piece_copies(batch: PieceBatch, table: SlotTable, *, split_bytes: int) -> list[PieceCopies]:
+@dataclass(frozen=True, slots=True)
+class CopyRanges:
+    """The host copies of several pieces: as of one, and where each piece's begin and the last one's end."""
+
+    host: Ints
+    staged: Ints
+    length: Ints
+    bounds: Ints
+
+
+def copy_ranges(batch: PieceBatch, table: SlotTable, *, split_bytes: int) -> CopyRanges:
     """The copies of several pieces, resolved at once: a call a piece costs more than the pieces.
 
     No copy crosses a multiple of `split_bytes` in the arena.
@@ -120,8 +132,14 @@ def piece_copies(batch: PieceBatch, table: SlotTable, *, split_bytes: int) -> li
     found = table.resolve(batch.starts, batch.length)
     staged, owner = batch.staged[found.index] + found.within, batch.owner[found.index]
     heads, host, staged, length = merge_copies(found.offset, staged, found.length, split_bytes=split_bytes, owner=owner)
-    bounds = owner[heads].searchsorted(np.arange(len(batch.pieces) + 1)).tolist()
-    return [PieceCopies(host[a:b], staged[a:b], length[a:b]) for a, b in pairwise(bounds)]
+    return CopyRanges(host, staged, length, owner[heads].searchsorted(np.arange(len(batch.pieces) + 1)))
+
+
+def piece_copies(batch: PieceBatch, table: SlotTable, *, split_bytes: int) -> list[PieceCopies]:
+    """The copies of several pieces, piece by piece."""
+    found = copy_ranges(batch, table, split_bytes=split_bytes)
+    host, staged, length = found.host, found.staged, found.length
+    return [PieceCopies(host[a:b], staged[a:b], length[a:b]) for a, b in pairwise(found.bounds.tolist())]
 
 
 def plane_groups(planes: range, *, unit: int, most: int) -> Iterator[range]:

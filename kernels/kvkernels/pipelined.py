@@ -47,6 +47,21 @@ class CopyLanes:
             self._lanes[0].wait(self._last)
         return self._lanes[0]
 
+    def turns(self, count: int) -> tuple[list[Stream], Event | None]:
+        """The streams for as many copies, one after another, and the event that the first is to wait for.
+
+        Who puts them there sees to it that each waits for the one before, and tells of the last one (`reached`).
+        """
+        streams = []
+        for _ in range(count):
+            self._lanes.append(self._lanes.pop(0))
+            streams.append(self._lanes[0])
+        return streams, self._last
+
+    def reached(self, last: Event) -> None:
+        """All copies so far are done at this event."""
+        self._last = last
+
     def record(self, *, timed: bool = False) -> Event:
         """An event behind all copies so far."""
         self._last = self._lanes[0].record(timed=timed)
@@ -109,6 +124,7 @@ class PipelinedTransfer(ABC, Generic[_DirectionT]):
     ) -> None:
         self.name = name
         self.layout = layout
+        self._stops = [layout.planes_of_layer(layer).stop for layer in range(layout.num_layers)]
         self._arena = arena
         self._runtime = runtime
         self._out, self._in = out, into
@@ -132,7 +148,7 @@ class PipelinedTransfer(ABC, Generic[_DirectionT]):
     def start(self, request: Request, *, loading: bool, after: Event | None = None) -> Handle:
         """Carry out a checked request after the current stream's work so far, or after a given event."""
         side = self._in if loading else self._out
-        handle = StreamHandle(self.layout, self._runtime, side.submitter)
+        handle = StreamHandle(self._stops, self._runtime, side.submitter)
         handle.keep(side, self._arena, self._reads)
         after = after or self._runtime.current().record()
         self._flying.add(handle)

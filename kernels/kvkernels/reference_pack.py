@@ -110,6 +110,9 @@ class PackMover:
         """Unpack them."""
         stream.launch(partial(self._unpack, ids, piece, staging))
 
+    def written(self, piece: StagedPiece, *, gather: bool) -> None:
+        """No kernel of a driver's."""
+
     def _pack(self, ids: Any, piece: StagedPiece, staging: Any, rejected: Any) -> None:
         marks = torch.from_numpy(rejected)
         for plane, chunks, blocks, rows in self._batches(ids, piece, staging):

@@ -6,9 +6,9 @@ a ring of a few buffers for each direction; events alone keep a buffer from bein
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise, zip_longest
-from typing import Any, Protocol
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,10 @@ from kvkernels.errors import LayoutError
 from kvkernels.handles import StreamHandle
 from kvkernels.layouts import PagedLayout
 from kvkernels.pieces import (
-    PieceBatch,
+    CopyRanges,
     PieceCopies,
     StagedPiece,
+    copy_ranges,
     load_pieces,
     piece_batch,
     piece_copies,
@@ -29,6 +30,10 @@ from kvkernels.pieces import (
 from kvkernels.pipelined import Direction, PipelinedTransfer
 from kvkernels.streams import Event, Runtime, Stream
 from kvkernels.transfer import Request
+
+if TYPE_CHECKING:
+    from kvkernels.compiled import Launch
+    from kvkernels.staged_rows import PieceRows, Turns
 
 __all__ = ["STAGING_BYTES", "Mover", "StagedTransfer"]
 
@@ -60,6 +65,41 @@ class Mover(Protocol):
         """The way back."""
         ...
 
+    def written(self, piece: StagedPiece, *, gather: bool) -> Launch | None:
+        """The same in numbers, for a program; None where it has not run yet, or is no kernel that the driver launches.
+
+        Given later are the block ids, staging, and for a gather that may reject `rejected`.
+        """
+        ...
+
+
+class _Plan:
+    """The pieces of all requests with so many chunks, for so many planes."""
+
+    def __init__(self, layout: PagedLayout, pieces: list[StagedPiece], *, loading: bool) -> None:
+        self.pieces = pieces
+        self.loading = loading
+        few, many = _PLANNED_PIECES
+        bounds = [0, *range(few, len(pieces), many), len(pieces)]
+        self.batches = [piece_batch(layout, pieces[start:stop]) for start, stop in pairwise(bounds)]
+        self.whole = piece_batch(layout, pieces)
+        following = [*(piece.planes for piece in pieces[1:]), None]
+        self.ends = [after != piece.planes for piece, after in zip(pieces, following, strict=True)]
+        """Whether the piece is the last one of its planes."""
+        self._rows: PieceRows | None = None
+
+    def rows(self, mover: Mover) -> PieceRows | None:
+        """What is written of all of them at once, as soon as each kernel has run."""
+        if self._rows is None:
+            launches = [mover.written(piece, gather=not self.loading) for piece in self.pieces]
+            known = [launch for launch in launches if launch is not None]
+            if known and len(known) == len(launches):
+                from kvkernels.staged_rows import PieceRows  # noqa: PLC0415 - of CUDA's
+
+                timed = self.ends if self.loading else [piece is self.pieces[-1] for piece in self.pieces]
+                self._rows = PieceRows(known, timed, loading=self.loading)
+        return self._rows
+
 
 class _Buffer:
     def __init__(self, memory: Any) -> None:
@@ -81,6 +121,16 @@ class _Direction(Direction):
     def next(self) -> _Buffer:
         self._turn = (self._turn + 1) % len(self._buffers)
         return self._buffers[self._turn]
+
+    def turns(self, after: Event, count: int) -> tuple[Turns, list[_Buffer]]:
+        """What the next pieces use, and their buffers."""
+        from kvkernels.staged_rows import Turns  # noqa: PLC0415 - of CUDA's
+
+        buffers = [self.next() for _ in range(count)]
+        lanes, last = self.copies.turns(count)
+        turns: Any = {"after": after, "kernels": self.kernels, "lanes": lanes, "last": last}  # CUDA's, all of them
+        turns["emptied"] = [buffer.emptied for buffer in buffers[: len(self._buffers)]]
+        return Turns(**turns, staging=[buffer.address for buffer in buffers]), buffers
 
     def give_up(self) -> list[Event]:
         """After a failure half-way: what was enqueued is over, and every buffer is empty, at these events."""
@@ -127,7 +177,7 @@ class StagedTransfer(PipelinedTransfer[_Direction]):
         self._mover = mover
         self._copy_bytes = copy_bytes
         self._group_bytes = group_bytes
-        self._plans: dict[tuple[bool, int, range], list[PieceBatch]] = {}
+        self._plans: dict[tuple[bool, int, range], _Plan] = {}
         half = staging_bytes // 2
         if max(plane.row_bytes for plane in layout.planes) > half // buffers:
             raise LayoutError(f"a row of this layout does not fit a staging buffer of {half // buffers} bytes")
@@ -141,61 +191,106 @@ class StagedTransfer(PipelinedTransfer[_Direction]):
     def _steps(
         self, request: Request, side: _Direction, after: Event, handle: StreamHandle, *, loading: bool
     ) -> Iterator[Event | None]:
-        return (self._load if loading else self._store)(request, side, after, handle)
-
-    def _store(self, request: Request, side: _Direction, after: Event, handle: StreamHandle) -> Iterator[Event | None]:
-        rejected = self._marks(request.chunks) if self._mover.rejects else None
+        ids = self._runtime.upload(request.block_ids.ravel(), side.kernels)
+        handle.keep(ids)
+        rejected = self._marks(request.chunks) if self._mover.rejects and not loading else None
         handle.rejecting(rejected)
-        ids = self._begin(request, side, after, handle)
-        plan = self._plan(request, side, loading=False)
-        pieces = [piece for batch in plan for piece in batch.pieces]
+        plan = self._plan(request, side, loading=loading)
+        program = self._runtime.writing()
+        rows = None if program is None else plan.rows(self._mover)
+        if rows is not None:
+            given = [int(ids.data_ptr()), *([] if rejected is None else [int(rejected.ctypes.data)])]
+            self._write(program, rows, plan, request, side, after, handle, given)
+            return
+        side.kernels.wait(after)  # they touch the cache
+        copies = self._planned(request, plan)
+        if loading:
+            yield from self._load(plan, copies, ids, side, after, handle)
+        else:
+            yield from self._store(plan, copies, ids, rejected, side, after, handle)
+
+    def _write(
+        self,
+        program: Any,
+        rows: PieceRows,
+        plan: _Plan,
+        request: Request,
+        side: _Direction,
+        after: Event,
+        handle: StreamHandle,
+        given: list[int],
+    ) -> None:
+        """Write all steps down at once."""
+        found = copy_ranges(plan.whole, request.table, split_bytes=self._arena.split_bytes)
+        turns, buffers = side.turns(after, len(plan.pieces))
+        starts = np.repeat(np.array(turns.staging, np.int64), np.diff(found.bounds))
+        ranges = CopyRanges(self._arena.address + found.host, starts + found.staged, found.length, found.bounds)
+        runtime: Any = self._runtime  # CUDA's, like its events
+        full: Any = side.window.turn
+        events = rows.write(program, runtime, turns, ranges, full, given)
+        for buffer, event in zip(buffers, events.moved if plan.loading else events.copied, strict=True):
+            buffer.emptied = event
+        side.copies.reached(events.copied[-1])
+        handle.begun(events.begun)
+        if plan.loading:
+            for piece, event, ends in zip(plan.pieces, events.moved, plan.ends, strict=True):
+                if ends:
+                    handle.arrived(piece.planes.stop, [event])
+        handle.ended([events.moved[-1] if plan.loading else events.copied[-1]], [events.moved[-1]])
+
+    def _store(
+        self,
+        plan: _Plan,
+        planned: Iterator[PieceCopies],
+        ids: Any,
+        rejected: Any,
+        side: _Direction,
+        after: Event,
+        handle: StreamHandle,
+    ) -> Iterator[Event | None]:
         gathered = copied = after
-        for piece, ranges in self._planned(request, plan):
+        for piece, ranges in zip(plan.pieces, planned, strict=True):
             yield side.window.full()
             buffer = side.next()
             if buffer.emptied is not None:
                 side.kernels.wait(buffer.emptied)
-            if piece is pieces[0]:
+            if piece is plan.pieces[0]:
                 handle.begun(side.kernels.record(timed=True))
             self._mover.gather(side.kernels, ids, piece, buffer.memory, rejected)
             gathered = side.kernels.record()
             copies = side.copies.turn()
             copies.wait(gathered)
             copies.copy(self._arena.address + ranges.host, buffer.address + ranges.staged, ranges.length)
-            copied = buffer.emptied = side.copies.record(timed=piece is pieces[-1])
+            copied = buffer.emptied = side.copies.record(timed=piece is plan.pieces[-1])
             side.window.add(copied)
         handle.ended([copied], [gathered])
 
-    def _load(self, request: Request, side: _Direction, after: Event, handle: StreamHandle) -> Iterator[Event | None]:
-        ids = self._begin(request, side, after, handle)
-        plan = self._plan(request, side, loading=True)
-        pieces = [piece for batch in plan for piece in batch.pieces]
-        followers = [piece.planes for piece in pieces[1:]]
+    def _load(
+        self,
+        plan: _Plan,
+        planned: Iterator[PieceCopies],
+        ids: Any,
+        side: _Direction,
+        after: Event,
+        handle: StreamHandle,
+    ) -> Iterator[Event | None]:
         scattered = after
-        for (piece, ranges), planes_after in zip_longest(self._planned(request, plan), followers):
+        for piece, ranges, ends in zip(plan.pieces, planned, plan.ends, strict=True):
             yield side.window.full()
             buffer = side.next()
             copies = side.copies.turn()
             if buffer.emptied is not None:
                 copies.wait(buffer.emptied)
-            if piece is pieces[0]:
+            if piece is plan.pieces[0]:
                 handle.begun(copies.record(timed=True))
             copies.copy(buffer.address + ranges.staged, self._arena.address + ranges.host, ranges.length)
             side.kernels.wait(side.copies.record())
             self._mover.scatter(side.kernels, ids, piece, buffer.memory)
-            whole = planes_after != piece.planes
-            scattered = buffer.emptied = side.kernels.record(timed=whole)
+            scattered = buffer.emptied = side.kernels.record(timed=ends)
             side.window.add(scattered)
-            if whole:
+            if ends:
                 handle.arrived(piece.planes.stop, [scattered])
         handle.ended([scattered], [scattered])
-
-    def _begin(self, request: Request, side: _Direction, after: Event, handle: StreamHandle) -> Any:
-        """Order the kernels, which touch the cache, behind the engine's work so far; return the ids on the device."""
-        side.kernels.wait(after)
-        ids = self._runtime.upload(request.block_ids.ravel(), side.kernels)
-        handle.keep(ids)
-        return ids
 
     def _marks(self, chunks: int) -> NDArray[np.int32]:
         """A zero for every chunk, which the device can write."""
@@ -203,8 +298,8 @@ class StagedTransfer(PipelinedTransfer[_Direction]):
         marks[:] = 0
         return marks
 
-    def _plan(self, request: Request, side: _Direction, *, loading: bool) -> list[PieceBatch]:
-        """The pieces of a request with so many chunks, in batches."""
+    def _plan(self, request: Request, side: _Direction, *, loading: bool) -> _Plan:
+        """The pieces of a request with so many chunks."""
         key = loading, request.chunks, request.planes
         plan = self._plans.get(key)
         if plan is None:
@@ -213,16 +308,13 @@ class StagedTransfer(PipelinedTransfer[_Direction]):
                 pieces = list(load_pieces(self.layout, request.chunks, request.planes, side.capacity, **sizes))
             else:
                 pieces = list(store_pieces(self.layout, request.chunks, request.planes, side.capacity))
-            few, many = _PLANNED_PIECES
-            bounds = [0, *range(few, len(pieces), many), len(pieces)]
-            plan = [piece_batch(self.layout, pieces[start:stop]) for start, stop in pairwise(bounds)]
+            plan = _Plan(self.layout, pieces, loading=loading)
             if len(self._plans) >= _KEPT_PLANS:
                 self._plans.clear()
             self._plans[key] = plan
         return plan
 
-    def _planned(self, request: Request, plan: Sequence[PieceBatch]) -> Iterator[tuple[StagedPiece, PieceCopies]]:
-        """Every piece with its copies."""
-        for batch in plan:
-            copies = piece_copies(batch, request.table, split_bytes=self._arena.split_bytes)
-            yield from zip(batch.pieces, copies, strict=True)
+    def _planned(self, request: Request, plan: _Plan) -> Iterator[PieceCopies]:
+        """The copies of every piece."""
+        for batch in plan.batches:
+            yield from piece_copies(batch, request.table, split_bytes=self._arena.split_bytes)

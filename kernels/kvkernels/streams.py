@@ -41,6 +41,10 @@ class Event(Protocol):
         """Seconds on the device from another event to this one, both recorded with `timed` and reached."""
         ...
 
+    def fault(self) -> Exception | None:
+        """What kept some of its transfer's work before it from being enqueued, where that is known only afterwards."""
+        ...
+
 
 class Stream(Protocol):
     """Work in order."""
@@ -90,6 +94,10 @@ class Runtime(Protocol):
         """Host memory that the device's copy engine can reach."""
         ...
 
+    def writing(self) -> Any:
+        """The `kvkernels.pump.Program` that the calling thread writes; None where everything is done at once."""
+        ...
+
     def enter_thread(self) -> None:
         """Make the device usable from the calling thread."""
         ...
@@ -111,6 +119,9 @@ class _Reached:
 
     def since(self, earlier: Event) -> float:
         return self._when - cast("_Reached", earlier)._when
+
+    def fault(self) -> None:
+        pass
 
 
 class HostCopier:
@@ -199,6 +210,9 @@ class HostRuntime:
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
         """Plain memory."""
         return np.empty(nbytes, np.uint8)
+
+    def writing(self) -> None:
+        """Everything is done at once."""
 
     def enter_thread(self) -> None:
         """Nothing to do."""

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from kvkernels.streams import Event
@@ -26,11 +26,12 @@ class Work:
     """One transfer's steps.
 
     `steps` enqueues a little at each `next`; an event that it yields must be reached before the next step. `fail` is
-    told what a step raised, after which there are no more steps.
+    told what a step raised, after which there are no more steps. `notes` are the submitter's.
     """
 
     steps: Iterator[Event | None]
     fail: Callable[[Exception], None]
+    notes: Any = None
 
     def step(self) -> tuple[bool, Event | None]:
         """Run one step: whether there are more, and what must be reached first."""
@@ -138,7 +139,7 @@ class ThreadSubmitter:
     def _run_inline(self, work: Work) -> tuple[bool, Event | None]:
         until = time.perf_counter() + self._inline_s
         while True:
-            more, before = work.step()
+            more, before = self._step(work)
             self._tell()
             if not more or (before is not None and not before.query()):
                 return more, before
@@ -182,8 +183,11 @@ class ThreadSubmitter:
         while more:
             if before is not None:
                 before.synchronize()
-            more, before = work.step()
+            more, before = self._step(work)
             self._tell()
+
+    def _step(self, work: Work) -> tuple[bool, Event | None]:
+        return work.step()
 
     def _tell(self) -> None:
         with self._changed:
@@ -204,6 +208,12 @@ class Window:
     def add(self, point: Event) -> None:
         """One more was enqueued."""
         self._points.append(point)
+
+    def turn(self, point: Event) -> Event | None:
+        """One more is to be enqueued: say what must be reached before."""
+        before = self.full()
+        self.add(point)
+        return before
 
     def full(self) -> Event | None:
         """What must be reached before another may be enqueued."""

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from kvkernels.arena import Arena
+from kvkernels.compiled import Launch
 from kvkernels.layouts import PagedLayout
 from kvkernels.pieces import StagedPiece
 from kvkernels.staged import StagedTransfer
@@ -94,16 +95,29 @@ class TritonMover:
         self._launch(stream, ids, piece, staging, gather=False)
 
     def _launch(self, stream: Stream, ids: Any, piece: StagedPiece, staging: Any, *, gather: bool) -> None:
-        row_words = piece.row_bytes // self._word
-        tile = min(_TILE_BYTES // self._word, 1 << (row_words - 1).bit_length())
+        row_words, tile = self._tiles(piece)
 
         def constants() -> tuple[dict[str, Any], int]:
             word = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}[self._word]
             given = {"ROW_WORDS": row_words, "WORD": word, "ALIGN": self._align, "TILE": tile, "GATHER": gather}
             return given, _WARPS if tile * self._word >= _TILE_BYTES // 4 else 4
 
-        units = piece.rows * -(-row_words // tile)
+        units = self._units(piece)
         self._rows.launch(_move_rows, stream, ids, piece, staging, constants, gather=gather, units=units)
+
+    def written(self, piece: StagedPiece, *, gather: bool) -> Launch | None:
+        """The piece's launch in numbers."""
+        return self._rows.written(piece, gather=gather, units=self._units(piece))
+
+    def _tiles(self, piece: StagedPiece) -> tuple[int, int]:
+        """Words of a row, and of a tile."""
+        row_words = piece.row_bytes // self._word
+        return row_words, min(_TILE_BYTES // self._word, 1 << (row_words - 1).bit_length())
+
+    def _units(self, piece: StagedPiece) -> int:
+        """Tiles that the programs share."""
+        row_words, tile = self._tiles(piece)
+        return piece.rows * -(-row_words // tile)
 
 
 def triton_transfer(

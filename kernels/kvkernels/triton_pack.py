@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from kvkernels.arena import Arena
+from kvkernels.compiled import Launch
 from kvkernels.cuda_streams import CudaStream
 from kvkernels.errors import LayoutError
 from kvkernels.layouts import PagedLayout
@@ -404,6 +405,10 @@ class TritonPackMover:
         """Launch their unpacking."""
         constants = partial(self._constants, piece, packing=False)
         self._rows.launch(_unpack_rows, stream, ids, piece, staging, constants, gather=False, units=piece.rows)
+
+    def written(self, piece: StagedPiece, *, gather: bool) -> Launch | None:
+        """The piece's launch in numbers."""
+        return self._rows.written(piece, gather=gather, units=piece.rows, further=int(gather))
 
     def _constants(self, piece: StagedPiece, *, packing: bool, on_gpu: bool = True) -> tuple[dict[str, Any], int]:
         given = row_constants(self._rows.row_bytes(piece), self._rows.align, packing=packing, on_gpu=on_gpu)

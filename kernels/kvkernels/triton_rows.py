@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvkernels.compiled import CompiledKernel
+from kvkernels.compiled import CompiledKernel, Launch
 from kvkernels.cuda_streams import CudaStream
 from kvkernels.layouts import PagedLayout
 from kvkernels.pieces import StagedPiece
@@ -83,23 +83,27 @@ class RowKernels:
         """
         grid = min(self._programs, units)
         tensors = (*self._tables, ids, staging)
-        sizes = (
-            piece.planes.start,
-            piece.chunks.start,
-            piece.blocks.start,
-            len(piece.planes),
-            len(piece.blocks),
-            self._chunk_blocks,
-            piece.rows,
-        )
         key = gather, self.row_bytes(piece)
         compiled = self._compiled.get(key)
         if compiled is not None and isinstance(stream, CudaStream):
-            compiled.launch(stream, grid, [*(tensor.data_ptr() for tensor in tensors), *further], sizes)
+            compiled.launch(stream, grid, [*(tensor.data_ptr() for tensor in tensors), *further], self._sizes(piece))
             return
         given, warps = constants()
         launched: list[Any] = []
-        stream.launch(lambda: launched.append(function[(grid,)](*tensors, *further, *sizes, **given, num_warps=warps)))
+        varying = (*further, *self._sizes(piece))
+        stream.launch(lambda: launched.append(function[(grid,)](*tensors, *varying, **given, num_warps=warps)))
         if isinstance(stream, CudaStream):
-            pointers = len(tensors) + len(further)
-            self._compiled[key] = CompiledKernel(launched[0], pointers=pointers, integers=len(sizes))
+            self._compiled[key] = CompiledKernel(launched[0])
+
+    def written(self, piece: StagedPiece, *, gather: bool, units: int, further: int = 0) -> Launch | None:
+        """The piece's launch in numbers, but for the block ids, staging and further pointers; None before the first."""
+        compiled = self._compiled.get((gather, self.row_bytes(piece)))
+        if compiled is None:
+            return None
+        pointers = [*(table.data_ptr() for table in self._tables), *[0] * (2 + further)]
+        return compiled.written(min(self._programs, units), pointers, self._sizes(piece))
+
+    def _sizes(self, piece: StagedPiece) -> tuple[int, ...]:
+        """What `VARYING` names."""
+        starts = piece.planes.start, piece.chunks.start, piece.blocks.start
+        return (*starts, len(piece.planes), len(piece.blocks), self._chunk_blocks, piece.rows)

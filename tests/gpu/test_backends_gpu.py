@@ -307,6 +307,54 @@ def test_rejected_chunks_are_named_on_every_launch():
     transfer.close()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("ahead", [4, 64])
+def test_one_transfer_again_and_again(packed, ahead):
+    """Steps the first time, all rows at once from then on; many chunks, any number, both ways at a time."""
+    rng, runtime = np.random.default_rng(31 + ahead), CudaRuntime(0)
+    blocks, planes = 2048, 6
+    tensors = [torch.randn(blocks, 16, 8, 32, device="cuda").bfloat16() for _ in range(planes)]
+    layout = describe(tensors, num_blocks=blocks, block_tokens=16, chunk_tokens=64, block_dim=0)
+    if packed:
+        module = pytest.importorskip("kvkernels.triton_pack")
+        size = packed_layout(layout).slot_bytes
+    else:
+        module = pytest.importorskip("kvkernels.triton_gather")
+        size = layout.slot_bytes
+    make = module.triton_pack_transfer if packed else module.triton_transfer
+    arena = HostArena(runtime.pinned(256 * size), is_pinned=True)
+    options = {"staging_bytes": 40 * size, "copy_bytes": size // 3, "group_bytes": size, "ahead": ahead}
+    transfer = make(layout, tensors, arena, runtime, **options)
+    full = [tensor.clone() for tensor in tensors]
+    written = 0
+    for _ in range(12):
+        chunks = int(rng.integers(1, 128))
+        order = torch.from_numpy(rng.permutation(blocks)).cuda()
+        mine, spare = order[: 4 * chunks].tolist(), order[4 * chunks : 8 * chunks].tolist()
+        at = rng.permutation(256)
+        slots = [[(int(i) * size, size)] for i in at[:chunks]]
+        more = [[(int(i) * size, size)] for i in at[chunks : 2 * chunks]]
+        transfer.store(mine, slots).wait()
+        back = transfer.store(spare, more)  # beside the load, into other slots
+        load = transfer.load(slots, spare[::-1])
+        back.wait_sources()
+        load.wait_layer(planes - 1)
+        for tensor, before in zip(tensors, full, strict=True):
+            assert torch.equal(tensor[spare[::-1]], before[mine])
+        load.wait()
+        back.wait()
+        again = transfer.load(more, spare)
+        for layer in range(planes):
+            again.wait_layer(layer)
+            assert torch.equal(tensors[layer][spare], full[layer][spare])
+        again.wait()
+        for tensor, before in zip(tensors, full, strict=True):
+            assert torch.equal(tensor, before)
+        written += sum(len(plan.pieces) for plan in transfer._plans.values() if plan._rows is not None)
+    assert written > 500
+    transfer.close()
+
+
 def test_packed_and_ordered_with_the_engines_stream():
     rng = np.random.default_rng(4)
     case = packable_case(rng, form="joined_token_major", device="cuda")

@@ -112,26 +112,24 @@ offsets = np.array([200, 20, 0])
 wanted = target.copy()
 for start, offset, length in zip(starts, offsets, lengths):
     wanted[offset : offset + length] = source[start : start + length]
-where = (target.ctypes.data + offsets, source.ctypes.data + starts, lengths)
-driver.copy_each(*where, 77)
+where = np.array((target.ctypes.data + offsets, source.ctypes.data + starts, lengths))
+driver.copy_each(where, 77)
 assert (target == wanted).all()
 target[:] = 0
-if driver.has_batch:
-    # Every other range, as a lane takes them: a strided view that must be made contiguous.
-    doubled = [np.repeat(values, 2)[::2] for values in where]
-    driver.copy_batch(*doubled, 77)
+if driver.batch is not None:
+    driver.copy_batch(where, 77)
     assert (target == wanted).all()
     try:
-        driver.copy_batch(*where, 1)
+        driver.copy_batch(where, 1)
         raise SystemExit("an error code was not raised")
     except DeviceError as error:
         assert "cuMemcpyBatchAsync: CUDA_ERROR_INVALID_VALUE (1)" in str(error)
 driver.register(source.ctypes.data, 100)
 driver.register(source.ctypes.data + 100, 156)
-across = (np.array([target.ctypes.data]), np.array([source.ctypes.data + 90]), np.array([20]))
-for copy in [driver.copy_each] + [driver.copy_batch] * driver.has_batch:
+across = np.array([[target.ctypes.data], [source.ctypes.data + 90], [20]])
+for copy in [driver.copy_each] + [driver.copy_batch] * (driver.batch is not None):
     try:
-        copy(*across, 77)
+        copy(across, 77)
         raise SystemExit("a copy across two registered ranges was not refused")
     except DeviceError as error:
         assert "CUDA_ERROR_INVALID_VALUE (1)" in str(error)
@@ -154,7 +152,7 @@ from kvkernels.compiled import CompiledKernel
 said = np.zeros(2, np.uint64)
 where = said.ctypes.data + -said.ctypes.data % 16
 metadata = SimpleNamespace(num_warps=2, shared=1000)
-kernel = CompiledKernel(SimpleNamespace(function=5, metadata=metadata), pointers=1, integers=1)
+kernel = CompiledKernel(SimpleNamespace(function=5, metadata=metadata))
 stream = SimpleNamespace(launch_compiled=lambda f, n, t, s, a: driver.launch(f, n, t, s, 77, a))
 kernel.launch(stream, 3, [where], [-7])
 assert 3 * 64 + 1000 - 7 in said
@@ -163,11 +161,12 @@ try:
     raise SystemExit("a pointer that the code would misread was not refused")
 except ValueError as error:
     assert "divisible by 16" in str(error)
-from kvkernels.cuda_streams import CudaStream
+from kvkernels.cuda_streams import CudaStream, _Writing
 entered, spare, timed = [], [event], []
 where = SimpleNamespace(cuda_stream=77)
 enter = lambda: entered.append(stand_in.stand_in_context(0))
-stream = CudaStream(where, driver, batched=True, spare=(spare, timed), enter_thread=enter)
+options = {"batched": True, "enter_thread": enter, "writing": _Writing()}
+stream = CudaStream(where, driver, spare=(spare, timed), **options)
 first, second = stream.record(), stream.record()
 assert (first.handle, spare, stand_in.stand_in_events()) == (event, [], 2)
 stand_in.stand_in_context(1)
@@ -175,7 +174,7 @@ assert second.query() is False and len(entered) == 1 and second.query() is True
 stand_in.stand_in_context(1)
 first.synchronize()
 assert len(entered) == 2
-other = CudaStream(SimpleNamespace(cuda_stream=78), driver, batched=True, spare=([], []), enter_thread=None)
+other = CudaStream(SimpleNamespace(cuda_stream=78), driver, spare=([], []), **options)
 other.wait(first)
 assert stand_in.stand_in_ordered() == 2
 del first
@@ -198,7 +197,7 @@ try:
     raise SystemExit("an error code was not raised")
 except DeviceError as error:
     assert "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED" in str(error)
-print(driver.has_batch, ctypes.CDLL("libcuda.so.1").stand_in_calls())
+print(driver.batch is not None, ctypes.CDLL("libcuda.so.1").stand_in_calls())
 """
 
 
