@@ -20,7 +20,7 @@ from kvkernels.pump import Program, Pump
 from kvkernels.streams import Event, Stream
 from kvkernels.submit import Submitter, ThreadSubmitter, Work
 
-__all__ = ["CudaRuntime", "CudaStream"]
+__all__ = ["CudaEvent", "CudaRuntime", "CudaStream", "HeldEvents"]
 
 _AnswerT = TypeVar("_AnswerT")
 _HIGH, _NORMAL = -1, 0
@@ -111,6 +111,20 @@ class CudaEvent:
             self._enter_thread()
             answer = question(self.handle)
         return answer
+
+
+class HeldEvents:
+    """Events without timing that nobody asks: their handles alone, given back in the end."""
+
+    __slots__ = ("_spare", "handles")
+
+    def __init__(self, count: int, driver: CudaDriver, spare: list[int]) -> None:
+        self._spare = spare
+        self.handles = [spare.pop() if spare else driver.new_event() for _ in range(count)]
+
+    def __del__(self) -> None:
+        """Give them back."""
+        self._spare.extend(self.handles)
 
 
 class CudaStream:
@@ -223,6 +237,10 @@ class CudaRuntime:
         """An event that a row of the program will record."""
         spare = self._spare_events[timed]
         return CudaEvent(0, self._driver, spare, self.enter_thread, timed=timed, program=program, row=row)
+
+    def held(self, count: int) -> HeldEvents:
+        """Events that rows of a program will record, and only rows wait for."""
+        return HeldEvents(count, self._driver, self._spare_events[False])
 
     def staging(self, nbytes: int) -> torch.Tensor:
         """Device bytes from torch's allocator."""

@@ -83,7 +83,7 @@ class _Plan:
         bounds = [0, *range(few, len(pieces), many), len(pieces)]
         self.batches = [piece_batch(layout, pieces[start:stop]) for start, stop in pairwise(bounds)]
         self.whole = piece_batch(layout, pieces)
-        following = [*(piece.planes for piece in pieces[1:]), None]
+        following = [*(piece.planes for piece in pieces), None][1:]
         self.ends = [after != piece.planes for piece, after in zip(pieces, following, strict=True)]
         """Whether the piece is the last one of its planes."""
         self._rows: PieceRows | None = None
@@ -228,15 +228,15 @@ class StagedTransfer(PipelinedTransfer[_Direction]):
         runtime: Any = self._runtime  # CUDA's, like its events
         full: Any = side.window.turn
         events = rows.write(program, runtime, turns, ranges, full, given)
-        for buffer, event in zip(buffers, events.moved if plan.loading else events.copied, strict=True):
+        for buffer, event in zip(buffers, events.done, strict=True):
             buffer.emptied = event
-        side.copies.reached(events.copied[-1])
+        side.copies.reached(events.halfway if plan.loading else events.done[-1])
         handle.begun(events.begun)
         if plan.loading:
-            for piece, event, ends in zip(plan.pieces, events.moved, plan.ends, strict=True):
+            for piece, event, ends in zip(plan.pieces, events.done, plan.ends, strict=True):
                 if ends:
                     handle.arrived(piece.planes.stop, [event])
-        handle.ended([events.moved[-1] if plan.loading else events.copied[-1]], [events.moved[-1]])
+        handle.ended(events.done[-1:], events.done[-1:] if plan.loading else [events.halfway])
 
     def _store(
         self,

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvkernels.arena import Ints
 from kvkernels.compiled import Launch, check_aligned
-from kvkernels.cuda_streams import CudaEvent, CudaRuntime, CudaStream
+from kvkernels.cuda_streams import CudaEvent, CudaRuntime, CudaStream, HeldEvents
 from kvkernels.pieces import CopyRanges
 from kvkernels.pump import BATCH, LAUNCH, NOTHING, ORDER, RECORD, WAIT, Program
 
@@ -58,11 +58,17 @@ class Turns:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A transfer's events: in front of its first copy or kernel, behind each piece's kernel, behind its copies."""
+    """A transfer's events.
+
+    Attributes:
+        begun: in front of its first copy or kernel.
+        halfway: behind all of a load's copies, or of a store's kernels.
+        done: behind each piece.
+    """
 
     begun: CudaEvent
-    moved: Sequence[CudaEvent]
-    copied: Sequence[CudaEvent]
+    halfway: CudaEvent
+    done: Sequence[CudaEvent]
 
 
 class PieceRows:
@@ -108,12 +114,12 @@ class PieceRows:
             given: addresses that the kernels take, the staging buffer's left out.
         """
         rows, at, loading = self._rows.copy(), self._at, self._loading
-        events = self._events(program, runtime)
-        moved, copied = _handles(events.moved), _handles(events.copied)
-        done = events.moved if loading else events.copied
-        emptied = np.concatenate((_handles(turns.emptied), moved if loading else copied))[: len(rows)]
+        events, held = self._events(program, runtime)
+        done, halfway = _handles(events.done), np.array([*held.handles, events.halfway.handle], np.int64)
+        moved, copied = (done, halfway) if loading else (halfway, done)
+        emptied = np.concatenate((_handles(turns.emptied), done))[: len(rows)]
         kernels, lanes = turns.kernels.handle, np.array([lane.handle for lane in turns.lanes], np.int64)
-        rows[:, at["full"], _A] = _handles([full(event) for event in done])
+        rows[:, at["full"], _A] = _handles([full(event) for event in events.done])
         rows[:, at["behind"], _A], rows[:, at["behind"], _B] = lanes, [_handle(turns.last), *copied[:-1]]
         rows[:, at["room"], _A], rows[:, at["room"], _B] = (lanes if loading else kernels), emptied
         rows[:, at["copied"], _A], rows[:, at["copied"], _B] = copied, lanes
@@ -125,22 +131,21 @@ class PieceRows:
         for name, column in (("full", _A), ("behind", _B), ("room", _B)):
             rows[rows[:, at[name], column] == 0, at[name], 0] = NOTHING
         everything = self._framed(rows, turns, events.begun)
-        program.extend(everything, self._parameters(turns.staging, given), kept=(columns, events, turns))
+        program.extend(everything, self._parameters(turns.staging, given), kept=(columns, events, held, turns))
         return events
 
-    def _events(self, program: Program, runtime: CudaRuntime) -> Written:
-        """Make its events, knowing the rows that will record them."""
-        first, wide = program.pump.written + 1, len(self._at)
-        pieces = range(first + 2, first + 2 + wide * len(self._rows), wide)
-        untimed = [False] * len(pieces)
-
-        def behind(name: str, timed: Sequence[bool]) -> list[CudaEvent]:
-            place = self._at[name]
-            return [runtime.written(program, at + place, timed=t) for at, t in zip(pieces, timed, strict=True)]
-
-        begun = runtime.written(program, first + 1 + self._first, timed=True)
-        moved = behind("moved", self._timed if self._loading else untimed)
-        return Written(begun, moved, behind("copied", untimed if self._loading else self._timed))
+    def _events(self, program: Program, runtime: CudaRuntime) -> tuple[Written, HeldEvents]:
+        """Make its events, knowing the rows that will record them; what comes between a piece's halves has no name."""
+        first, wide, count = program.pump.written + 2, len(self._at), len(self._rows)
+        halfway, done = ("copied", "moved") if self._loading else ("moved", "copied")
+        pieces = range(first + 1, first + 1 + wide * count, wide)
+        begun = runtime.written(program, first + self._first, timed=True)
+        behind = [
+            runtime.written(program, at + self._at[done], timed=timed)
+            for at, timed in zip(pieces, self._timed, strict=True)
+        ]
+        last = runtime.written(program, pieces[-1] + self._at[halfway], timed=False)
+        return Written(begun, last, behind), runtime.held(count - 1)
 
     def _copies(self, rows: Ints, ranges: CopyRanges, lanes: Ints) -> Ints:
         """Fill in the copies' rows; return what they point to."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from kvkernels import DeviceError, Handle, LayoutError, Measured
 
 _LOG = logging.getLogger("kvcore.vllm")
 _SAY_AGAIN_S = 60.0
+_LATER_S = 0.003
 
 
 @dataclass(slots=True, eq=False)
@@ -86,7 +88,9 @@ class WorkerSide:
         """Held while a copy begins, for `drain` must not return in between, and while what has ended is counted."""
         self._in_step = in_step
         self._thread = ThreadPoolExecutor(1, "kvcore-load" if in_step else "kvcore-store")
-        self._releases = ThreadPoolExecutor(1, "kvcore-release")
+        self._aside = ThreadPoolExecutor(1, "kvcore-aside")
+        """Does what no step waits for."""
+        self._closing = False
         self._loading: list[_Running] = []
         self._storing: list[_Running] = []
         self._begun: StepPlan | None = None
@@ -240,11 +244,12 @@ class WorkerSide:
 
     def close(self) -> None:
         """Wait for what is under way and leave the server."""
+        self._closing = True
         gone = self._let_go()
         if gone is not None:
             gone.release()  # here: when the interpreter ends, other threads take no work any more
         self._thread.shutdown()
-        self._releases.shutdown()
+        self._aside.shutdown()
         if self._link is not None:
             self._link.leave()
 
@@ -258,7 +263,7 @@ class WorkerSide:
         if self._mover is None or not self._mover.serves(registered):
             gone = self._let_go()
             if gone is not None:
-                self._releases.submit(gone.release)
+                self._aside.submit(gone.release)
             try:
                 self._mover = Mover(self._cache, registered, self._shard, self._factory)
             except (ArenaError, LayoutError, ValueError, RuntimeError) as error:  # the last: what torch raises
@@ -368,11 +373,19 @@ class WorkerSide:
         self.counters.loaded_tokens += self._counted(tokens)
         self.counters.loaded_bytes += size
         self.counters.load_seconds += seconds
-        names = _chosen(copy.chunks, good)
-        self._link.loaded(copy.name, names, tokens=tokens, nbytes=size, seconds=seconds, epoch=copy.epoch)
+        loaded = _chosen(copy.chunks, good)
+        say = partial(self._say_loaded, self._link, copy, loaded, tokens=tokens, nbytes=size, seconds=seconds)
+        if self._in_step or self._closing:
+            say()
+        else:
+            self._aside.submit(_a_little_later, say)
+
+    def _say_loaded(self, link: WorkerLink, copy: Copy, chunks: tuple[bytes, ...], **counts: Any) -> None:
+        """Acknowledge a load."""
+        link.loaded(copy.name, chunks, **counts, epoch=copy.epoch)
         _LOG.info(
             "Retrieved %d tokens of request %s: %d bytes from %s in %.6f s%s",
-            tokens, copy.request, size, _tiers(copy.tiers), seconds, self._where(),
+            counts["tokens"], copy.request, counts["nbytes"], _tiers(copy.tiers), counts["seconds"], self._where(),
         )  # fmt: skip
 
     def _took(self, one: _Running) -> tuple[float, float]:
@@ -570,6 +583,12 @@ _NOTHING = _Nothing()
 
 def _chosen(chunks: Iterable[bytes], wanted: NDArray[np.bool_]) -> tuple[bytes, ...]:
     return tuple(chunk for chunk, want in zip(chunks, wanted, strict=True) if want)
+
+
+def _a_little_later(say: Callable[[], None]) -> None:
+    """Let the step that a load was for give its token out first: it needs the interpreter too."""
+    time.sleep(_LATER_S)
+    say()
 
 
 def _tiers(hits: tuple[int, ...]) -> str:

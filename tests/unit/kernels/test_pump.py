@@ -22,8 +22,8 @@ from kvkernels import DeviceError, HostArena
 from kvkernels.cases import random_case, random_ids, random_slots
 from kvkernels.compiled import Launch
 from kvkernels.cuda_driver import CudaDriver
-from kvkernels.cuda_streams import CudaEvent, CudaStream, PumpSubmitter, _Writing
-from kvkernels.pump import Pump
+from kvkernels.cuda_streams import CudaEvent, CudaStream, HeldEvents, PumpSubmitter, _Writing
+from kvkernels.pump import RECORD, Pump
 from kvkernels.staged import StagedTransfer
 from kvkernels.streams import HostRuntime
 from kvkernels.submit import Work
@@ -197,6 +197,9 @@ class PumpRuntime(HostRuntime):
     def written(self, program, row, *, timed):
         options = {"timed": timed, "program": program, "row": row}
         return CudaEvent(0, self._driver, self._spare[timed], self._enter, **options)
+
+    def held(self, count):
+        return HeldEvents(count, self._driver, self._spare[False])
 
     def submitter(self, name, *, urgent):
         self.pumps.append(Pump(self._driver, name, self._enter))
@@ -475,7 +478,7 @@ class Noting(PumpRuntime):
 
     def __init__(self, driver):
         super().__init__(driver)
-        self.names, self.held = {}, []
+        self.names, self.memory = {}, []
 
     def staging(self, nbytes):
         return self.named("staging", super().staging(nbytes))
@@ -487,9 +490,9 @@ class Noting(PumpRuntime):
         return self.named("marks", torch.zeros(nbytes, dtype=torch.uint8)).numpy()
 
     def named(self, kind, memory):
-        self.held.append(memory)
+        self.memory.append(memory)
         first = memory.data_ptr()
-        self.names[first] = (len(self.held), kind, first + max(1, memory.nbytes))
+        self.names[first] = (len(self.memory), kind, first + max(1, memory.nbytes))
         return memory
 
     def name(self, value):
@@ -505,8 +508,18 @@ def noted(driver, make, asks):
     runtime = Noting(driver)
     transfer = make(runtime)
     notes = driver.standing.start_notes(8)
-    handles = [getattr(transfer, way)(*given, planes=planes) for way, given, planes in asks]
+    handles = []
+    for way, what, planes in asks:
+        handles.append(getattr(transfer, way)(*what, planes=planes))
+        for pump in runtime.pumps:
+            pump.catch_up()  # or it would note its calls among those of the next one's caller
     transfer.close()
+    for handle in handles:
+        for event in [handle._begin, *handle._last, *handle._sources, *(event for _, (event,) in handle._marks)]:
+            row = event._program.pump._rows[(event._row - 1) % len(event._program.pump._rows)]
+            assert (row[0], row[2]) == (RECORD, event.handle), (
+                "it counts as recorded when this row has been carried out"
+            )
     records, calls, made = {}, [], 0
     for at in range(driver.standing.noted_so_far()):
         kind, first, *rest = notes[8 * at : 8 * at + 8]
@@ -514,6 +527,7 @@ def noted(driver, make, asks):
             records[first] = made = made + 1
         named = records.get(first, "?") if kind in (1, 2, 3) else runtime.name(first)
         calls.append((kind, named, *map(runtime.name, rest)))
+    assert [handle._fault() for handle in handles] == [None] * len(handles)
     assert all(handle.measured() is not None for handle in handles)
     marks = [[stop for stop, _ in handle._marks] for handle in handles]
     return calls, marks, [records[events[0].handle] for handle in handles for _, events in handle._marks]
