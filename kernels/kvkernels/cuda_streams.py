@@ -31,6 +31,10 @@ _POST_ROWS = 48
 """Rows that are handed over at a time: some pieces of a transfer."""
 
 
+_LEAST_UPLOAD = 1024
+"""Values."""
+
+
 class _Writing(threading.local):
     """What the calling thread writes down at the moment."""
 
@@ -195,6 +199,33 @@ class CudaStream:
         caller.launch(function, programs, threads, shared, self.handle, values)
 
 
+class _Upload:
+    """Pinned memory and the device's, for so many values.
+
+    Args:
+        capacity: how many.
+        device: whose.
+    """
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self._pinned = torch.empty(capacity, dtype=torch.int64, pin_memory=True)
+        self.host: Ints = self._pinned.numpy()
+        self.source = int(self._pinned.data_ptr())
+        self.device = torch.empty(capacity, dtype=torch.int64, device=device)
+        self.target = int(self.device.data_ptr())
+
+
+class _Lent:
+    """Memory that is given back when nobody keeps this."""
+
+    def __init__(self, pair: _Upload, spare: list[_Upload]) -> None:
+        self._pair = pair
+        self._spare = spare
+
+    def __del__(self) -> None:
+        self._spare.append(self._pair)
+
+
 class CudaRuntime:
     """One CUDA device.
 
@@ -210,6 +241,8 @@ class CudaRuntime:
         self._driver = cuda_driver()
         self._batched = self._driver.batch is not None if batched is None else batched
         self._spare_events: tuple[list[int], list[int]] = [], []
+        self._spare_uploads: dict[int, list[_Upload]] = {}
+        """By the values that they hold."""
         self._writing = _Writing()
         self._index = torch.cuda.current_device() if self.device.index is None else self.device.index
         self._engines: dict[int, CudaStream] = {}
@@ -247,14 +280,20 @@ class CudaRuntime:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def upload(self, values: Ints, stream: Stream) -> Any:
-        """Copy through pinned memory, allocated and filled on the given stream, at once.
+        """Copy through pinned memory by the stream; the caller must keep the tensor while the device reads it.
 
-        Allocated there, its memory can only be given again to later work of that stream; the caller still must keep
-        it while other streams read it.
+        Both memories are used again then: torch's own way takes a quarter of a millisecond of the engine's thread.
         """
-        pinned = torch.from_numpy(np.array(values, np.int64)).pin_memory()
-        with torch.cuda.stream(cast("CudaStream", stream).torch):
-            return pinned.to(self.device, non_blocking=True)
+        count = len(values)
+        capacity = max(_LEAST_UPLOAD, 1 << (count - 1).bit_length())
+        spare = self._spare_uploads.setdefault(capacity, [])
+        pair = spare.pop() if spare else _Upload(capacity, self.device)
+        pair.host[:count] = values
+        if count:
+            stream.copy(*(np.array([value], np.int64) for value in (pair.target, pair.source, 8 * count)))
+        uploaded: Any = pair.device[:count]
+        uploaded.lent = _Lent(pair, spare)  # it goes when the tensor does
+        return uploaded
 
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
         """Pinned host bytes from torch's allocator."""

@@ -307,6 +307,21 @@ def test_rejected_chunks_are_named_on_every_launch():
     transfer.close()
 
 
+def test_what_is_uploaded_is_whole_and_its_memory_used_again():
+    runtime = CudaRuntime(0)
+    stream, rng, kept, places = runtime.stream(urgent=True), np.random.default_rng(2), [], set()
+    for turn in range(60):
+        values = rng.integers(0, 1 << 60, int(rng.integers(1, 5000)))
+        kept.append((values, runtime.upload(values, stream)))
+        stream.record().synchronize()
+        places.add(kept[-1][1].data_ptr())
+        for wanted, uploaded in kept:
+            assert np.array_equal(uploaded.cpu().numpy(), wanted)
+        if turn % 3 == 2:
+            kept.clear()
+    assert len(places) <= 3 * 4
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("ahead", [4, 64])
 def test_one_transfer_again_and_again(packed, ahead):
@@ -336,8 +351,8 @@ def test_one_transfer_again_and_again(packed, ahead):
         more = [[(int(i) * size, size)] for i in at[chunks : 2 * chunks]]
         transfer.store(mine, slots).wait()
         back = transfer.store(spare, more)  # beside the load, into other slots
-        load = transfer.load(slots, spare[::-1])
         back.wait_sources()
+        load = transfer.load(slots, spare[::-1])
         load.wait_layer(planes - 1)
         for tensor, before in zip(tensors, full, strict=True):
             assert torch.equal(tensor[spare[::-1]], before[mine])

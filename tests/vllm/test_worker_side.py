@@ -539,8 +539,28 @@ def test_a_step_does_not_wait_for_its_load_and_its_outcome_does(device):
     for reader in readers:
         reader.join(5)
     assert seen == {"bad": False, "sent": set(), "report": {"r": 0.125}}  # not what the load took, nor how long ago
+    device.side.close()
     assert [one[-1]["seconds"] for one in device.said("loaded")] == [0.25]
     assert device.side.report() is None
+    assert device.side.counters.take()["load_seconds"] == 0.25
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_a_load_is_acknowledged_when_its_step_has_its_token(device, monkeypatch, closing):
+    """By another thread, a little later; as an engine ends, when no thread takes work any more, at once."""
+    monkeypatch.setattr("kvcore.vllm.worker._LATER_S", 0.2)
+    handle, _ = step_with_load_under_way(device)
+    if not closing:
+        handle.gate.set()
+        assert device.side.report()().load_stalls
+        assert not device.said("loaded")
+        time.sleep(0.4)
+    else:
+        device.side._aside.shutdown()
+        handle.gate.set()
+    device.side.close()
+    assert len(device.said("loaded")) == 1
+    assert device.line.said[-1] == ("leave",)
 
 
 def test_a_load_that_fails_after_its_step_is_told_with_that_steps_outcome(device):
