@@ -1,9 +1,9 @@
 """Handing work to a device without holding up the engine's thread.
 
-Planning a large transfer and passing it to the driver takes tens of milliseconds of host time. A transfer is therefore
-written as steps, each of which enqueues a little; the caller runs the first of them itself, so that a load's first
-layers are on their way when the call returns, and a thread runs the rest. Streams and events keep the order on the
-device, whoever enqueues.
+Planning a large transfer can take tens of milliseconds of host time. A transfer is therefore written as steps, each of
+which enqueues a little; the caller runs the first of them itself, so that a load's first layers are on their way when
+the call returns, and a thread runs the rest. Streams and events keep the order on the device, whoever enqueues: on CUDA
+a pump, for which steps only write down what is to be called (`cuda_streams.PumpSubmitter`).
 """
 
 from __future__ import annotations

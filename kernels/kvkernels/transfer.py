@@ -78,9 +78,9 @@ class Transfer(Protocol):
 
     Both methods take `len(slots) * layout.chunk_blocks` block ids, chunk after chunk, in any order, and `planes`, the
     contiguous planes of the layout to copy (all by default; `layout.planes_of_layer`). On a GPU both are
-    ordered after the work that is already in the current stream, and return before they have ended: a store within a
-    few milliseconds, a load, which the caller's next step waits for, when it is handed to the device as far as its
-    queues take it (some 10 ms for 32,000 tokens); a thread hands over the rest.
+    ordered after the work that is already in the current stream, and return when they are written down, before the
+    device is told of them (a millisecond or two for 32,000 tokens by Triton's kernels; a store in single rows leaves
+    the rest to a thread after one).
     """
 
     @property
