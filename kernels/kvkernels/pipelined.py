@@ -1,8 +1,8 @@
 """What the backends on streams share: requests are checked, and their steps handed over, in one way.
 
 The calling thread checks the request and writes or enqueues the first steps; a thread for each direction does the rest
-(see `submit.py`). What side streams read (block ids, staging) is held until their last event, whatever the caller does with
-the handle.
+(see `submit.py`). What side streams read (block ids, staging) is held until their last event, whatever the caller does
+with the handle.
 """
 
 from __future__ import annotations
