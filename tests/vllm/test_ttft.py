@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from servers import ROOT, environment
@@ -53,6 +54,10 @@ def test_cold_and_every_hit_beside_no_connector(tiny_model, tmp_path):
     assert result["device"] == "cpu"
     saved = json.loads((tmp_path / "ttft.json").read_text())
     assert all(sample["fault"] == "" and len(sample["output"]) in (0, 8) for sample in saved["samples"])
+    looked = [sample for sample in saved["samples"] if sample["situation"] != "decode"]
+    assert all(len(sample["looks_s"]) == 2 and 0 < min(sample["looks_s"]) < 1 for sample in looked)
+    assert saved["quiet"]["title"].endswith(f" of {len(looked)} requests")
+    assert {row["situation"] for row in saved["quiet"]["figures"]} <= {"cold", "gpu", "l1", "l2"}
     cold_prompts = [line.partition("] ")[2].split()[0] for line in done.stderr.splitlines() if " cold " in line]
     # Everything once to warm up, then by turns: each length in both engines before the next.
     assert cold_prompts[:8] == ["none", "none", "kvcore", "kvcore", "none", "kvcore", "none", "kvcore"]
@@ -155,6 +160,13 @@ def test_an_answer_that_differs_is_a_failure_of_ours_only():
     assert report.faults(samples) == []
     samples.append(sample("kvcore", "l1", 1.0, output=(5, 6)))
     assert report.faults(samples) == ["kvcore, l1: 1 of 2 answers differ from those of vLLM alone"]
+
+
+def test_requests_at_full_speed_are_told_from_others_by_looks_on_both_sides():
+    looks = [(1.0, 1.19), (1.0, 1.21), (2.0, 1.0), (1.1, 1.1), ()]
+    samples = [replace(sample("kvcore", "l1", float(n)), looks_s=pair) for n, pair in enumerate(looks)]
+    assert [one.seconds for one in report.quiet(samples)] == [0.0, 3.0]
+    assert report.quiet(samples[-1:]) == report.quiet([]) == []
 
 
 class FakeEngine:

@@ -20,6 +20,7 @@ import typer
 
 from kvcore.vllm.ttft import report
 from kvcore.vllm.ttft.engine import Engine, EngineError
+from kvcore.vllm.ttft.look import Look
 from kvcore.vllm.ttft.measure import Measurement, Plan, Sample
 from kvcore.vllm.ttft.systems import SYSTEMS, Running, Sizes, kv_bytes_per_token, model_limit, started
 
@@ -153,10 +154,20 @@ class Bench:
             "seconds": round(time.monotonic() - self.began, 1),
             "figures": report.figures(self.samples),
             "ratios": report.ratios(self.samples),
+            "quiet": self._quiet(),
             "outputs": report.outputs(self.samples),
             "failures": self.failures + report.faults(self.samples),
             "runs": self.runs,
             "samples": [asdict(sample) for sample in self.samples],
+        }
+
+    def _quiet(self) -> dict[str, Any]:
+        """Return the figures of requests during which the engine's processor was at full speed."""
+        looked, quiet = [sample for sample in self.samples if sample.looks_s], report.quiet(self.samples)
+        return {
+            "title": f"The same while the engine's processor was at full speed: {len(quiet)} of {len(looked)} requests",
+            "figures": report.figures(quiet),
+            "ratios": report.ratios(quiet),
         }
 
     def write(self) -> None:
@@ -233,6 +244,7 @@ def main(  # noqa: PLR0913, PLR0917 - one a flag
         "skip_tokenizer_init": True,
         "enable_prefix_caching": True,
         "disable_log_stats": False,
+        "worker_extension_cls": f"{Look.__module__}.{Look.__qualname__}",
         "max_model_len": min(plan.longest + 128, model_limit(model) or sys.maxsize),
         "gpu_memory_utilization": gpu_memory_utilization,
         "seed": 0,
@@ -275,6 +287,8 @@ def _show(result: dict[str, Any], *, as_json: bool) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(report.table(result))
+    if result["quiet"]["figures"]:
+        console.print(report.table(result["quiet"]))
     for row in result["outputs"]:
         if row["system"] != "none":
             console.print(f"{row['system']} {row['situation']}: {row['equal']} of {row['of']} answers as vLLM alone")

@@ -11,6 +11,8 @@ import sys
 import time
 from typing import Any, TextIO
 
+from kvcore.vllm.ttft.look import LOOK
+
 _RESET_S = 20.0
 
 
@@ -50,13 +52,17 @@ class Worker:
         }
 
     def run(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
-        """Return each prompt's tokens and their arrival times, in seconds from the start of all."""
+        """Return each prompt's tokens and their arrival times, in seconds from the start of all.
+
+        Right before and right behind, the engine's processor is looked at.
+        """
         sampling = self._vllm.SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
         names = [str(self._requests + number) for number in range(len(prompts))]
         self._requests += len(prompts)
         places = {name: place for place, name in enumerate(names)}
         arrivals: list[list[float]] = [[] for _ in prompts]
         outputs: list[list[int]] = [[] for _ in prompts]
+        before = self._look()
         started = time.perf_counter()
         for name, prompt in zip(names, prompts, strict=True):
             self._engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
@@ -67,7 +73,11 @@ class Worker:
                 place = places[output.request_id]
                 outputs[place] = list(output.outputs[0].token_ids)
                 arrivals[place].extend([now] * (len(outputs[place]) - len(arrivals[place])))
-        return {"arrivals": arrivals, "outputs": outputs}
+        return {"arrivals": arrivals, "outputs": outputs, "looks": [before, self._look()]}
+
+    def _look(self) -> float:
+        looks: list[float] = self._llm.collective_rpc(LOOK)
+        return max(looks)
 
     def reset(self) -> dict[str, Any]:
         """Empty the engine's own prefix cache; blocks still held for stores under way are waited for."""

@@ -30,11 +30,13 @@ class Answer:
         ttft_s: Seconds from the request to its first token.
         arrivals_s: Seconds from the request to each of its tokens.
         tokens: Their ids.
+        looks_s: Seconds of a fixed loop on the engine's processor, right before and right behind the request.
     """
 
     ttft_s: float
     arrivals_s: tuple[float, ...]
     tokens: tuple[int, ...]
+    looks_s: tuple[float, ...] = ()
 
 
 class Engine:
@@ -84,7 +86,7 @@ class Engine:
         """Have all prompts answered at once, greedily, by `tokens` tokens each."""
         reply = self._ask({"do": "run", "prompts": [list(prompt) for prompt in prompts], "tokens": tokens})
         return [
-            Answer(ttft_s=times[0], arrivals_s=tuple(times), tokens=tuple(ids))
+            Answer(ttft_s=times[0], arrivals_s=tuple(times), tokens=tuple(ids), looks_s=tuple(reply["looks"]))
             for times, ids in zip(reply["arrivals"], reply["outputs"], strict=True)
         ]
 

@@ -67,6 +67,7 @@ class Sample:
         prompt: Its name: equal names are equal prompts, in every engine.
         seconds: TTFT; for decoding the seconds of one token of one request.
         output: The answer's token ids.
+        looks_s: How fast the engine's processor was, before and behind (`kvcore.vllm.ttft.look`); none for decoding.
         fault: Why it is not what it is called; such a sample counts nowhere.
     """
 
@@ -77,6 +78,7 @@ class Sample:
     prompt: str
     seconds: float
     output: tuple[int, ...] = ()
+    looks_s: tuple[float, ...] = ()
     fault: str = ""
 
 
@@ -154,7 +156,7 @@ class Measurement:
             if time.monotonic() > until:
                 break
             time.sleep(0.05)
-        self._add(situation, tokens, name, answer.ttft_s, answer.tokens, fault)
+        self._add(situation, tokens, name, answer.ttft_s, answer, fault)
 
     def _counts(self) -> dict[str, float]:
         """Return the engine's hits in tokens, and what the system says it has loaded."""
@@ -224,7 +226,13 @@ class Measurement:
         return prompt(f"{self._plan.seed} {name}", tokens, int(self._engine.facts["vocabulary"]))
 
     def _add(
-        self, situation: Situation, tokens: int, name: str, seconds: float, output: Sequence[int] = (), fault: str = ""
+        self,
+        situation: Situation,
+        tokens: int,
+        name: str,
+        seconds: float,
+        answer: Answer | None = None,
+        fault: str = "",
     ) -> None:
         what = f"{tokens:,} tokens" if situation != "decode" else f"{self._plan.decode_batch} requests"
         self._say(f"{self._name} {situation:<6} {what}: {seconds:.5f} s{f'  FAULT: {fault}' if fault else ''}")
@@ -236,7 +244,8 @@ class Measurement:
                 tokens=tokens,
                 prompt=name,
                 seconds=seconds,
-                output=tuple(output),
+                output=() if answer is None else answer.tokens,
+                looks_s=() if answer is None else answer.looks_s,
                 fault=fault,
             )
         )

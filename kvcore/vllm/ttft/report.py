@@ -10,6 +10,7 @@ from kvcore.vllm.ttft.measure import Sample
 OURS = ("kvcore", "kvcore-mp", "kvcore-l2")
 PEERS = ("offloading", "offloading-plain", "lmcache")
 _RESAMPLES = 2000
+_QUIET = 1.2
 Key = tuple[str, int, str]
 """System, prompt tokens, situation."""
 
@@ -20,6 +21,17 @@ def figures(samples: Iterable[Sample]) -> list[dict[str, Any]]:
         {"system": system, "tokens": tokens, "situation": situation, **_spread(values)}
         for (system, tokens, situation), values in _grouped(samples).items()
     ]
+
+
+def quiet(samples: Sequence[Sample]) -> list[Sample]:
+    """Return the requests during which the engine's processor was at full speed, by a look before and one behind.
+
+    That is within a fifth of the fastest look of all. What slows a processor of a shared host, a neighbour on its other
+    half mostly, comes and goes within tenths of a second and doubles what an engine takes to launch its kernels.
+    """
+    looks = [look for sample in samples for look in sample.looks_s]
+    most = _QUIET * min(looks, default=0.0)
+    return [sample for sample in samples if sample.looks_s and max(sample.looks_s) <= most]
 
 
 def ratios(samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -90,7 +102,8 @@ def table(result: Mapping[str, Any]) -> Any:
     cells = {(row["system"], row["tokens"], row["situation"]): row for row in result["figures"]}
     systems = list(dict.fromkeys(row["system"] for row in result["figures"]))
     rows = sorted({(tokens, situation) for _, tokens, situation in cells}, key=lambda row: (row[1] == "decode", row))
-    out = Table("prompt", "", *systems, title="TTFT, median (quartiles) in ms", title_justify="left")
+    title = result.get("title", "TTFT, median (quartiles) in ms")
+    out = Table("prompt", "", *systems, title=title, title_justify="left")
     for tokens, situation in rows:
         found = [cells.get((system, tokens, situation)) for system in systems]
         out.add_row(f"{tokens:,}", situation, *("" if cell is None else _cell(cell) for cell in found))
