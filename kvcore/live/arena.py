@@ -73,6 +73,11 @@ class ArenaPaths:
         return self.folder / f"kvcore-{self.name}.lock"
 
     @property
+    def held(self) -> Path:
+        """What the server holds, in brief (`kvcore.live.held`)."""
+        return self.folder / f"kvcore-{self.name}.held"
+
+    @property
     def socket(self) -> Path:
         """Where the server may listen for its workers' connections; whoever makes it removes it."""
         return self.folder / f"kvcore-{self.name}.sock"

@@ -8,9 +8,11 @@ background thread has registered again.
 import logging
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final, Generic, TypeAlias, TypeVar
 
 from kvcore.live.connection import Client, Connection, CurveKeys, RemoteError, ServerAwayError
+from kvcore.live.held import HeldView
 from kvcore.live.presence import Presence, RegistrationRefused, Session
 from kvcore.live.wire import (
     ALL_RANKS,
@@ -123,13 +125,17 @@ class SchedulerClient:
         self._grants: list[tuple[str, Granted]] = []
         self._sought: _Asked[Places] = _Asked(0)
         """Where a chunk lies: the question at hand."""
+        self._held: HeldView | None = None
+        """What the server of the session at hand holds, roughly."""
 
     def register(self, timeout_s: float = 5.0) -> Registered | None:
         """Register the instance's scheduler; return what the server says, None where it is away (a warning is logged).
 
         Raises RegistrationRefused. Called once; whatever happens later, the client comes back by itself.
         """
-        return self._presence.start(timeout_s)
+        registered = self._presence.start(timeout_s)
+        self._current()  # the server's table may lose its name next
+        return registered
 
     @property
     def registered(self) -> Registered | None:
@@ -209,9 +215,10 @@ class SchedulerClient:
         """Return whether a chunk can be matched, in any tier, or NOT_YET, and then no answer will come.
 
         It decides nothing and pins nothing: a prompt whose first chunk is nowhere has no hit, whatever else is cached,
-        and its `lookup` can be made when there is time for it. A server that is away holds nothing.
+        and its `lookup` can be made when there is time for it. A server that is away holds nothing. The server is asked
+        only where its table (`kvcore.live.held`) does not say that it is nowhere.
         """
-        if self._current() is None:
+        if self._current() is None or (self._held is not None and not self._held.may_hold(chunk)):
             return False
         self._sought = _Asked(self._send(Where((chunk,)), "where", ""))
         places = self._answer(self._sought, patient)
@@ -277,12 +284,18 @@ class SchedulerClient:
             self._session = session
             if session is not None:
                 self._connection = Connection(self._endpoint, self._curve)
+                registered = session.registered
+                table = Path(registered.arena_path).with_suffix(".held")
+                self._held = HeldView.attach(table, registered.held_token)
         return session
 
     def _disconnect(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+        if self._held is not None:
+            self._held.close()
+            self._held = None
         self._pending.clear()
         self._lookups.clear()
         self._grants.clear()

@@ -21,6 +21,7 @@ from kvcore.live import wire
 from kvcore.live.allocator import PageAllocator
 from kvcore.live.arena import Arena, ArenaPaths
 from kvcore.live.book import page_ids
+from kvcore.live.held import HeldTable
 from kvcore.live.limits import ArenaError
 from kvcore.live.liveness import Liveness
 from kvcore.live.members import Member, RefusedError, UnknownMemberError
@@ -157,6 +158,9 @@ class Server:
         journal, state = self._open_journal(arena, previous_epoch, stack)
         clock = MonotonicClock(state.now_ns)
         allocator = PageAllocator(arena.generations, arena.page_writers, page_ids(state.book.resident.values()))
+        held = HeldTable(paths.held)
+        stack.callback(held.close)
+        held.follow(state.core)
         recorder = None
         if settings.record:
             recorder = Recorder(settings.record, max_bytes=settings.record_max_mb << 20)
@@ -171,6 +175,7 @@ class Server:
             journal=journal,
             recorder=recorder,
             pool=self._open_pool(stack),
+            held=held,
         )
         self.service = Service(parts)
         self._scan_l2(stack)

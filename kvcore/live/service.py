@@ -17,6 +17,7 @@ from kvcore.live import wire
 from kvcore.live.allocator import PageAllocator
 from kvcore.live.arena import Arena
 from kvcore.live.book import PAGE_ID, Room
+from kvcore.live.held import HeldTable
 from kvcore.live.members import Instance, Member, Members, RefusedError, UnknownMemberError, Work
 from kvcore.live.metrics import Metrics, model_of
 from kvcore.live.pretouch import Pretouch
@@ -79,6 +80,7 @@ class Parts:
     journal: JournalWriter | None = None
     recorder: Recorder | None = None
     pool: StorePool | None = None
+    held: HeldTable | None = None
 
 
 class Service:
@@ -195,6 +197,7 @@ class Service:
             lease_ms=round(self.settings.lease_s * 1000),
             liveness_path=self.parts.liveness_path,
             record=self.parts.recorder is not None,
+            held_token=0 if self.parts.held is None else self.parts.held.token,
         )
 
     def here(self, token: int, pid: int) -> Member:

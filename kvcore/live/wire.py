@@ -318,6 +318,8 @@ class Registered(Message, frozen=True, tag="registered"):
     """The unix socket that the member connects, sends its `member` to (8 bytes, little-endian) and keeps open."""
     record: bool = False
     """Whether the server records, so that `Record` is wanted."""
+    held_token: int = 0
+    """What the file beside the arena that tells what is held begins with (`kvcore.live.held`); 0: there is none."""
 
 
 class Found(Message, frozen=True, tag="found"):

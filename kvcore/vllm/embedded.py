@@ -35,7 +35,7 @@ def remove_leftovers(folder: Path) -> None:
         name = lock.stem.removeprefix("kvcore-")
         if name.endswith(".ipc") or not _is_free(lock):
             continue
-        for suffix in (".arena", ".sock", ".ipc", ".ipc.lock", ".lock"):
+        for suffix in (".arena", ".held", ".sock", ".ipc", ".ipc.lock", ".lock"):
             (folder / f"kvcore-{name}{suffix}").unlink(missing_ok=True)
         _LOG.info("removed what a killed engine had left: %s", lock.with_suffix(".*"))
 
@@ -64,18 +64,19 @@ class EmbeddedServer:
     def __init__(self, instance: str, given: Mapping[str, Any]) -> None:
         settings = embedded_settings(instance, given)
         remove_leftovers(Path(settings.arena_dir))
-        self._arena = ArenaPaths(Path(settings.arena_dir), settings.name).arena
+        self._paths = ArenaPaths(Path(settings.arena_dir), settings.name)
         self._server = Server(settings)
         self._server.start()
         atexit.register(self.stop)
 
     def hide(self) -> None:
-        """Remove the arena's name, now that every worker has it mapped.
+        """Remove the arena's name, now that every worker has it mapped, and its table's, which the scheduler has.
 
         vLLM kills its processes when it stops, and a file in shared memory would outlive them with all it holds; one
         without a name does not.
         """
-        self._arena.unlink(missing_ok=True)
+        self._paths.arena.unlink(missing_ok=True)
+        self._paths.held.unlink(missing_ok=True)
 
     def stop(self) -> None:
         """Stop, and remove the arena. Called again it does nothing."""

@@ -85,6 +85,34 @@ def test_whether_a_chunk_is_held_is_told_and_changes_nothing(start):
     client.leave()
 
 
+def test_who_reads_the_table_need_not_ask_for_what_is_nowhere(start, tmp_path):
+    server = start("--journal", str(tmp_path / "journal"))
+    prompt, others = chain("a", 3), chain("b", 40)
+    sizes = {"instance": "i", "role": "scheduler", "block_tokens": 16, "block_bytes": 16}
+    client = SchedulerClient(server.endpoint, Register(**sizes), wait_s=0.05)
+    assert client.register() is not None
+    with SyncEngine(server.endpoint) as engine:
+        engine.serve("1", prompt)
+    server.process.send_signal(signal.SIGSTOP)
+    assert [client.held(chunk) for chunk in others] == [False] * 40
+    assert client._pending == {}, "nobody was asked"
+    assert client.held(prompt[0]) is NOT_YET
+    server.process.send_signal(signal.SIGCONT)
+    assert client.held(prompt[0], patient=True) is True
+    server.process.kill()
+    server = start("--journal", str(tmp_path / "journal"))
+    until = time.monotonic() + 20
+    while client.held(prompt[0], patient=True) is not True:
+        assert time.monotonic() < until, "the next server's table has what it took over"
+        time.sleep(0.05)
+    assert client._held is not None
+    assert [client.held(chunk) for chunk in others] == [False] * 40
+    client._held.close()
+    client._held = None  # as of a server on another host
+    assert [client.held(chunk, patient=True) for chunk in (others[0], prompt[0])] == [False, True]
+    client.leave()
+
+
 def test_a_lookup_is_idempotent_and_follows_what_the_engine_lost(start):
     server = start()
     prompt = chain("a", 6)
