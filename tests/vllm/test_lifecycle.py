@@ -191,6 +191,8 @@ def test_embedded_server_ends_with_its_engine(tiny_model, reference, tmp_path):
     with harness.engine(tiny_model, config) as llm:
         assert list(tmp_path.glob("*.ipc"))
         assert not list(tmp_path.glob("*.arena"))
+        assert not list(tmp_path.glob("*.held"))
+        assert harness.scheduler(llm).connector._scheduler._link._held is not None, "it was there when it had a name"
         assert_same(generate(llm, [FIRST]), reference[:1])
     assert not list(tmp_path.iterdir())
 
