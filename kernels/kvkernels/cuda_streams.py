@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -23,16 +24,23 @@ from kvkernels.submit import Submitter, ThreadSubmitter, Work
 __all__ = ["CudaEvent", "CudaRuntime", "CudaStream", "HeldEvents"]
 
 _AnswerT = TypeVar("_AnswerT")
+_SpareT = TypeVar("_SpareT")
 _HIGH, _NORMAL = -1, 0
 _INLINE_S, _URGENT_S = 0.001, 0.02
 """How long whoever submits a transfer writes it down itself. An urgent one is waited for by the engine's next step: a
 thread would hold that up for as long, and lose more in handing the interpreter back and forth."""
 _POST_ROWS = 48
 """Rows that are handed over at a time: some pieces of a transfer."""
-
-
 _LEAST_UPLOAD = 1024
 """Values."""
+
+
+def _taken(spare: list[_SpareT], make: Callable[[], _SpareT]) -> _SpareT:
+    """One that is not in use, or a new one; several threads take from a list, so that looking first is of no use."""
+    try:
+        return spare.pop()
+    except IndexError:
+        return make()
 
 
 class _Writing(threading.local):
@@ -73,7 +81,7 @@ class CudaEvent:
         self._enter_thread = enter_thread
         self._program = program
         self._row = row
-        self.handle = spare.pop() if spare else driver.new_event(timed=timed)
+        self.handle = _taken(spare, partial(driver.new_event, timed=timed))
         if program is None:
             driver.record(self.handle, stream)
         elif not row:
@@ -124,7 +132,9 @@ class HeldEvents:
 
     def __init__(self, count: int, driver: CudaDriver, spare: list[int]) -> None:
         self._spare = spare
-        self.handles = [spare.pop() if spare else driver.new_event() for _ in range(count)]
+        self.handles: list[int] = []
+        for _ in range(count):
+            self.handles.append(_taken(spare, driver.new_event))
 
     def __del__(self) -> None:
         """Give them back."""
@@ -287,7 +297,7 @@ class CudaRuntime:
         count = len(values)
         capacity = max(_LEAST_UPLOAD, 1 << (count - 1).bit_length())
         spare = self._spare_uploads.setdefault(capacity, [])
-        pair = spare.pop() if spare else _Upload(capacity, self.device)
+        pair = _taken(spare, partial(_Upload, capacity, self.device))
         pair.host[:count] = values
         if count:
             stream.copy(*(np.array([value], np.int64) for value in (pair.target, pair.source, 8 * count)))

@@ -42,10 +42,10 @@ class CopyLanes:
 
     def turn(self) -> Stream:
         """The stream for the next copies, behind all before."""
-        self._lanes.append(self._lanes.pop(0))
-        if self._last is not None:
-            self._lanes[0].wait(self._last)
-        return self._lanes[0]
+        (stream,), last = self.turns(1)
+        if last is not None:
+            stream.wait(last)
+        return stream
 
     def turns(self, count: int) -> tuple[list[Stream], Event | None]:
         """The streams for as many copies, one after another, and the event that the first is to wait for.

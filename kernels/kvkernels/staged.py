@@ -7,6 +7,7 @@ a ring of a few buffers for each direction; events alone keep a buffer from bein
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +20,7 @@ from kvkernels.handles import StreamHandle
 from kvkernels.layouts import PagedLayout
 from kvkernels.pieces import (
     CopyRanges,
+    PieceBatch,
     PieceCopies,
     StagedPiece,
     copy_ranges,
@@ -77,16 +79,25 @@ class _Plan:
     """The pieces of all requests with so many chunks, for so many planes."""
 
     def __init__(self, layout: PagedLayout, pieces: list[StagedPiece], *, loading: bool) -> None:
+        self._layout = layout
         self.pieces = pieces
         self.loading = loading
-        few, many = _PLANNED_PIECES
-        bounds = [0, *range(few, len(pieces), many), len(pieces)]
-        self.batches = [piece_batch(layout, pieces[start:stop]) for start, stop in pairwise(bounds)]
-        self.whole = piece_batch(layout, pieces)
         following = [*(piece.planes for piece in pieces), None][1:]
         self.ends = [after != piece.planes for piece, after in zip(pieces, following, strict=True)]
         """Whether the piece is the last one of its planes."""
         self._rows: PieceRows | None = None
+
+    @cached_property
+    def batches(self) -> list[PieceBatch]:
+        """The pieces as they are planned step by step."""
+        few, many = _PLANNED_PIECES
+        bounds = [0, *range(few, len(self.pieces), many), len(self.pieces)]
+        return [piece_batch(self._layout, self.pieces[start:stop]) for start, stop in pairwise(bounds)]
+
+    @cached_property
+    def whole(self) -> PieceBatch:
+        """All of them at once."""
+        return piece_batch(self._layout, self.pieces)
 
     def rows(self, mover: Mover) -> PieceRows | None:
         """What is written of all of them at once, as soon as each kernel has run."""

@@ -2,8 +2,8 @@
 
 The file `<folder>/kvcore-<name>.arena` is: a header, the tables (a generation and a writer's mark for each page, and
 the processes that may write), then the pages, from a huge page's boundary on. Beside it lie `.lock`, which the one
-server holds exclusively, and `.sock`, on which the server watches its workers. Workers hold a shared lock on the arena
-itself, so an exclusive one proves that nobody maps it.
+server holds exclusively, `.sock`, on which the server watches its workers, and `.held` (`kvcore.live.held`). Workers
+hold a shared lock on the arena itself, so an exclusive one proves that nobody maps it.
 
 A server that dies leaves the arena; the next one takes it over, in place, under a raised epoch.
 """

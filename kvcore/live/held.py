@@ -14,7 +14,6 @@ import mmap
 import os
 import secrets
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -41,6 +40,8 @@ class HeldTable:
 
     Args:
         path: The file; one that an earlier server left there is replaced.
+
+    Raises OSError where there is no room for it; nothing is left then.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,8 +50,11 @@ class HeldTable:
         path.unlink(missing_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(fd, _HEADER_BYTES + _CELLS)
+            os.posix_fallocate(fd, 0, _HEADER_BYTES + _CELLS)  # a write beyond what there is would kill the process
             self._cells = mmap.mmap(fd, _HEADER_BYTES + _CELLS)
+        except BaseException:
+            path.unlink()
+            raise
         finally:
             os.close(fd)
         self._cells[:_TOKEN_BYTES] = self.token.to_bytes(_TOKEN_BYTES, "little")
@@ -112,8 +116,7 @@ class HeldView:
 
     def close(self) -> None:
         """Unmap it."""
-        with suppress(BufferError):
-            self._cells.close()
+        self._cells.close()
 
 
 class _Counted(dict[Chunk, Entry]):

@@ -1,5 +1,6 @@
 """The table of what a server holds: what it says, whom it says it to, and what it does not miss."""
 
+import errno
 import os
 
 import pytest
@@ -53,6 +54,18 @@ def test_only_the_servers_own_table_is_read(table, tmp_path):
     assert table.path.stat().st_mode & 0o777 == 0o600
     with pytest.raises(TypeError):
         HeldView.attach(table.path, table.token)._cells[5000] = 1
+
+
+def test_without_room_for_it_nothing_is_left(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="No space"):
+        HeldTable(tmp_path / "kvcore-x.held")
+    assert os.listdir(tmp_path) == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 def test_the_next_server_replaces_the_table_and_a_reader_of_the_old_one_goes_on(table):
