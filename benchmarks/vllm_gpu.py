@@ -99,34 +99,6 @@ def interrupt_on_term():
     signal.signal(signal.SIGTERM, interrupted)
 
 
-def quiet_processors(rounds=5):
-    """Keep this process, and all that it will start, to the faster half of the processors; returns what was measured.
-
-    Those of a rented host are shared with its neighbours: now and then some run at half their speed for a while, and an
-    engine that launches its kernels from one of these takes twice as long. Where there are fewer than eight all stay.
-    """
-    processors = sorted(os.sched_getaffinity(0))
-    if len(processors) < 8:
-        return {}
-
-    def seconds():
-        begun = time.perf_counter()
-        sum(range(200_000))
-        return time.perf_counter() - begun
-
-    found = {processor: [] for processor in processors}
-    for _ in range(rounds):
-        for processor in processors:
-            os.sched_setaffinity(0, {processor})
-            found[processor].append(min(seconds() for _ in range(3)))
-        os.sched_setaffinity(0, processors)
-        time.sleep(0.2)
-    medians = {processor: sorted(times)[rounds // 2] for processor, times in found.items()}
-    kept = sorted(medians, key=medians.get)[: len(processors) // 2]
-    os.sched_setaffinity(0, kept)
-    return {"kept": sorted(kept), "seconds": medians}
-
-
 def facts():
     """What every result says of itself."""
     versions = {"python": platform.python_version()}

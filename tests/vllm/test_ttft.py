@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from servers import ROOT, environment
 
 from kvcore.vllm.ttft import __main__ as command_line
-from kvcore.vllm.ttft import engine, measure, report
+from kvcore.vllm.ttft import child, engine, look, measure, report
 from kvcore.vllm.ttft.engine import Answer, EngineError
 from kvcore.vllm.ttft.measure import Sample, prompt, token_s
 from kvcore.vllm.ttft.systems import Running, Sizes
@@ -38,7 +39,7 @@ def test_cold_and_every_hit_beside_no_connector(tiny_model, tmp_path):
     done, result = bench(
         tiny_model, tmp_path, "--systems", "none,kvcore", "--together", "2", "--lengths", "512,1500",
         "--l1-size-gb", "0.125", "--decode-tokens", "16", "--decode-batch", "2", "--decode-repeats", "1",
-        "--l2", f"files:{tmp_path}/l2", "--l2-size-gb", "0.5",
+        "--l2", f"files:{tmp_path}/l2", "--l2-size-gb", "0.5", "--fastest-processor",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert result["failures"] == []
@@ -56,6 +57,7 @@ def test_cold_and_every_hit_beside_no_connector(tiny_model, tmp_path):
     assert all(sample["fault"] == "" and len(sample["output"]) in (0, 8) for sample in saved["samples"])
     looked = [sample for sample in saved["samples"] if sample["situation"] != "decode"]
     assert all(len(sample["looks_s"]) == 2 and 0 < min(sample["looks_s"]) < 1 for sample in looked)
+    assert saved["plan"]["fastest_processor"] is True
     assert saved["quiet"]["title"].endswith(f" of {len(looked)} requests")
     assert {row["situation"] for row in saved["quiet"]["figures"]} <= {"cold", "gpu", "l1", "l2"}
     cold_prompts = [line.partition("] ")[2].split()[0] for line in done.stderr.splitlines() if " cold " in line]
@@ -169,18 +171,75 @@ def test_requests_at_full_speed_are_told_from_others_by_looks_on_both_sides():
     assert report.quiet(samples[-1:]) == report.quiet([]) == []
 
 
+@pytest.fixture
+def processors(monkeypatch):
+    """Three processors, the second of them the fastest; returns where this thread has been, one set after another."""
+    seconds, been = {3: 2.0, 5: 1.0, 8: 3.0}, [{3, 5, 8}]
+    monkeypatch.setattr(look.os, "sched_getaffinity", lambda _thread: been[-1])
+    monkeypatch.setattr(look.os, "sched_setaffinity", lambda _thread, to: been.append(set(to)))
+    monkeypatch.setattr(look, "_loop_s", lambda _additions: min(seconds[processor] for processor in been[-1]))
+    return been
+
+
+def test_an_engine_settles_on_the_fastest_of_its_processors_and_leaves_again(processors):
+    worker = look.Look()
+    assert worker.kvcore_settle() == [5, 3, 8]
+    assert processors[1:] == [{3}, {5}, {8}, {5}]
+    worker.kvcore_leave()
+    assert processors[-1] == {3, 5, 8}
+
+
+@pytest.mark.parametrize(("fastest", "at_work"), [(True, {3}), (False, {3, 5, 8})])
+def test_who_drives_the_engine_takes_the_next_processor_for_as_long_as_a_request(processors, fastest, at_work):
+    asked, worker = [], object.__new__(child.Worker)
+
+    def collective_rpc(method):
+        asked.append(method)
+        return [{look.SETTLE: [5, 3, 8], look.LOOK: 0.5, look.LEAVE: None}[method]]
+
+    def step():
+        assert processors[-1] == at_work
+        worker._engine.has_unfinished_requests = lambda: False
+        return [SimpleNamespace(request_id="0", outputs=[SimpleNamespace(token_ids=[7])])]
+
+    worker._requests, worker._vllm = 0, SimpleNamespace(SamplingParams=lambda **_: None)
+    worker._llm = SimpleNamespace(collective_rpc=collective_rpc)
+    worker._engine = SimpleNamespace(add_request=lambda *_: None, step=step, has_unfinished_requests=lambda: True)
+    assert worker.run([[1, 2]], 1, fastest=fastest)["outputs"] == [[7]]
+    assert processors[-1] == {3, 5, 8}
+    looks = [look.LOOK, look.LOOK]
+    assert asked == ([look.SETTLE, *looks, look.LEAVE] if fastest else looks)
+
+
+@pytest.mark.parametrize("fastest", [True, False])
+def test_nothing_settles_before_all_is_warm(fastest):
+    few = {"lengths": (8,), "repeats": 1, "hits": 1, "cold": 1, "decode_tokens": 0, "settle_s": 0}
+    plan = measure.Plan(**few, fastest_processor=fastest)
+    fake = FakeEngine({})
+    for _ in measure.Measurement(fake, Running(arguments={}), plan, "none", 0, str).turns():
+        pass
+    assert fake.settled == [False, False, *[fastest] * 3]
+
+
+def test_an_engine_over_several_gpus_has_no_one_processor(tmp_path):
+    done, _ = bench(tmp_path, tmp_path, "--fastest-processor", "--engine-arg", "tensor_parallel_size=2")
+    assert done.returncode == 2
+    assert "several GPUs" in done.stderr
+
+
 class FakeEngine:
     """Answers at once, and counts what it is told to."""
 
     facts = {"kv_bytes_per_token": 2, "block_tokens": 16, "vocabulary": 4096}  # noqa: RUF012 - never changed
 
     def __init__(self, grows):
-        self.grows, self.counted = grows, dict.fromkeys(grows, 0.0)
+        self.grows, self.counted, self.settled = grows, dict.fromkeys(grows, 0.0), []
 
     def counters(self):
         return dict(self.counted)
 
-    def generate(self, prompts, tokens):
+    def generate(self, prompts, tokens, *, fastest=False):
+        self.settled.append(fastest)
         self.counted = {name: value + self.grows[name] for name, value in self.counted.items()}
         return [Answer(ttft_s=0.5, arrivals_s=(0.5,), tokens=(1,)) for _ in prompts]
 

@@ -3,6 +3,7 @@
 import datetime as dt
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import signal
@@ -33,6 +34,7 @@ Run: TypeAlias = tuple[int, str]
 """A run's number and its system."""
 _FAILURES = (EngineError, OSError, ValueError)
 """What ends one system's run, and not the others'."""
+_SPREAD = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 _EVICTABLE = 1.25
 """L1 of kvcore-l2 over what the longest prompt takes."""
 
@@ -198,6 +200,9 @@ def main(  # noqa: PLR0913, PLR0917 - one a flag
     gpu_memory_utilization: Annotated[float, typer.Option(help="vLLM's.")] = 0.85,
     max_num_batched_tokens: Annotated[int, typer.Option(help="vLLM's; 0 leaves its own.")] = 8192,
     engine_arg: Annotated[list[str] | None, typer.Option(help="KEY=JSON: another of vLLM's arguments.")] = None,
+    fastest_processor: Annotated[
+        bool, typer.Option(help="Have each request's engine run on the processor that is fastest at that moment.")
+    ] = False,
     in_process: Annotated[bool, typer.Option(help="The engine's core in the process that calls it.")] = False,
     l1_size_gb: Annotated[float, typer.Option(min=0.001, help="Host memory of every system, 2^30 bytes.")] = 32.0,
     chunk_size: Annotated[int, typer.Option(min=1, help="Chunk of the kvcore server.")] = 256,
@@ -215,7 +220,8 @@ def main(  # noqa: PLR0913, PLR0917 - one a flag
 
     Each system runs in engines of its own, one at a time or (--together) by turns, over the same prompts; what is
     compiled or pinned on first use is not measured. Hits are checked by every system's own counters, answers against
-    those of vLLM alone. Exit code 1 where something failed; the rest is measured and reported all the same.
+    those of vLLM alone. Exit code 1 where something failed; the rest is measured and reported all the same. On a host
+    whose processors others slow down now and then, --fastest-processor keeps every system's engine out of their way.
 
     \b
     Examples:
@@ -235,6 +241,7 @@ def main(  # noqa: PLR0913, PLR0917 - one a flag
         decode_tokens=decode_tokens,
         decode_repeats=decode_repeats,
         settle_s=settle_s,
+        fastest_processor=fastest_processor,
     )
     arguments: dict[str, Any] = {
         "model": model,
@@ -252,6 +259,10 @@ def main(  # noqa: PLR0913, PLR0917 - one a flag
     if max_num_batched_tokens:
         arguments["max_num_batched_tokens"] = max_num_batched_tokens
     arguments |= _engine_arguments(engine_arg or [])
+    if fastest_processor and any(arguments.get(size, 1) != 1 for size in _SPREAD):
+        raise typer.BadParameter("--fastest-processor is for an engine of one process, not for one over several GPUs")
+    if fastest_processor and not hasattr(os, "sched_setaffinity"):
+        raise typer.BadParameter("--fastest-processor: this system does not let a thread choose its processor")
     sizes = Sizes(
         l1_gb=l1_size_gb,
         chunk_tokens=chunk_size,

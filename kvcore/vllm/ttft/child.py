@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from kvcore.vllm.ttft.look import LOOK
+from kvcore.vllm.ttft.look import LEAVE, LOOK, SETTLE, settle
 
 _RESET_S = 20.0
 
@@ -51,10 +51,11 @@ class Worker:
             "versions": {"vllm": self._vllm.__version__, "torch": torch.__version__},
         }
 
-    def run(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    def run(self, prompts: list[list[int]], tokens: int, *, fastest: bool) -> dict[str, Any]:
         """Return each prompt's tokens and their arrival times, in seconds from the start of all.
 
-        Right before and right behind, the engine's processor is looked at.
+        Right before and right behind, the engine's processor is looked at. With `fastest` the engine's thread stays on
+        the fastest processor meanwhile, and this one on the next.
         """
         sampling = self._vllm.SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
         names = [str(self._requests + number) for number in range(len(prompts))]
@@ -62,6 +63,7 @@ class Worker:
         places = {name: place for place, name in enumerate(names)}
         arrivals: list[list[float]] = [[] for _ in prompts]
         outputs: list[list[int]] = [[] for _ in prompts]
+        mine = self._settle() if fastest else None
         before = self._look()
         started = time.perf_counter()
         for name, prompt in zip(names, prompts, strict=True):
@@ -73,7 +75,18 @@ class Worker:
                 place = places[output.request_id]
                 outputs[place] = list(output.outputs[0].token_ids)
                 arrivals[place].extend([now] * (len(outputs[place]) - len(arrivals[place])))
-        return {"arrivals": arrivals, "outputs": outputs, "looks": [before, self._look()]}
+        behind = self._look()
+        if mine:
+            os.sched_setaffinity(0, mine)
+            self._llm.collective_rpc(LEAVE)
+        return {"arrivals": arrivals, "outputs": outputs, "looks": [before, behind]}
+
+    def _settle(self) -> set[int]:
+        """Put the engine on the fastest processor and this thread on the next; returns where this one could run."""
+        mine = os.sched_getaffinity(0)
+        taken = self._llm.collective_rpc(SETTLE)[0][0]
+        settle([processor for processor in sorted(mine) if processor != taken] or [taken])
+        return mine
 
     def _look(self) -> float:
         looks: list[float] = self._llm.collective_rpc(LOOK)
@@ -123,7 +136,7 @@ def main() -> None:
         command = json.loads(line)
         match command["do"]:
             case "run":
-                _reply(replies, worker.run(command["prompts"], command["tokens"]))
+                _reply(replies, worker.run(command["prompts"], command["tokens"], fastest=command["fastest"]))
             case "reset":
                 _reply(replies, worker.reset())
             case "counters":

@@ -82,9 +82,13 @@ class Engine:
             self._facts = self._hear()
         return self._facts
 
-    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Answer]:
-        """Have all prompts answered at once, greedily, by `tokens` tokens each."""
-        reply = self._ask({"do": "run", "prompts": [list(prompt) for prompt in prompts], "tokens": tokens})
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int, *, fastest: bool = False) -> list[Answer]:
+        """Have all prompts answered at once, greedily, by `tokens` tokens each.
+
+        With `fastest` the engine's thread is on the processor that is the fastest right before.
+        """
+        prompts = [list(prompt) for prompt in prompts]
+        reply = self._ask({"do": "run", "prompts": prompts, "tokens": tokens, "fastest": fastest})
         return [
             Answer(ttft_s=times[0], arrivals_s=tuple(times), tokens=tuple(ids), looks_s=tuple(reply["looks"]))
             for times, ids in zip(reply["arrivals"], reply["outputs"], strict=True)

@@ -34,6 +34,7 @@ class Plan:
         decode_tokens: Tokens that each puts out; 0 leaves decoding out.
         decode_repeats: How often.
         settle_s: Pause after a cold prompt, in which it is stored.
+        fastest_processor: Whether each request's engine is put on the processor that is the fastest right before.
         seed: Of the prompts.
     """
 
@@ -47,6 +48,7 @@ class Plan:
     decode_tokens: int = 256
     decode_repeats: int = 4
     settle_s: float = 1.0
+    fastest_processor: bool = False
     seed: int = 0
 
     @property
@@ -101,6 +103,7 @@ class Measurement:
         self._name = name
         self._run = run
         self._say = say
+        self._fastest = False
         self.samples: list[Sample] = []
 
     def turns(self) -> Iterator[None]:
@@ -133,6 +136,7 @@ class Measurement:
         if self._plan.decode_tokens:
             self._decode(-1)
         self.samples.clear()
+        self._fastest = self._plan.fastest_processor  # not before: threads that start on first use go where they like
 
     def _caches(self, name: str, tokens: int) -> None:
         """Measure one prompt cold, then in the engine's cache, then in L1."""
@@ -150,7 +154,7 @@ class Measurement:
     def _hit(self, name: str, tokens: int, situation: Situation) -> None:
         """Measure one prompt, and check by every counter that it met what it should."""
         before = self._counts()
-        answer = self._engine.generate([self._prompt(name, tokens)], self._plan.output_tokens)[0]
+        answer = self._ask([self._prompt(name, tokens)], self._plan.output_tokens)[0]
         until = time.monotonic() + _ARRIVE_S
         while fault := self._fault(before, tokens, situation):
             if time.monotonic() > until:
@@ -191,7 +195,7 @@ class Measurement:
         plan = self._plan
         names = [f"decode {repeat} {place}" for place in range(plan.decode_batch)]
         prompts = [self._prompt(name, plan.decode_context) for name in names]
-        seconds = token_s(self._engine.generate(prompts, plan.decode_tokens))
+        seconds = token_s(self._ask(prompts, plan.decode_tokens))
         self._add("decode", plan.decode_batch * plan.decode_context, f"decode {repeat}", seconds)
 
     def _lower_tier(self) -> None:
@@ -221,6 +225,9 @@ class Measurement:
             if held != seen:
                 seen, quiet_since = held, time.monotonic()
             time.sleep(0.05)
+
+    def _ask(self, prompts: list[list[int]], tokens: int) -> list[Answer]:
+        return self._engine.generate(prompts, tokens, fastest=self._fastest)
 
     def _prompt(self, name: str, tokens: int) -> list[int]:
         return prompt(f"{self._plan.seed} {name}", tokens, int(self._engine.facts["vocabulary"]))
