@@ -23,7 +23,7 @@ from pathlib import Path
 
 from vllm_gpu import facts, interrupt_on_term, model_folder, say, write
 
-ALL = "--lengths 8192,32000 --rounds 1 --repeats 2 --hits 4 --cold 6 --decode-tokens 128 --decode-repeats 3 "
+ALL = "--lengths 8192,32000 --rounds 1 --repeats 2 --hits 4 --cold 6 --decode-tokens 32 --decode-repeats 12 "
 ALL += "--settle-s 0.6 --l1-size-gb 24 "
 # Two engines at a time, each with KV for two of the longest prompts: their starts overlap, and what has to be equal
 # within a percent (cold prompts, decoding) is measured by turns.

@@ -25,7 +25,7 @@ from kvkernels.errors import DeviceError
 
 __all__ = ["BatchCall", "CudaDriver", "cuda_driver"]
 
-_NOT_READY = 600  # CUDA_ERROR_NOT_READY
+NOT_READY = 600  # CUDA_ERROR_NOT_READY
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: none is current in the calling thread
 _SLEEPING = 1  # CU_EVENT_BLOCKING_SYNC: whoever waits leaves its core
 _UNTIMED = 2  # CU_EVENT_DISABLE_TIMING
@@ -167,9 +167,9 @@ class CudaDriver:
     def _answer(self, call: str, code: int) -> bool | None:
         if code == _INVALID_CONTEXT:
             return None
-        if code != _NOT_READY:
+        if code != NOT_READY:
             self._check(call, code)
-        return code != _NOT_READY
+        return code != NOT_READY
 
     def register(self, address: int, nbytes: int) -> None:
         """Pin host memory for every context of this process."""

@@ -100,7 +100,8 @@ class CudaEvent:
 
     def synchronize(self) -> None:
         """Sleep until it has been."""
-        self.be_recorded()
+        if self._program is not None:
+            self._program.pump.wait_for(self._row)
         self._ask(self._driver.wait)
 
     def fault(self) -> DeviceError | None:
@@ -354,9 +355,16 @@ class PumpSubmitter(ThreadSubmitter):
         super().close()
         self._pump.close()
 
+    def _begun(self, work: Work) -> Program:
+        program = work.notes = self._pump.program()
+        if work.rest is not None:
+            event, seconds = cast("CudaEvent", work.rest[0]), work.rest[1]
+            event.be_recorded(by=self._pump)
+            program.rest(event.handle, round(1e6 * seconds), event)
+        return program
+
     def _step(self, work: Work) -> tuple[bool, Event | None]:
-        program: Program = work.notes or self._pump.program()
-        work.notes = program
+        program: Program = work.notes or self._begun(work)
         self._writing.program = program
         try:
             more, before = work.step()

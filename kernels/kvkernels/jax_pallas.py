@@ -89,8 +89,8 @@ class JaxTransfer:
             _check_dense(self.layout, taken[index], planes)
         self.arrays = taken
 
-    def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None) -> Handle:
-        """Copy blocks into slots; done on return."""
+    def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None, rest_s: float = 0.0) -> Handle:
+        """Copy blocks into slots; done on return, without a rest."""
         request = check_request(self.layout, self._arena, block_ids, slots, planes, loading=False)
         waiting: list[tuple[StagedPiece, Any]] = []
         for tensor, piece in self._pieces(request):

@@ -137,23 +137,24 @@ class PipelinedTransfer(ABC, Generic[_DirectionT]):
     ) -> Iterator[Event | None]:
         """Enqueue a little at each `next` and tell the handle (see `kvkernels.submit.Work`)."""
 
-    def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None) -> Handle:
+    def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None, rest_s: float = 0.0) -> Handle:
         """Copy blocks into slots after the current stream's work so far."""
-        return self._checked(block_ids, slots, planes, loading=False)
+        return self._checked(block_ids, slots, planes, loading=False, rest_s=rest_s)
 
     def load(self, slots: Slots, block_ids: BlockIds, *, planes: range | None = None) -> Handle:
         """Copy slots into blocks, layer after layer; blocks are written after the current stream's work so far."""
         return self._checked(block_ids, slots, planes, loading=True)
 
-    def start(self, request: Request, *, loading: bool, after: Event | None = None) -> Handle:
-        """Carry out a checked request after the current stream's work so far, or after a given event."""
+    def start(self, request: Request, *, loading: bool, after: Event | None = None, rest_s: float = 0.0) -> Handle:
+        """Carry out a checked request after the current stream's work so far, or after a given event, and a rest."""
         side = self._in if loading else self._out
         handle = StreamHandle(self._stops, self._runtime, side.submitter)
         handle.keep(side, self._arena, self._reads)
         after = after or self._runtime.current().record()
         self._flying.add(handle)
         steps = self._steps(request, side, after, handle, loading=loading)
-        side.submitter.submit(Work(steps, partial(_give_up, side, handle)))
+        rest = (after, rest_s) if rest_s else None
+        side.submitter.submit(Work(steps, partial(_give_up, side, handle), rest))
         return handle
 
     def over(self, arena: Arena) -> Self:
@@ -168,11 +169,13 @@ class PipelinedTransfer(ABC, Generic[_DirectionT]):
         for side in (self._out, self._in):
             side.submitter.close()
 
-    def _checked(self, block_ids: BlockIds, slots: Slots, planes: range | None, *, loading: bool) -> Handle:
+    def _checked(
+        self, block_ids: BlockIds, slots: Slots, planes: range | None, *, loading: bool, rest_s: float = 0.0
+    ) -> Handle:
         request = check_request(self.layout, self._arena, block_ids, slots, planes, loading=loading)
         if self._runtime.needs_pinned and not self._arena.pinned(*request.table.pieces):
             raise RequestError("the slots lie in host memory that is not registered with the device")
-        return self.start(request, loading=loading)
+        return self.start(request, loading=loading, rest_s=rest_s)
 
 
 def _give_up(side: Direction, handle: StreamHandle, error: Exception) -> None:

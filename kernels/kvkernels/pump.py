@@ -25,19 +25,21 @@ from typing import Any
 import numpy as np
 
 from kvkernels.arena import Ints
-from kvkernels.cuda_driver import CudaDriver
+from kvkernels.cuda_driver import NOT_READY, CudaDriver
 from kvkernels.errors import DeviceError
 
-__all__ = ["BATCH", "COPY", "LAUNCH", "NOTHING", "ORDER", "RECORD", "WAIT", "Program", "Pump"]
+__all__ = ["BATCH", "COPY", "LAUNCH", "NOTHING", "ORDER", "RECORD", "REST", "WAIT", "Program", "Pump"]
 
 _ROWS = 8192
 _PARAMETERS = 32
 """The most parameters of a kernel."""
 _POSTS = 1024
 _FAULTS = 64
-_POLL_S = 20e-6
+_POLL_S, _LONGEST_POLL_S = 20e-6, 1e-3
+_REST_US = 200
+"""How often a rest looks whether it is over."""
 _SEMAPHORE_BYTES = 64  # sem_t is 32 on 64-bit Linux
-NOTHING, RECORD, ORDER, WAIT, BATCH, COPY, LAUNCH = range(7)
+NOTHING, RECORD, ORDER, WAIT, BATCH, COPY, LAUNCH, REST = range(8)
 """What a row calls."""
 _CALLS = (
     "nothing",
@@ -47,6 +49,7 @@ _CALLS = (
     "cuMemcpyBatchAsync",
     "cuMemcpyAsync",
     "cuLaunchKernel",
+    "cuEventQuery",
 )
 
 
@@ -71,6 +74,10 @@ class Program:
     def wait(self, event: int, kept: Any) -> None:
         """Go on when an event is reached."""
         self.pump.write(WAIT, (event,), self.number, kept)
+
+    def rest(self, event: int, microseconds: int, kept: Any) -> None:
+        """Go on so long after an event is reached, or as soon as somebody cannot go on before what comes behind."""
+        self.pump.write(REST, (event, microseconds), self.number, kept)
 
     def copy_batch(self, ranges: Ints, stream: int) -> None:
         """Copy ranges, (3, count) targets, sources and lengths, by one call."""
@@ -119,8 +126,8 @@ class Pump:
         self._addresses_at = int(self._addresses.ctypes.data)
         self._posts = np.zeros(_POSTS, np.int64)
         """Rows of every post."""
-        self._said = np.zeros(3, np.int64)
-        """Rows carried out, faults, and posts."""
+        self._said = np.zeros(4, np.int64)
+        """Rows carried out, faults, and posts; and a row that somebody is held up by, for which there is no rest."""
         self._faults = np.zeros((_FAULTS, 3), np.int64)
         """The last ones: program, kind of row, and the driver's code."""
         self._semaphore = _Semaphore()
@@ -221,9 +228,17 @@ class Pump:
         return self._carried_out() >= row
 
     def until(self, row: int) -> None:
-        """Return when it has been; the thread takes microseconds a row."""
+        """Return when it has been; the thread takes microseconds a row, and does not rest meanwhile."""
         while self._carried_out() < row:
+            self._said[3] = max(self._said[3], row)  # at every turn: two threads may overwrite each other's
             time.sleep(_POLL_S)
+
+    def wait_for(self, row: int) -> None:
+        """The same for those whom nothing waits for: they let it rest."""
+        poll_s = _POLL_S
+        while self._carried_out() < row:
+            time.sleep(poll_s)
+            poll_s = min(1.5 * poll_s, _LONGEST_POLL_S)
 
     def fault_of(self, program: int) -> DeviceError | None:
         """What failed first of a program."""
@@ -288,6 +303,7 @@ def _compiled(driver: CudaDriver) -> Callable[..., None]:
     import numba  # noqa: PLC0415 - takes a while, and only who has a device needs it
 
     call = numba.njit(nogil=True)(_call(driver))
+    rest = numba.njit(nogil=True)(_rest(driver))
     sleep = _function(ctypes.cast(ctypes.CDLL(None).sem_wait, ctypes.c_void_p).value or 0, _WORD)
 
     def carry_out(semaphore, posts, rows, said, faults):  # type: ignore[no-untyped-def]
@@ -302,7 +318,9 @@ def _compiled(driver: CudaDriver) -> Callable[..., None]:
             for _ in range(count):
                 row = rows[said[0] % rows.shape[0]]
                 kind, program = row[0], row[1]
-                if program != bad or kind < BATCH:
+                if kind == REST:
+                    rest(row[2], row[3], said)
+                elif program != bad or kind < BATCH:
                     code = call(kind, row[2], row[3], row[4], row[5], row[6], row[7])
                     if code != 0 and program != bad:
                         bad = program
@@ -341,6 +359,20 @@ def _call(driver: CudaDriver) -> Callable[..., int]:
         return launch(a, b, 1, 1, c, 1, 1, d, e, f, 0) if kind == LAUNCH else 0
 
     return call
+
+
+def _rest(driver: CudaDriver) -> Callable[..., None]:
+    """What a rest is, to be compiled."""
+    query = _function(driver.address("cuEventQuery"), _WORD)
+    sleep = _function(ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p).value or 0, _NUMBER)
+
+    def rest(event, microseconds, said):  # type: ignore[no-untyped-def]
+        while microseconds > 0 and said[3] <= said[0]:
+            if query(event) != NOT_READY:
+                microseconds -= _REST_US
+            sleep(_REST_US)
+
+    return rest
 
 
 def _function(address: int, *kinds: Any) -> Any:

@@ -40,8 +40,8 @@ class ReferenceTransfer:
         self._device = self._views[0].device
         self._starts = layout.plane_starts()
 
-    def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None) -> Handle:
-        """Copy blocks into slots; done on return."""
+    def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None, rest_s: float = 0.0) -> Handle:
+        """Copy blocks into slots; done on return, without a rest."""
         request = check_request(self.layout, self._arena, block_ids, slots, planes, loading=False)
         for plane, ids, pieces in self._rows(request):
             view = self._views[plane]

@@ -164,8 +164,11 @@ class RegisteredArena:
 class StreamTransfer(Transfer, Protocol):
     """A backend on streams: it can start after a given event, and serve a second arena with the same staging."""
 
-    def start(self, request: Request, *, loading: bool, after: Event | None = None) -> Handle:
-        """Carry out a checked request, whose slots are pinned, after an event (or the current stream's work so far)."""
+    def start(self, request: Request, *, loading: bool, after: Event | None = None, rest_s: float = 0.0) -> Handle:
+        """Carry out a checked request, whose slots are pinned, after an event (or the current stream's work so far).
+
+        A rest comes behind it (`kvkernels.transfer.Transfer.store`).
+        """
         ...
 
     def over(self, arena: Arena) -> Self:
@@ -209,9 +212,9 @@ class BounceTransfer:
         self._worker = ThreadPoolExecutor(1, "kv-bounce", runtime.enter_thread)
         self._copier = HostCopier(threads or min(8, max(1, (os.cpu_count() or 1) // 2)))
 
-    def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None) -> Handle:
+    def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None, rest_s: float = 0.0) -> Handle:
         """Copy blocks into slots."""
-        return self._run(block_ids, slots, planes, loading=False)
+        return self._run(block_ids, slots, planes, loading=False, rest_s=rest_s)
 
     def load(self, slots: Slots, block_ids: BlockIds, *, planes: range | None = None) -> Handle:
         """Copy slots into blocks."""
@@ -223,11 +226,13 @@ class BounceTransfer:
         self._copier.close()
         self._inner.close()
 
-    def _run(self, block_ids: BlockIds, slots: Slots, planes: range | None, *, loading: bool) -> Handle:
+    def _run(
+        self, block_ids: BlockIds, slots: Slots, planes: range | None, *, loading: bool, rest_s: float = 0.0
+    ) -> Handle:
         request = check_request(self.layout, self._arena, block_ids, slots, planes, loading=loading)
         if self._arena.pinned(*request.table.pieces):
             self._arena.defer(_DEFERRAL_S)
-            return self._inner.start(request, loading=loading)
+            return self._inner.start(request, loading=loading, rest_s=rest_s)
         after = self._runtime.current().record()
         ids = request.block_ids
         slots = slots.tolist() if isinstance(slots, np.ndarray) else slots

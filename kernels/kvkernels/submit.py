@@ -26,11 +26,13 @@ class Work:
     """One transfer's steps.
 
     `steps` enqueues a little at each `next`; an event that it yields must be reached before the next step. `fail` is
-    told what a step raised, after which there are no more steps. `notes` are the submitter's.
+    told what a step raised, after which there are no more steps. `rest` is an event, and how many seconds behind it
+    the device is to be told of the first step, by a submitter that can wait. `notes` are the submitter's.
     """
 
     steps: Iterator[Event | None]
     fail: Callable[[Exception], None]
+    rest: tuple[Event, float] | None = None
     notes: Any = None
 
     def step(self) -> tuple[bool, Event | None]:

@@ -93,8 +93,13 @@ class Transfer(Protocol):
         """What it was built for."""
         ...
 
-    def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None) -> Handle:
-        """Copy blocks into slots. Raises RequestError before anything is copied."""
+    def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None, rest_s: float = 0.0) -> Handle:
+        """Copy blocks into slots. Raises RequestError before anything is copied.
+
+        `rest_s` is how many seconds the copies stay behind the work that they come after, so that what follows it at
+        once, a step's tokens on their way to the host, need not queue with them. Whoever waits for the sources ends
+        the rest; a transfer that is finished in its call, or goes through a bounce, takes none.
+        """
         ...
 
     def load(self, slots: Slots, block_ids: BlockIds, *, planes: range | None = None) -> Handle:

@@ -109,9 +109,12 @@ class Mover:
             for name in ("page_bytes", "chunk_tokens", "shard_bytes")
         )
 
-    def store(self, pages: NDArray[np.uint32], blocks: NDArray[np.int64]) -> Handle:
-        """Copy whole chunks to the arena; pages (chunks, pages a chunk), blocks (chunks, blocks a chunk)."""
-        return self._transfers.transfer.store(blocks.ravel(), self._slots(pages))
+    def store(self, pages: NDArray[np.uint32], blocks: NDArray[np.int64], *, rest_s: float = 0.0) -> Handle:
+        """Copy whole chunks to the arena; pages (chunks, pages a chunk), blocks (chunks, blocks a chunk).
+
+        `rest_s`: see `kvkernels.Transfer`.
+        """
+        return self._transfers.transfer.store(blocks.ravel(), self._slots(pages), rest_s=rest_s)
 
     def load(self, pages: NDArray[np.uint32], blocks: NDArray[np.int64]) -> Handle:
         """Copy chunks from the arena; blocks that are -1 are left as they are, since they are others' and live."""

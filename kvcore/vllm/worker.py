@@ -28,6 +28,7 @@ from kvkernels import DeviceError, Handle, LayoutError, Measured
 _LOG = logging.getLogger("kvcore.vllm")
 _SAY_AGAIN_S = 60.0
 _LATER_S = 0.003
+"""A step's tokens are out by then, behind its last layer."""
 
 
 @dataclass(slots=True, eq=False)
@@ -330,7 +331,9 @@ class WorkerSide:
                 return
             valid = self._generations_hold(mover, copy)
             started = time.perf_counter()
-            handle = mover.store(copy.pages[valid], copy.blocks[valid]) if valid.any() else _NOTHING
+            handle: Handle = _NOTHING
+            if valid.any():
+                handle = mover.store(copy.pages[valid], copy.blocks[valid], rest_s=_LATER_S)
             one = _Running(copy, handle, mover, started, valid, failures_seen=failures_seen)
             self._storing.append(one)
         if self._in_step:

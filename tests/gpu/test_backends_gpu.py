@@ -124,8 +124,9 @@ def test_times_are_the_devices(make):
     transfer.close()
 
 
+@pytest.mark.parametrize("rest_s", [0.0, 0.003, 3600.0])
 @pytest.mark.parametrize("make", [batched, triton])
-def test_blocks_may_be_overwritten_behind_wait_sources(make):
+def test_blocks_may_be_overwritten_behind_wait_sources(make, rest_s):
     rng = np.random.default_rng(12)
     case = random_case(rng, form="joined", block_tokens=128, device="cuda")
     layout = case.layout
@@ -135,12 +136,36 @@ def test_blocks_may_be_overwritten_behind_wait_sources(make):
     arena = HostArena(CudaRuntime(0).pinned(len(wanted)), is_pinned=True)
     transfer = make(layout, case.tensors, arena)
     torch.cuda._sleep(20_000_000)
-    handle = transfer.store(ids, [[(i * layout.slot_bytes, layout.slot_bytes)] for i in range(chunks)])
+    slots = [[(i * layout.slot_bytes, layout.slot_bytes)] for i in range(chunks)]
+    handle = transfer.store(ids, slots, rest_s=rest_s)
     handle.wait_sources()
     for memory in case.memory:
         memory.zero_()
     handle.wait()
     assert np.array_equal(arena.array, wanted)
+    transfer.close()
+
+
+@pytest.mark.parametrize("make", [batched, triton])
+def test_a_store_rests_behind_the_engines_work(make):
+    case = random_case(np.random.default_rng(14), form="joined", block_tokens=128, device="cuda")
+    layout = case.layout
+    ids = random_ids(np.random.default_rng(14), layout, 1)
+    arena = HostArena(CudaRuntime(0).pinned(layout.slot_bytes), is_pinned=True)
+    transfer = make(layout, case.tensors, arena)
+    slots = [[(0, layout.slot_bytes)]]
+    transfer.store(ids, slots).wait()  # its kernels have run
+    arena.array[:] = 0
+    for rest_s in (0.0, 0.1):
+        torch.cuda._sleep(20_000_000)
+        handle = transfer.store(ids, slots, rest_s=rest_s)
+        torch.cuda.current_stream().synchronize()
+        worked = time.perf_counter()
+        assert not (rest_s and arena.array.any())
+        handle.wait()
+        assert time.perf_counter() - worked >= 0.9 * rest_s
+        assert np.array_equal(arena.array, case.slot(ids))
+        arena.array[:] = 0
     transfer.close()
 
 

@@ -407,11 +407,15 @@ class Device(Plain):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.handles = []
-        inner = self.transfer
+        self.inner = inner = self.transfer
         self.transfer = self
-        self.store = lambda *call: self.hand(inner.store(*call))
+        self.rests = []
         self.load = lambda *call: self.hand(inner.load(*call))
         self.closes = inner.close
+
+    def store(self, ids, slots, *, rest_s):
+        self.rests.append(rest_s)
+        return self.hand(self.inner.store(ids, slots))
 
     def hand(self, _):
         self.handles.append(Handed())
@@ -447,6 +451,12 @@ def test_a_store_is_acknowledged_while_the_engine_idles(device):
     while not device.said("committed") and time.monotonic() < until:
         time.sleep(0.01)
     assert [one[2] for one in device.said("committed")] == [(b"chunk0", b"chunk1")]
+
+
+def test_a_store_lets_the_tokens_of_its_step_out_first(device):
+    device.step(StepPlan(stores=[device.copy(range(8))]))
+    assert device.devices[0].rests == [0.003]
+    device.devices[0].handles[0].gate.set()
 
 
 def test_a_step_that_writes_a_block_waits_for_the_store_that_reads_it(device):

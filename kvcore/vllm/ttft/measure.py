@@ -69,7 +69,7 @@ class Sample:
         prompt: Its name: equal names are equal prompts, in every engine.
         seconds: TTFT; for decoding the seconds of one token of one request.
         output: The answer's token ids.
-        looks_s: How fast the engine's processor was, before and behind (`kvcore.vllm.ttft.look`); none for decoding.
+        looks_s: How fast the engine's processor was, before and behind (`kvcore.vllm.ttft.look`).
         fault: Why it is not what it is called; such a sample counts nowhere.
     """
 
@@ -160,7 +160,7 @@ class Measurement:
             if time.monotonic() > until:
                 break
             time.sleep(0.05)
-        self._add(situation, tokens, name, answer.ttft_s, answer, fault)
+        self._add(situation, tokens, name, answer.ttft_s, answer.looks_s, output=answer.tokens, fault=fault)
 
     def _counts(self) -> dict[str, float]:
         """Return the engine's hits in tokens, and what the system says it has loaded."""
@@ -195,8 +195,9 @@ class Measurement:
         plan = self._plan
         names = [f"decode {repeat} {place}" for place in range(plan.decode_batch)]
         prompts = [self._prompt(name, plan.decode_context) for name in names]
-        seconds = token_s(self._ask(prompts, plan.decode_tokens))
-        self._add("decode", plan.decode_batch * plan.decode_context, f"decode {repeat}", seconds)
+        answers = self._ask(prompts, plan.decode_tokens)
+        looks_s = answers[0].looks_s
+        self._add("decode", plan.decode_batch * plan.decode_context, f"decode {repeat}", token_s(answers), looks_s)
 
     def _lower_tier(self) -> None:
         """Measure hits in L2: every prompt is driven out of L1 by longest prompts that L2 holds as well."""
@@ -238,7 +239,9 @@ class Measurement:
         tokens: int,
         name: str,
         seconds: float,
-        answer: Answer | None = None,
+        looks_s: tuple[float, ...],
+        *,
+        output: tuple[int, ...] = (),
         fault: str = "",
     ) -> None:
         what = f"{tokens:,} tokens" if situation != "decode" else f"{self._plan.decode_batch} requests"
@@ -251,8 +254,8 @@ class Measurement:
                 tokens=tokens,
                 prompt=name,
                 seconds=seconds,
-                output=() if answer is None else answer.tokens,
-                looks_s=() if answer is None else answer.looks_s,
+                output=output,
+                looks_s=looks_s,
                 fault=fault,
             )
         )

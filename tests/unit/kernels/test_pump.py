@@ -53,7 +53,9 @@ int cuEventRecord(event *e, void *s) { if (refuses_events) return 4; e->recorded
     return 0; }
 /* As the real one: an event that was never recorded is reached. */
 static int reached(event *e) { if (!e->recorded && !refuses_events) early++; return 0; }
-int cuEventQuery(event *e) { return reached(e); }
+/* An event that the device is not at yet: asked again and again, of no harm. */
+static volatile int far_away;
+int cuEventQuery(event *e) { return far_away ? 600 : reached(e); }
 int cuEventSynchronize(event *e) { NOTE(2, (int64_t)e); return reached(e); }
 int cuEventElapsedTime(float *ms, event *a, event *b) { *ms = 1; return !a->recorded || !b->recorded; }
 int cuStreamWaitEvent(void *s, event *e, unsigned flags) {
@@ -114,6 +116,7 @@ void set(int version, int slow, int at, int code, int events) {
     newest = version; slow_us = slow; fails_at = at < 0 ? -1 : made + at; code_of_failure = code;
     refuses_events = events; early = 0;
 }
+void be_far_away(int yes) { far_away = yes; }
 int64_t *start_notes(int parameters) { notes = 0; notes_parameters = parameters; return &noted[0][0]; }
 int noted_so_far(void) { return notes; }
 int calls_made(void) { return made; }
@@ -132,6 +135,10 @@ class Driver(CudaDriver):
 
     def set(self, *, slow_us=0, fails_at=-1, code=2, refuses_events=False):
         self.standing.set(self.version, slow_us, fails_at, code, int(refuses_events))
+
+    def be_far_away(self, *, yes):
+        """Whether the device is not yet at any of its events."""
+        self.standing.be_far_away(int(yes))
 
     @property
     def calls(self):
@@ -161,6 +168,7 @@ def driver(drivers):
     drivers[13000].set()
     yield drivers[13000]
     drivers[13000].set()
+    drivers[13000].be_far_away(yes=False)
 
 
 class HostStream(CudaStream):
@@ -218,8 +226,9 @@ MAKERS = pytest.mark.parametrize("make", [staged, batched])
     inline_s=st.sampled_from([0.0, 1.0]),
     post=st.sampled_from([1, 5, 48]),
     ahead=st.sampled_from([1, 64]),
+    rest_s=st.sampled_from([0.0, 0.001]),
 )
-def test_a_round_trip(drivers, make, seed, version, inline_s, post, ahead):
+def test_a_round_trip(drivers, make, seed, version, inline_s, post, ahead, rest_s):
     """In rings so small that they come round many times."""
     driver = drivers[version]
     driver.set()
@@ -232,7 +241,7 @@ def test_a_round_trip(drivers, make, seed, version, inline_s, post, ahead):
         source = make(PumpRuntime(driver, inline_s=inline_s), case.layout, case.tensors, arena, ahead=ahead)
         target = make(PumpRuntime(driver, inline_s=inline_s), case.layout, empty.tensors, arena, ahead=ahead)
         for _ in range(2):
-            source.store(ids, slots).wait()
+            source.store(ids, slots, rest_s=rest_s).wait()
             assert stored_right(case, ids, slots, arena)
             handle = target.load(slots, ids)
             for layer in range(case.layout.num_layers):
@@ -416,6 +425,83 @@ def test_threads_that_store_and_load_over_one_transfer(driver, make):
     target.close()
     assert loaded_right(case, empty, ids)
     assert driver.asked_too_early == 0
+
+
+@pytest.fixture
+def storing(driver):
+    """A transfer to store by, whose device is not yet at what a store comes behind."""
+    case, ids, slots, arena = setting(4)
+    transfer = batched(PumpRuntime(driver), case.layout, case.tensors, arena)
+    driver.be_far_away(yes=True)
+    yield SimpleNamespace(
+        store=lambda rest_s: transfer.store(ids, slots, rest_s=rest_s),
+        stored_right=lambda: stored_right(case, ids, slots, arena),
+    )
+    driver.be_far_away(yes=False)
+    transfer.close()
+    assert driver.asked_too_early == 0
+
+
+def test_a_store_rests_behind_the_work_that_it_comes_after(driver, storing):
+    before = driver.calls
+    handle = storing.store(0.05)
+    with ThreadPoolExecutor(1) as waiting:
+        waited = waiting.submit(handle.wait)
+        time.sleep(0.1)
+        assert driver.calls == before
+        assert not handle.done()
+        assert not waited.done()
+        driver.be_far_away(yes=False)
+        reached = time.perf_counter()
+        waited.result(10)
+    assert time.perf_counter() - reached >= 0.05
+    assert driver.calls > before
+    assert storing.stored_right()
+
+
+def test_a_store_without_a_rest_is_on_its_way_at_once(driver, storing):
+    before = driver.calls
+    storing.store(0.0)
+    until = time.perf_counter() + 10
+    while driver.calls == before and time.perf_counter() < until:
+        time.sleep(0.001)
+    assert driver.calls > before
+
+
+def test_who_may_not_overwrite_the_sources_yet_ends_the_rest(driver, storing):
+    handles = [storing.store(3600.0) for _ in range(3)]
+    began = time.perf_counter()
+    handles[-1].wait_sources()
+    assert time.perf_counter() - began < 10
+    driver.be_far_away(yes=False)
+    for handle in handles:
+        handle.wait()
+    assert storing.stored_right()
+
+
+def test_a_ring_full_of_rows_ends_the_rest(driver, storing, monkeypatch):
+    monkeypatch.setattr("kvkernels.pump._ROWS", 16)
+    case, ids, slots, arena = setting(5)
+    transfer = batched(PumpRuntime(driver), case.layout, case.tensors, arena)
+    before = driver.calls
+    handles = [transfer.store(ids, slots, rest_s=3600.0) for _ in range(9)]
+    assert driver.calls > before
+    handles[-1].wait_sources()
+    driver.be_far_away(yes=False)
+    for handle in handles:
+        handle.wait()
+    assert stored_right(case, ids, slots, arena)
+    transfer.close()
+
+
+def test_what_a_rest_ended_for_is_over_then_and_the_next_one_rests(driver, storing):
+    storing.store(3600.0).wait_sources()
+    before = driver.calls
+    handle = storing.store(3600.0)
+    time.sleep(0.05)
+    assert driver.calls == before
+    handle.wait_sources()
+    assert driver.calls > before
 
 
 def test_an_event_of_another_pump_is_recorded_before_it_is_waited_for(driver):

@@ -205,6 +205,22 @@ def test_blocks_may_be_overwritten_behind_wait_sources(pinned_runtime, seed, sha
     assert np.array_equal(arena.array, np.concatenate(wanted))
 
 
+@pytest.mark.parametrize(("upto", "rests"), [(1.0, [0.25]), (0.0, [0.0])])
+def test_a_store_rests_where_it_needs_no_bounce(pinned_runtime, upto, rests):
+    case = random_case(np.random.default_rng(0))
+    size = case.layout.slot_bytes
+    arena = Splitting(np.zeros(size, np.uint8), int(upto * size))
+    runtime = pinned_runtime(0)
+    inner, taken = BatchTransfer(case.layout, case.tensors, arena, runtime), []
+    submitter = inner._out.submitter
+    submit, submitter.submit = submitter.submit, lambda work: (taken.append(work.rest), submit(work))
+    bounce = BounceTransfer(inner, arena, runtime)
+    bounce.store(random_ids(np.random.default_rng(0), case.layout, 1), [[(0, size)]], rest_s=0.25).wait()
+    bounce.close()
+    runtime.run_all()
+    assert [0.0 if rest is None else rest[1] for rest in taken] == rests
+
+
 def test_a_bad_request_is_refused_at_once(pinned_runtime):
     case = random_case(np.random.default_rng(0))
     arena = Splitting(np.zeros(case.layout.slot_bytes, np.uint8), 0)
