@@ -2,9 +2,9 @@
 
 Cold, eager and with CUDA graphs; with the prompt in the GPU's own cache (vLLM alone, graphs), and with a hit in host
 memory: kvcore's, packed (graphs), and a plain connector's that loaded layer by layer or the whole of it first (eager).
-Those with graphs are in benchmarks/results/ttft-graphs-h100.json. The shipped profile is of an engine with graphs in
-process, so it is 19% short for hits of 8,192 tokens, where what a server takes beside the step weighs most, and
-eager hits of that length, which are launch time, it does not predict.
+Those with graphs are in benchmarks/results/ttft-graphs-earlier-h100.json. The shipped profile is of an engine with
+graphs in process, so it is 19% short for hits of 8,192 tokens, where what a server takes beside the step weighs most,
+and eager hits of that length, which are launch time, it does not predict.
 """
 
 import numpy as np

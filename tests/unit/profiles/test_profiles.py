@@ -131,7 +131,7 @@ def test_the_h100_profile_agrees_with_the_ttfts_measured_there():
         (2_048, 0, 0.053, 0.12),  # eager
         (8_192, 0, 0.222, 0.12),
         (32_000, 0, 1.247, 0.12),
-        (8_192, 0, 0.2185, 0.05),  # vLLM alone in benchmarks/results/ttft-graphs-h100.json, on another day's host
+        (8_192, 0, 0.2185, 0.05),  # vLLM alone in benchmarks/results/ttft-graphs-earlier-h100.json, of another day
         (32_000, 0, 1.2233, 0.05),
         (16, 8_176, 0.0202, 0.2),  # 19% short: its handling is an engine's in process, not a server's
         (16, 31_984, 0.0345, 0.12),
