@@ -276,7 +276,9 @@ def _check_endpoint(endpoint: str, settings: Settings) -> None:
     scheme, _, rest = endpoint.partition("://")
     if scheme == "ipc" and rest:
         if len(rest.encode()) > 100:
-            raise SettingsError(f"--bind {endpoint}: the path of a unix socket has at most 100 bytes")
+            raise SettingsError(
+                f"--bind {endpoint}: the path of a unix socket has at most 100 bytes (by default it is in --arena-dir)"
+            )
         return
     host, _, port = rest.rpartition(":")
     if scheme != "tcp" or not host or not (port.isdigit() and int(port) <= 65535):

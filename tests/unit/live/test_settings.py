@@ -34,6 +34,7 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path):
         ({"bind": ("udp://x:1",)}, "--bind"),
         ({"bind": ("tcp://127.0.0.1",)}, "--bind"),
         ({"bind": ("ipc:///" + "x" * 100,)}, "at most 100 bytes"),
+        ({"arena_dir": "/" + "x" * 100}, r"at most 100 bytes \(by default it is in --arena-dir\)"),
         ({"bind": ("tcp://*:5555",)}, "--curve-key"),
         ({"http": "8080"}, "--http"),
         ({"http": "::1:99999"}, "--http"),
