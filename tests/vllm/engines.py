@@ -117,7 +117,8 @@ class Filler:
         size = self.registered.shard_bytes
         return [self.arena.data[at : at + n] for at, n in pieces(pages, self.registered.page_bytes, 0, size)]
 
-    def leave(self):
+    def close(self):
+        """Leave the server."""
         self.worker.leave()
         self.scheduler.leave()
         self.arena.close()

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import ExitStack, closing
 
 import harness
 import numpy as np
@@ -113,9 +114,23 @@ def test_server_with_a_journal_that_is_killed_keeps_what_was_stored(rig, referen
     assert metrics(llm)["vllm:external_prefix_cache_hits"] - before == 3 * CHUNK
 
 
-def test_engine_killed_in_the_middle_of_a_store(tiny_model, tmp_path):
-    server = ServerProcess(tmp_path, *FLAGS)
-    child = Child(tiny_model, server.endpoint, tmp_path / "child.log")
+@pytest.fixture
+def started(tiny_model, tmp_path):
+    """Starts a server with more flags, and an engine beside it; both end with the test, however that ends."""
+    with ExitStack() as stack:
+
+        def start(*flags):
+            server = ServerProcess(tmp_path, *FLAGS, *flags)
+            stack.callback(server.stop)
+            child = Child(tiny_model, server.endpoint, tmp_path / "child.log")
+            stack.callback(child.kill)
+            return server, child
+
+        yield start
+
+
+def test_engine_killed_in_the_middle_of_a_store(started):
+    server, child = started()
     child.say(prompts=[PROMPT], slow="store")
     child.wait_for("COPYING")
     assert status(server.endpoint)["arena"]["free_pages"] < L1_CHUNKS
@@ -123,14 +138,18 @@ def test_engine_killed_in_the_middle_of_a_store(tiny_model, tmp_path):
     wait_for(lambda: status(server.endpoint)["arena"]["free_pages"] == L1_CHUNKS)
     assert counters(server.endpoint)["chunks"] == 0
     assert counters(server.endpoint)["stored_tokens"] == 0
-    server.stop()
 
 
 @pytest.mark.parametrize("kind", ["store", "load"])
-def test_engine_stopped_in_the_middle_of_a_copy_past_its_lease(tiny_model, reference, tmp_path, kind):
-    server = ServerProcess(tmp_path, *FLAGS, "--lease-s", "1")
-    child = Child(tiny_model, server.endpoint, tmp_path / "child.log")
-    filler = Filler(server.endpoint, BLOCK_BYTES)
+def test_engine_stopped_in_the_middle_of_a_copy_past_its_lease(started, reference, kind):
+    server, child = started("--lease-s", "1")
+    with closing(Filler(server.endpoint, BLOCK_BYTES)) as filler:
+        overtaken(server, child, filler, reference[0], kind)
+    child.end()
+
+
+def overtaken(server, child, filler, alone, kind):
+    """Stop an engine in a copy until its lease has run out and others have its pages; let it go on."""
     if kind == "load":
         child.say(prompts=[PROMPT])
         child.answers()
@@ -144,7 +163,7 @@ def test_engine_stopped_in_the_middle_of_a_copy_past_its_lease(tiny_model, refer
     assert kept == L1_CHUNKS - (3 if kind == "store" else 0)
     child.go_on()
     answers, gained = child.answers()
-    assert_same(answers, [reference[0]])
+    assert_same(answers, [alone])
     assert filler.intact() == (kept, True)
     if kind == "load":
         assert gained["vllm:kvcore_failed_tokens"] == 3 * CHUNK
@@ -153,11 +172,8 @@ def test_engine_stopped_in_the_middle_of_a_copy_past_its_lease(tiny_model, refer
         filler.fill(L1_CHUNKS)
         assert filler.intact() == (L1_CHUNKS, True)
     child.say(prompts=[PROMPT], reset=True)
-    assert_same(child.answers()[0], [reference[0]])
+    assert_same(child.answers()[0], [alone])
     child.say(prompts=[PROMPT], reset=True)
     answers, again = child.answers()
-    assert_same(answers, [reference[0]])
+    assert_same(answers, [alone])
     assert again["vllm:external_prefix_cache_hits"] - gained["vllm:external_prefix_cache_hits"] >= 3 * CHUNK
-    filler.leave()
-    child.end()
-    server.stop()
