@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import weakref
 from dataclasses import dataclass
 
 import zmq
@@ -42,9 +43,10 @@ class Connection:
         self, endpoint: str, curve: CurveKeys | None = None, context: "zmq.Context[zmq.Socket[bytes]] | None" = None
     ) -> None:
         self.endpoint = endpoint
-        self._own_context = context is None
-        self._context = zmq.Context() if context is None else context
-        self._socket = self._context.socket(zmq.DEALER)
+        used = zmq.Context() if context is None else context
+        self._socket = used.socket(zmq.DEALER)
+        self._end = weakref.finalize(self, _end, self._socket, used if context is None else None)
+        self._end.atexit = False
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, _QUEUE_MESSAGES)
         self._socket.setsockopt(zmq.RCVHWM, 0)
@@ -89,10 +91,18 @@ class Connection:
         return replies
 
     def close(self) -> None:
-        """Drop what is queued and close the socket."""
-        self._socket.close(linger=0)
-        if self._own_context:
-            self._context.term()
+        """Drop what is queued and close the socket; so does the collection of one that nobody has closed.
+
+        Left to pyzmq, a context that is collected together with its socket, as what an exception's traceback holds can
+        be, waits for ever for that socket to be closed.
+        """
+        self._end()
+
+
+def _end(socket: "zmq.Socket[bytes]", context: "zmq.Context[zmq.Socket[bytes]] | None") -> None:
+    socket.close(linger=0)
+    if context is not None:
+        context.term()
 
 
 class Client:
