@@ -215,14 +215,16 @@ class _Upload:
 
     Args:
         capacity: how many.
-        device: whose.
+        stream: which uses it first. What torch gives out may be freed memory that work queued on the same stream has
+            yet to write: on the engine's, that is its step.
     """
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
+    def __init__(self, capacity: int, stream: CudaStream) -> None:
         self._pinned = torch.empty(capacity, dtype=torch.int64, pin_memory=True)
         self.host: Ints = self._pinned.numpy()
         self.source = int(self._pinned.data_ptr())
-        self.device = torch.empty(capacity, dtype=torch.int64, device=device)
+        with torch.cuda.stream(stream.torch):
+            self.device = torch.empty(capacity, dtype=torch.int64, device=stream.torch.device)
         self.target = int(self.device.data_ptr())
 
 
@@ -287,8 +289,10 @@ class CudaRuntime:
         return HeldEvents(count, self._driver, self._spare_events[False])
 
     def staging(self, nbytes: int) -> torch.Tensor:
-        """Device bytes from torch's allocator."""
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        """Device bytes from torch's allocator, which nothing that is queued will write."""
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        torch.cuda.current_stream(self.device).synchronize()  # who freed it may still use it on this stream
+        return memory
 
     def upload(self, values: Ints, stream: Stream) -> Any:
         """Copy through pinned memory by the stream; the caller must keep the tensor while the device reads it.
@@ -298,7 +302,7 @@ class CudaRuntime:
         count = len(values)
         capacity = max(_LEAST_UPLOAD, 1 << (count - 1).bit_length())
         spare = self._spare_uploads.setdefault(capacity, [])
-        pair = _taken(spare, partial(_Upload, capacity, self.device))
+        pair = _taken(spare, partial(_Upload, capacity, cast("CudaStream", stream)))
         pair.host[:count] = values
         if count:
             stream.copy(*(np.array([value], np.int64) for value in (pair.target, pair.source, 8 * count)))

@@ -347,6 +347,51 @@ def test_what_is_uploaded_is_whole_and_its_memory_used_again():
     assert len(places) <= 3 * 4
 
 
+@pytest.mark.parametrize("take", ["upload", "staging"])
+def test_what_is_queued_does_not_write_into_memory_that_is_taken_meanwhile(take):
+    """An engine's step is queued, and what it needs for a moment is given back to torch before it runs."""
+    values, runtime = np.arange(1024), CudaRuntime(0)
+    stream, engine = runtime.stream(urgent=False), torch.cuda.Stream()
+    with torch.cuda.stream(engine):
+        torch.cuda._sleep(200_000_000)
+        freed = torch.empty(1024, dtype=torch.int64, device="cuda").fill_(7)
+        del freed
+        if take == "upload":
+            taken = runtime.upload(values, stream)
+        else:
+            taken = runtime.staging(8 * 1024).view(torch.int64)
+            source = torch.from_numpy(values).pin_memory()
+            stream.copy(*(np.array([n]) for n in (taken.data_ptr(), source.data_ptr(), 8 * 1024)))
+    stream.record().synchronize()
+    engine.synchronize()
+    assert np.array_equal(taken.cpu().numpy(), values)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_the_first_store_beside_a_step(known):
+    """Of a backend that nothing has run on: one built for a server that has come back."""
+    rng = np.random.default_rng(21)
+    case = packable_case(rng, form="joined", spoilt=0.0, device="cuda")
+    layout, packed = case.layout, packed_layout(case.layout)
+    chunks = layout.num_blocks // layout.chunk_blocks
+    arena = HostArena(CudaRuntime(0).pinned(chunks * packed.slot_bytes), is_pinned=True)
+    make = backend_of if known else lambda _, *given, **options: best_backend(*given, **options).transfer
+    transfer = make("triton_pack", layout, case.tensors, arena, packed=True)
+    ids = random_ids(rng, layout, chunks)
+    full = [case.rows(b) for b in ids.tolist()]
+    slots = [[(i * packed.slot_bytes, packed.slot_bytes)] for i in range(chunks)]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)
+        for _ in range(8):
+            torch.empty(1024, dtype=torch.int64, device="cuda").zero_()
+        transfer.store(ids, slots, rest_s=0.003).wait()
+    for tensor in case.memory:
+        tensor.zero_()
+    transfer.load(slots, ids).wait()
+    assert all(all(map(np.array_equal, case.rows(b), rows)) for b, rows in zip(ids.tolist(), full, strict=True))
+    transfer.close()
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("ahead", [4, 64])
 def test_one_transfer_again_and_again(packed, ahead):

@@ -21,7 +21,6 @@ import typer
 
 from kvcore.vllm.ttft import report
 from kvcore.vllm.ttft.engine import Engine, EngineError
-from kvcore.vllm.ttft.look import Look
 from kvcore.vllm.ttft.measure import Measurement, Plan, Sample
 from kvcore.vllm.ttft.systems import SYSTEMS, Running, Sizes, kv_bytes_per_token, model_limit, started
 
@@ -251,7 +250,6 @@ def main(  # noqa: PLR0913, PLR0917 - one a flag
         "skip_tokenizer_init": True,
         "enable_prefix_caching": True,
         "disable_log_stats": False,
-        "worker_extension_cls": f"{Look.__module__}.{Look.__qualname__}",
         "max_model_len": min(plan.longest + 128, model_limit(model) or sys.maxsize),
         "gpu_memory_utilization": gpu_memory_utilization,
         "seed": 0,

@@ -11,7 +11,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from kvcore.vllm.ttft.look import LEAVE, LOOK, SETTLE, settle
+from kvcore.vllm.ttft.look import LEAVE, LOOK, SETTLE, Look, settle
 
 _RESET_S = 20.0
 
@@ -22,7 +22,7 @@ class Worker:
     def __init__(self, arguments: dict[str, Any]) -> None:
         started = time.perf_counter()
         self._vllm = vllm = importlib.import_module("vllm")
-        self._llm = vllm.LLM(**arguments)
+        self._llm = vllm.LLM(**arguments, worker_extension_cls=f"{Look.__module__}.{Look.__qualname__}")
         self._engine = self._llm.llm_engine
         if vllm.__version__.startswith("0.26."):
             _count_every_step(self._engine)
