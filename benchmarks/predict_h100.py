@@ -32,9 +32,20 @@ import time
 from pathlib import Path
 
 import numpy as np
-from vllm_gpu import Serve, client, complete, facts, interrupt_on_term, model_folder, quantiles, say, warm_up, write
+from vllm_gpu import (
+    Serve,
+    client,
+    complete,
+    facts,
+    interrupt_on_term,
+    model_folder,
+    quantiles,
+    say,
+    wait_until_registered,
+    warm_up,
+    write,
+)
 
-from kvcore.live.tools import status
 from kvcore.vllm.ttft.engine import EngineError
 from kvcore.vllm.ttft.systems import connector, kvcore_counts, kvcore_server, wait_until_touched
 from kvsim.calibration import Facts, HttpEndpoint, Plan, calibrate
@@ -46,7 +57,6 @@ from kvtraces.journal import Equal, JournalError, verify
 LOG_BLOCK = 512
 SETTINGS = "busy:rate=1.6 busy-none:l1=0.25,rate=1.6 crowded-none:l1=0.25,rate=1.75 none:l1=0.25"
 """With the replays' own setting five whose TTFT is a quarter or more apart, from one to the next."""
-REGISTER_S = 40.0
 NEW = (1, 64, 256, 512, 520, 1024, 2048, 4096, 8192)
 CACHED = (0, 2048, 8192, 32_768)
 BATCH = (1, 4, 16, 32)
@@ -278,15 +288,6 @@ def calibrated(given, url):
     (given.out / "profile.json").write_text(to_json(profile))
     say(f"calibrated: prefill of 8,192 {profile.prefill_s(8192):.4f} s, handling {profile.handling_base_s:.5f} s + "
         f"{profile.handling_token_s:.2e} s a token")  # fmt: skip
-
-
-def wait_until_registered(endpoint):
-    """Wait until an engine has registered, scheduler and worker."""
-    until = time.monotonic() + REGISTER_S
-    while not any(instance["ready"] for instance in status(endpoint, 5.0)["instances"]):
-        if time.monotonic() > until:
-            raise EngineError(f"no engine registered within {REGISTER_S:g} s")
-        time.sleep(0.2)
 
 
 def run_spread(results):

@@ -23,6 +23,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvcore.live.tools import status
 from kvcore.vllm.ttft.engine import EngineError, last_words
 from kvcore.vllm.ttft.systems import free_port
 
@@ -41,6 +42,7 @@ QWEN3 = {
     "bos_token_id": 151643,
     "eos_token_id": 151645,
 }
+_REGISTER_S = 40.0
 MODELS = {
     "qwen3-8b": {
         "hidden_size": 4096,
@@ -284,6 +286,15 @@ def warm_up(serve, lengths, vocabulary, tokens=8):
 
     asyncio.run(answer())
     serve.reset()
+
+
+def wait_until_registered(endpoint):
+    """Wait until an engine has registered, scheduler and worker."""
+    until = time.monotonic() + _REGISTER_S
+    while not any(instance["ready"] for instance in status(endpoint, 5.0)["instances"]):
+        if time.monotonic() > until:
+            raise EngineError(f"no engine registered within {_REGISTER_S:g} s")
+        time.sleep(0.2)
 
 
 def quantiles(values):

@@ -119,7 +119,8 @@ class PieceRows:
         moved, copied = (done, halfway) if loading else (halfway, done)
         emptied = np.concatenate((_handles(turns.emptied), done))[: len(rows)]
         kernels, lanes = turns.kernels.handle, np.array([lane.handle for lane in turns.lanes], np.int64)
-        rows[:, at["full"], _A] = _handles([full(event) for event in events.done])
+        before = [full(event) for event in events.done]
+        rows[:, at["full"], _A] = _handles(before)
         rows[:, at["behind"], _A], rows[:, at["behind"], _B] = lanes, [_handle(turns.last), *copied[:-1]]
         rows[:, at["room"], _A], rows[:, at["room"], _B] = (lanes if loading else kernels), emptied
         rows[:, at["copied"], _A], rows[:, at["copied"], _B] = copied, lanes
@@ -131,7 +132,7 @@ class PieceRows:
         for name, column in (("full", _A), ("behind", _B), ("room", _B)):
             rows[rows[:, at[name], column] == 0, at[name], 0] = NOTHING
         everything = self._framed(rows, turns, events.begun)
-        program.extend(everything, self._parameters(turns.staging, given), kept=(columns, events, held, turns))
+        program.extend(everything, self._parameters(turns.staging, given), kept=(columns, events, held, turns, before))
         return events
 
     def _events(self, program: Program, runtime: CudaRuntime) -> tuple[Written, HeldEvents]:

@@ -264,7 +264,7 @@ class WorkerSide:
         if self._mover is None or not self._mover.serves(registered):
             gone = self._let_go()
             if gone is not None:
-                self._aside.submit(gone.release)
+                self._aside.submit(_released, gone)
             try:
                 self._mover = Mover(self._cache, registered, self._shard, self._factory)
             except (ArenaError, LayoutError, ValueError, RuntimeError) as error:  # the last: what torch raises
@@ -586,6 +586,14 @@ _NOTHING = _Nothing()
 
 def _chosen(chunks: Iterable[bytes], wanted: NDArray[np.bool_]) -> tuple[bytes, ...]:
     return tuple(chunk for chunk, want in zip(chunks, wanted, strict=True) if want)
+
+
+def _released(gone: Mover) -> None:
+    """Let go of an earlier server's arena, in a thread whose faults nobody would hear of."""
+    try:
+        gone.release()
+    except DeviceError as error:
+        _LOG.error("kvcore cannot let go of an earlier server's arena, whose memory stays taken: %s", error)
 
 
 def _a_little_later(say: Callable[[], None]) -> None:

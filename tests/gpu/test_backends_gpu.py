@@ -352,6 +352,7 @@ def test_what_is_queued_does_not_write_into_memory_that_is_taken_meanwhile(take)
     """An engine's step is queued, and what it needs for a moment is given back to torch before it runs."""
     values, runtime = np.arange(1024), CudaRuntime(0)
     stream, engine = runtime.stream(urgent=False), torch.cuda.Stream()
+    torch.empty(1024, dtype=torch.int64, pin_memory=True)  # is used again: pinning would wait for the device
     with torch.cuda.stream(engine):
         torch.cuda._sleep(200_000_000)
         freed = torch.empty(1024, dtype=torch.int64, device="cuda").fill_(7)

@@ -17,7 +17,7 @@ from kvcore.vllm.jobs import Copy, StepPlan  # noqa: E402
 from kvcore.vllm.mover import Cache  # noqa: E402
 from kvcore.vllm.transfers import Backends, HostTransfers  # noqa: E402
 from kvcore.vllm.worker import WorkerSide  # noqa: E402
-from kvkernels import HostArena, LayoutError, Measured, choose  # noqa: E402
+from kvkernels import DeviceError, HostArena, LayoutError, Measured, choose  # noqa: E402
 from kvkernels.reference import ReferenceTransfer  # noqa: E402
 
 BLOCKS, LAYERS, BLOCK, PER_CHUNK = 40, 3, 16, 4
@@ -323,6 +323,22 @@ def test_the_arena_of_a_new_server_is_mapped_before_a_request_needs_it(counted):
     counted.step(StepPlan(loads=[counted.copy(range(20, 24))]))
     assert counted.equal(stored, range(20, 24))
     assert len(counted.made) == 2
+
+
+def test_an_arena_that_stays_pinned_is_told_of(counted, caplog):
+    def refuse():
+        raise DeviceError("cuMemHostUnregister: no")
+
+    counted.step(StepPlan(stores=[counted.copy(range(4))]))
+    counted.made[0].unpin = refuse
+    paths = ArenaPaths(counted.arena.path.parent, "rig0")
+    counted.arena.close()
+    counted.arena = Arena.create(paths, size_bytes=64 * PAGE, page_bytes=PAGE)
+    counted.registered = counted.line.registered = structs.replace(counted.registered, epoch=counted.arena.epoch + 1)
+    with caplog.at_level("ERROR", logger="kvcore"):
+        counted.side.server_is_back()
+        counted.side.close()  # waits for that thread
+    assert "an earlier server's arena, whose memory stays taken: cuMemHostUnregister: no" in caplog.text
 
 
 def test_what_has_to_be_measured_waits_for_the_engines_thread(counted):

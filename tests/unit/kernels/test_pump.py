@@ -24,7 +24,7 @@ from kvkernels.cases import random_case, random_ids, random_slots
 from kvkernels.compiled import Launch
 from kvkernels.cuda_driver import CudaDriver
 from kvkernels.cuda_streams import CudaEvent, CudaStream, HeldEvents, PumpSubmitter, _Writing
-from kvkernels.pump import COPY, RECORD, Pump
+from kvkernels.pump import COPY, RECORD, WAIT, Pump
 from kvkernels.staged import StagedTransfer
 from kvkernels.streams import HostRuntime
 from kvkernels.submit import Work
@@ -676,6 +676,32 @@ def test_what_rows_point_to_is_held_until_they_are_carried_out(driver):
     pump.post()
     assert gone() is None
     pump.close()
+
+
+@pytest.mark.parametrize("loading", [True, False])
+def test_an_event_that_is_waited_for_is_no_other_transfers_meanwhile(driver, loading):
+    """Of a transfer that is over, and whose handle nobody has any more: its place in the window is left."""
+    case, ids, slots, arena = setting(15)  # of 48 pieces
+    row, runtime = max(plane.row_bytes for plane in case.layout.planes), PumpRuntime(driver)
+    mover = KernelMover(driver, rejects=False, ready=True)
+    sizes = {"staging_bytes": 2 * 3 * row, "buffers": 3, "copy_bytes": row, "group_bytes": row, "ahead": 8}
+    transfer = StagedTransfer(case.layout, arena, runtime, mover, name="x", **sizes)
+    go = (lambda: transfer.load(slots, ids)) if loading else (lambda: transfer.store(ids, slots))
+    go().wait()
+    (pump,) = (pump for pump in runtime.pumps if pump.written)
+    driver.set(slow_us=300_000)
+    target, source = np.zeros(1, np.int64), np.ones(1, np.int64)
+    pump.program().copy_each(np.array([[target.ctypes.data], [source.ctypes.data], [8]]), 77)
+    before = pump.written
+    handle = go()
+    waited = [int(pump._rows[at, 2]) for at in range(before, pump.written) if pump._rows[at, 0] == WAIT]
+    spare = {*runtime._spare[False], *runtime._spare[True]}
+    assert not pump.carried_out(before), "none of it"
+    assert len(waited) > 10
+    assert not spare.intersection(waited)
+    driver.set()
+    handle.wait()
+    transfer.close()
 
 
 def test_a_pointer_that_a_kernel_would_misread_is_refused(driver):
