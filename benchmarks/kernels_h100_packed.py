@@ -16,6 +16,7 @@ from kvkernels.pieces import StagedPiece
 MIB = 1 << 20
 PAGE = 2 * MIB
 PROGRAMS = (4, 8, 16)
+SERVES = 8
 
 
 class Packed:
@@ -130,7 +131,9 @@ def packed_sections(bench, arguments):
         section(f"triton_pack, 32000 tokens, {n} programs", lambda m=make: bench.whole(m, packed.adjacent))
         section(
             f"triton_pack, {n} programs, beside a matmul",
-            lambda m=make: beside_matmul(bench, m, slots=packed.adjacent, rounds=20, products=30),
+            lambda m=make, rounds=60 if n == SERVES else 20: beside_matmul(
+                bench, m, slots=packed.adjacent, rounds=rounds, products=30
+            ),
         )
     section("triton_pack, small copies beside", lambda: small_copies_beside(bench, packed.make(), packed.scattered))
     section("triton_pack, 32000 tokens, pages of 2 MiB", lambda: bench.whole(packed.make(), packed.scattered))

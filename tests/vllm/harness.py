@@ -1,4 +1,7 @@
-"""Real vLLM engines on the CPU, in this process, one at a time; what they answer, and how it is compared."""
+"""Real vLLM engines in this process, one at a time; what they answer, and how it is compared.
+
+On the CPU in CI. Where there is a CUDA device they run there, and `test_faults.py` and `test_reuse.py` are of use.
+"""
 
 # ruff: noqa: PLC0415 - vLLM reads the environment when it is imported
 import gc
@@ -9,8 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+KV_BYTES = 1 << 30
 os.environ.update(
-    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_KVCACHE_SPACE=str(KV_BYTES >> 30),
     HF_HUB_OFFLINE="1",
     VLLM_NO_USAGE_STATS="1",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -45,6 +49,7 @@ def connector_config(connector, **extra):
 @contextmanager
 def engine(model: Path, kv_transfer_config=None, **options):
     """An engine with float32 weights and KV; gone, with everything that vLLM keeps in globals, on exit."""
+    import torch
     import vllm
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -59,6 +64,7 @@ def engine(model: Path, kv_transfer_config=None, **options):
         "seed": 0,
         "disable_log_stats": False,
         "enable_prefix_caching": True,
+        **({"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": KV_BYTES} if torch.cuda.is_available() else {}),
     }
     llm = None
     try:
