@@ -16,7 +16,8 @@ cuThreadExchangeStreamCaptureMode; "Event Management"; "Execution Control": cuLa
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -185,7 +186,20 @@ class CudaDriver:
         While an engine captures in the default (global) mode, other threads are refused calls such as
         cuMemHostRegister and cuEventQuery, and the capture is spoilt.
         """
+        self._swap_capture_mode(ctypes.c_int(_CAPTURE_RELAXED))
+
+    @contextmanager
+    def capture_relaxed(self) -> Iterator[None]:
+        """The same for a while, in a thread that may be the engine's."""
         mode = ctypes.c_int(_CAPTURE_RELAXED)
+        self._swap_capture_mode(mode)
+        try:
+            yield
+        finally:
+            self._swap_capture_mode(mode)
+
+    def _swap_capture_mode(self, mode: ctypes.c_int) -> None:
+        """Set the calling thread's mode to this one's value; what it was is left there."""
         self._check("cuThreadExchangeStreamCaptureMode", self._exchange_capture_mode(ctypes.byref(mode)))
 
     def address(self, call: str) -> int:

@@ -117,7 +117,8 @@ class CudaTransfers(_Backend):
         runtime = CudaRuntime(listed(cache.tensors)[0].device)
         self._arena = RegisteredArena(data, cuda_driver(), enter_thread=runtime.enter_thread)
         try:
-            with torch.cuda.device(runtime.device):  # whichever thread this is
+            # Whichever thread this is, and whatever the engine captures meanwhile.
+            with torch.cuda.device(runtime.device), cuda_driver().capture_relaxed():
                 super().__init__(cache, chunk_tokens, self._arena, name)
         except BaseException:
             self.unpin()

@@ -2,8 +2,10 @@
 """The backends on a CUDA device against the oracle, bit for bit."""
 
 import mmap
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ if not torch.cuda.is_available():
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvcore.vllm.transfers import CudaTransfers
 from kvkernels import HostArena, describe
 from kvkernels.cases import CASE_DTYPES, CASE_FORMS, random_case, random_ids, random_slots, round_trip_faults
 from kvkernels.choose import backend_of, best_backend
@@ -206,6 +209,38 @@ def test_a_graph_is_captured_while_an_arena_is_registered():
     torch.cuda.synchronize()
     assert value.item() == 2000
     arena.close()
+
+
+def test_a_graph_is_captured_while_a_server_comes_back():
+    """Its arena is mapped by another thread then, as `kvcore.vllm` does it, and what copies is built over it."""
+    case = packable_case(np.random.default_rng(22), form="joined", spoilt=0.0, device="cuda")
+    packed = packed_layout(case.layout)
+    memory = np.frombuffer(mmap.mmap(-1, -(-packed.slot_bytes // 4096) * 4096), np.uint8)
+    cache = SimpleNamespace(tensors=case.tensors, packed=True, layout=lambda chunk_tokens: case.layout)
+    value, graph, built = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph(), []
+
+    def come_back(begun):
+        begun.wait()
+        while not captured.is_set():
+            built.append(CudaTransfers(cache, 0, memory, "triton_pack"))
+            built[-1].close()
+            built[-1].unpin()
+
+    begun, captured = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(come_back, begun)
+        with torch.cuda.graph(graph):
+            begun.set()
+            while not built and not coming.done():
+                value += 1
+            for _ in range(1000):
+                value += 1
+        captured.set()
+        coming.result()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert value.item() > 1000
+    assert built
 
 
 def test_registered_arena_serves_before_and_after_registration():

@@ -190,7 +190,16 @@ except DeviceError as error:
 handle = begin.handle
 del begin
 assert timed == [handle] and handle not in spare
+for _ in range(2):
+    try:
+        with driver.capture_relaxed():
+            assert stand_in.stand_in_capture_mode() == 2
+            raise KeyError
+    except KeyError:
+        assert stand_in.stand_in_capture_mode() == 0
 driver.relax_capture()
+with driver.capture_relaxed():
+    pass
 assert ctypes.CDLL("libcuda.so.1").stand_in_capture_mode() == 2
 try:
     driver.unregister(source.ctypes.data)
