@@ -367,11 +367,23 @@ class PumpSubmitter(ThreadSubmitter):
             program.rest(event.handle, round(1e6 * seconds), event)
         return program
 
+    def _fail(self, work: Work, error: Exception) -> None:
+        """Behind what is written of it, and that is handed over: or the next transfer would do so, behind its end."""
+        self._writing.program = work.notes or self._pump.program()
+        try:
+            work.fail(error)
+        finally:
+            self._writing.program = None
+        self._pump.post()
+
     def _step(self, work: Work) -> tuple[bool, Event | None]:
         program: Program = work.notes or self._begun(work)
         self._writing.program = program
         try:
             more, before = work.step()
+        except BaseException:  # what ends the process: the work has failed, and its end is handed over
+            self._pump.post()
+            raise
         finally:
             self._writing.program = None
         if before is not None:

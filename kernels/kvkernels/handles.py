@@ -40,13 +40,13 @@ class StreamHandle:
         """When a stream came to wait, for what, and which."""
         self._last: Sequence[Event] = ()
         self._sources: Sequence[Event] = ()
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._ended = False
 
     # Whoever enqueues
 
     def keep(self, *values: Any) -> None:
-        """Hold what the device reads too, for as long as this handle lives."""
+        """Hold what the device reads too, until it is known to be over."""
         self._kept += values
 
     def rejecting(self, rejected: NDArray[np.int32] | None) -> None:
@@ -66,7 +66,7 @@ class StreamHandle:
         self._last, self._sources = last, sources
         self._ended = True
 
-    def failed(self, error: Exception, last: Sequence[Event]) -> None:
+    def failed(self, error: BaseException, last: Sequence[Event]) -> None:
         """No more is enqueued; what was, is over at `last`."""
         self._error = error
         self.ended(last, last)
@@ -123,19 +123,28 @@ class StreamHandle:
 
     def over(self) -> bool:
         """Whether nothing of it is under way, failed or not."""
-        return self._ended and all(event.query() for event in self._last)
+        if not (self._ended and all(event.query() for event in self._last)):
+            return False
+        self._let_go()
+        return True
 
     def settle(self) -> None:
         """Block until nothing of it is under way, failed or not."""
         self._submitter.until(lambda: self._ended)
         for event in self._last:
             event.synchronize()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Nothing reads what was kept any more; of one that failed without an event behind it, nobody knows."""
+        if self._last or self._error is None:
+            self._kept = ()
 
     def _check(self) -> None:
         if (fault := self._fault()) is not None:
             raise fault
 
-    def _fault(self) -> Exception | None:
+    def _fault(self) -> BaseException | None:
         """What the transfer failed by, as far as it is known."""
         return self._error or next(filter(None, (event.fault() for event in self._last)), None)
 

@@ -178,7 +178,7 @@ class PipelinedTransfer(ABC, Generic[_DirectionT]):
         return self.start(request, loading=loading, rest_s=rest_s)
 
 
-def _give_up(side: Direction, handle: StreamHandle, error: Exception) -> None:
+def _give_up(side: Direction, handle: StreamHandle, error: BaseException) -> None:
     """End a transfer that failed half-way, when what was enqueued of it is over."""
     try:
         over = side.give_up()

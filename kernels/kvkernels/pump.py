@@ -195,7 +195,7 @@ class Pump:
             self._hand_over(rows)
 
     def _hand_over(self, rows: Ints) -> None:
-        if self._thread is None:
+        if self._thread is None and self._broken is None:
             self._start()
         at = self._posted % _ROWS
         split = min(len(rows), _ROWS - at)
@@ -257,15 +257,20 @@ class Pump:
 
     def _wake(self, rows: int) -> None:
         """Say that so many more rows are there; none: that the thread is to end."""
-        while self._turn - int(self._said[2]) >= _POSTS:
+        while self._turn - int(self._said[2]) >= _POSTS and self._broken is None:
             time.sleep(_POLL_S)
         self._posts[self._turn % _POSTS] = rows
         self._turn += 1
         self._semaphore.post()
 
     def _start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the process may have no more threads
+            self._broken = error
+        else:
+            self._thread = thread
 
     def _run(self) -> None:
         try:

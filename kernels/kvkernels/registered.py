@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
@@ -255,12 +256,15 @@ class BounceTransfer:
         """Device to one half of the bounce memory, while the other half is copied on to the arena."""
         handles: list[Handle] = []
         pending: tuple[Handle, list[Slot], int] | None = None
-        for turn, batch in enumerate(_batches(parts, self._half)):
-            half = turn % 2
-            handles.append(self._start(batch, half, planes, after, loading=False))
+        try:
+            for turn, batch in enumerate(_batches(parts, self._half)):
+                half = turn % 2
+                handles.append(self._start(batch, half, planes, after, loading=False))
+                self._land(pending, planes)
+                pending = (handles[-1], [slot for slot, _ in batch], half)
             self._land(pending, planes)
-            pending = (handles[-1], [slot for slot, _ in batch], half)
-        self._land(pending, planes)
+        finally:
+            _settle(handles)
         return handles
 
     def _land(self, pending: tuple[Handle, list[Slot], int] | None, planes: range) -> None:
@@ -273,15 +277,18 @@ class BounceTransfer:
     def _load(self, parts: list[tuple[Slot, Ints]], planes: range, after: Event) -> list[Handle]:
         """The arena to one half of the bounce memory, while the other half is copied on to the device."""
         handles: list[Handle] = []
-        for turn, batch in enumerate(_batches(parts, self._half)):
-            half = turn % 2
-            if turn > 1:
-                handles[turn - 2].wait()
-            bounce, arena, length = self._ranges([slot for slot, _ in batch], half, planes)
-            self._copier.copy(bounce, arena, length)
-            handles.append(self._start(batch, half, planes, after, loading=True))
-        for handle in handles[-2:]:
-            handle.wait()  # the halves are free for the next job when this one ends
+        try:
+            for turn, batch in enumerate(_batches(parts, self._half)):
+                half = turn % 2
+                if turn > 1:
+                    handles[turn - 2].wait()
+                bounce, arena, length = self._ranges([slot for slot, _ in batch], half, planes)
+                self._copier.copy(bounce, arena, length)
+                handles.append(self._start(batch, half, planes, after, loading=True))
+        finally:
+            _settle(handles)  # the halves are free for the next job when this one ends, well or not
+        for handle in handles:
+            handle.wait()
         return handles
 
     def _start(
@@ -322,9 +329,15 @@ class _BounceHandle:
         self._batches = batches
 
     def done(self) -> bool:
-        return self._job.done() and all(handle.done() for handle in self._handles())
+        if not self._job.done():
+            return False
+        direct = [_over(handle) for handle, _ in self._direct]
+        if not all(direct):
+            return False
+        return all(handle.done() for handle in self._handles())  # the job ends behind all of its own
 
     def wait(self) -> None:
+        _settle([handle for handle, _ in self._direct])
         for handle in self._handles():
             handle.wait()
 
@@ -345,6 +358,21 @@ class _BounceHandle:
 
     def _handles(self) -> list[Handle]:
         return [*self._job.result(), *(handle for handle, _ in self._direct)]
+
+
+def _over(handle: Handle) -> bool:
+    """Whether it is not under way, failed or not."""
+    try:
+        return handle.done()
+    except Exception:  # raised again where its outcome is asked for
+        return True
+
+
+def _settle(handles: Sequence[Handle]) -> None:
+    """Return when none of them is under way, failed or not."""
+    for handle in handles:
+        with suppress(Exception):  # it is told to whoever asks for the outcome
+            handle.wait()
 
 
 def _columns(slot: Slot) -> tuple[Ints, Ints]:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,7 +32,7 @@ class Work:
     """
 
     steps: Iterator[Event | None]
-    fail: Callable[[Exception], None]
+    fail: Callable[[BaseException], None]
     rest: tuple[Event, float] | None = None
     notes: Any = None
 
@@ -41,8 +42,10 @@ class Work:
             return True, next(self.steps)
         except StopIteration:
             return False, None
-        except Exception as error:
-            self.fail(error)
+        except BaseException as error:
+            self.fail(error)  # one that ends the process, too: whoever closes the transfer waits for its end
+            if not isinstance(error, Exception):
+                raise
             return False, None
 
 
@@ -154,11 +157,24 @@ class ThreadSubmitter:
                 self._waiting.appendleft((work, before))
             else:
                 self._waiting.append((work, before))
-            if self._thread is None:
-                self._closing = False
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
+            refused = None if self._thread is not None else self._start()
+            if refused is not None:
+                self._waiting.remove((work, before))
             self._changed.notify_all()
+        if refused is not None:
+            with nullcontext() if first else self._turn:
+                self._fail(work, refused)
+            self._tell()
+
+    def _start(self) -> Exception | None:
+        """Start the thread; return why there is none."""
+        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the process may have no more threads
+            return error
+        self._closing, self._thread = False, thread
+        return None
 
     def _run(self) -> None:
         broken: Exception | None = None
@@ -177,7 +193,7 @@ class ThreadSubmitter:
                 if broken is None:
                     self._run_to_end(work, before)
                 else:
-                    work.fail(broken)
+                    self._fail(work, broken)
                     self._tell()
 
     def _run_to_end(self, work: Work, before: Event | None) -> None:
@@ -190,6 +206,10 @@ class ThreadSubmitter:
 
     def _step(self, work: Work) -> tuple[bool, Event | None]:
         return work.step()
+
+    def _fail(self, work: Work, error: Exception) -> None:
+        """End a work of which some steps may have been done."""
+        work.fail(error)
 
     def _tell(self) -> None:
         with self._changed:

@@ -116,6 +116,7 @@ class PageAllocator:
         return self._quarantined.size > 0 and bool(np.isin(ordered, self._quarantined).any())
 
     def _return(self, ordered: PageIds) -> None:
+        self._generations[ordered] += np.uint64(1)  # whoever was told of them and has not begun to write does not
         self._writers[ordered] = NO_WRITER
         self._is_free[ordered] = True
         self._free += ordered.size

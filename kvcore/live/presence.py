@@ -123,8 +123,10 @@ class Presence:
 
     def _run(self) -> None:
         while not self._closing:
-            if self._lost is not None:
-                self._lost.close()
+            if (lost := self._lost) is not None:
+                if self._drain is not None:
+                    self._drain()  # first: a server that lives takes the closing for the process's end
+                lost.close()
                 self._lost = None
             session = self._session
             if session is None:

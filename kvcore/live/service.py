@@ -260,7 +260,7 @@ class Service:
 
     def _acknowledge_all(self, instance: Instance, rank: int) -> None:
         """Say in the name of a rank that is gone that it copies nothing any more."""
-        for name in self._stores.of(instance.prefix):
+        for name in self._stores.of(instance.prefix) if rank < instance.register.shards else ():  # others store nothing
             self._settle_stores(name, *self._stores.take(name, rank, None, copied=False))
         for name in self._loads.of(instance.prefix):
             self._settle_loads(name, *self._loads.take(name, rank, None, copied=False))

@@ -4,6 +4,7 @@ Tested with 0.26 and 0.32; any other version is tried, with a warning.
 """
 
 import logging
+import time
 from importlib.util import find_spec
 from typing import Any
 
@@ -44,6 +45,7 @@ __all__ = [
     "log_with_vllm",
     "packing",
     "plans_ahead",
+    "recompute_by_preemption",
     "runs_as_one_graph",
     "transfer_factory",
     "worker_connector",
@@ -177,6 +179,49 @@ def plans_ahead(vllm_config: Any) -> bool:
     return bool(vllm_config.scheduler_config.async_scheduling)
 
 
+def recompute_by_preemption() -> None:
+    """Have a request whose load failed in the step start anew, instead of taking back its count of computed tokens.
+
+    Steps of it that are planned ahead do not follow the count, and their tokens, which rest on the failed load, are
+    given out; nor do the positions that vLLM's second model runner keeps on the GPU.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler  # noqa: PLC0415 - the scheduler's process alone needs it
+
+    rewind: Any = Scheduler._handle_invalid_blocks
+    if hasattr(rewind, "rewinds"):
+        return
+
+    def handle(self: Any, invalid: Any, scheduled: dict[str, int]) -> Any:
+        computed = {request.request_id: request.num_computed_tokens for request in self.running}
+        failed = rewind(self, invalid, scheduled)
+        if failed and self.recompute_kv_load_failures:
+            for request in [one for one in self.running if one.request_id in failed]:
+                done = (
+                    computed[request.request_id] - request.num_in_flight_tokens + scheduled.get(request.request_id, 0)
+                )
+                _start_anew(self, request, invalid, done)
+        return failed
+
+    handle.rewinds = rewind  # type: ignore[attr-defined]
+    Scheduler._handle_invalid_blocks = handle
+
+
+def _start_anew(scheduler: Any, request: Any, invalid: Any, done: int) -> None:
+    """Preempt a request; `done` are its tokens that the step at hand has computed, whose output is left out anyway."""
+    (blocks,) = scheduler.kv_cache_manager.get_block_ids(request.request_id)
+    first = next(i for i, block in enumerate(blocks) if block in invalid)
+    scheduler.kv_cache_manager.evict_blocks(set(blocks[first:]))  # or they would be matched as they are
+    scheduler.running.remove(request)
+    scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+    if hasattr(request, "async_tokens_to_discard"):  # vLLM 0.26
+        ahead = request.num_output_placeholders
+        scheduler._preempt_request(request, time.monotonic())
+        request.async_tokens_to_discard = ahead - (ahead > 0 and done >= request.num_tokens)
+        request.num_output_placeholders = 0
+    else:
+        scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
+
+
 def transfer_factory(vllm_config: Any) -> TransferFactory:
     """Return what makes the copies between the KV cache and the arena on this device."""
     return Backends(HostTransfers if on_cpu(vllm_config) else CudaTransfers)
@@ -189,9 +234,12 @@ def packing(vllm_config: Any, wanted: Packing) -> Packing:
 
 
 def runs_as_one_graph(forward_context: Any) -> bool:
-    """Return whether the step at hand is one CUDA graph, in which nothing can be ordered between two layers."""
+    """Return whether the step at hand is one CUDA graph, in which nothing can be ordered between two layers.
+
+    vLLM's second model runner begins such a step outside its forward context: nothing is known of its attention then.
+    """
     mode = getattr(forward_context, "cudagraph_runtime_mode", None)
-    return getattr(mode, "name", "") == "FULL"
+    return getattr(mode, "name", "") == "FULL" or getattr(forward_context, "attn_metadata", None) is None
 
 
 def worker_connector() -> Any:

@@ -95,6 +95,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         self._server = self._start_server() if role == compat.KVConnectorRole.SCHEDULER else None
         if role == compat.KVConnectorRole.SCHEDULER and not self._settings.fail_on_load_error:
             self._kv_transfer_config.kv_load_failure_policy = "recompute"
+            compat.recompute_by_preemption()
 
     def _start_server(self) -> EmbeddedServer | None:
         """Return the server that lives with this connector; none does."""

@@ -229,6 +229,22 @@ class SchedulerSide:
         """Name everything differently from now on, so that nothing stored before is matched again."""
         self._look_up_put_off()  # under the names that are right for what is computed by now
         self._hasher = self._hasher.marked(mark)
+        for tracked in self._tracked.values():
+            tracked.hashes = None  # for its next life
+            if tracked.life is not None:
+                self._disown(tracked, tracked.life)
+
+    def _disown(self, tracked: Tracked, life: Life) -> None:
+        """Store nothing that is computed from now on under names of before, and load nothing by them."""
+        life.tainted = life.tainted or life.upto < tracked.prompt_tokens
+        if life.allocated or tracked in self._put_off:
+            return
+        if life.found is None:
+            self._abandoned.append((tracked, life))
+        elif life.session is self._link.registered:
+            self._drop_found(life)
+            self._end(life)
+        tracked.end_life()
 
     def close(self) -> None:
         """Leave the server."""
@@ -503,6 +519,7 @@ class SchedulerSide:
             life = tracked.life
             if life is not None and not bad.isdisjoint(life.blocks):
                 life.tainted = True
+                tracked.unlucky = True  # it starts anew, and to load again would fail again
 
     def _end(self, life: Life) -> None:
         if not life.ended and life.session is self._link.registered:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -94,6 +95,8 @@ class WorkerSide:
         self._closing = False
         self._loading: list[_Running] = []
         self._storing: list[_Running] = []
+        self._guarded: StepPlan | None = None
+        """The plan whose blocks were guarded last."""
         self._begun: StepPlan | None = None
         """The plan whose loads were begun last."""
         self._of_step: list[_Running] = []
@@ -117,17 +120,23 @@ class WorkerSide:
         with self._lock:
             running = [*self._loading, *self._storing]
         for one in running:
-            one.handle.wait()
+            with suppress(Exception):  # whoever counts it is told
+                one.handle.wait()
 
     # A step, in this order
 
     def step_begins(self, plan: StepPlan) -> None:
         """Begin the step's loads already now where that is safe: the engine takes milliseconds to prepare its input.
 
-        That is so in the thread which runs the engine's steps: copies are ordered behind its current stream.
+        That is so in the thread which runs the engine's steps: copies are ordered behind its current stream. Its blocks
+        are guarded here in any case: a step without such loads comes to `start_loads` behind its forward pass.
         """
-        if plan.load_at_once and threading.get_ident() == self._engine_thread:
+        if threading.get_ident() != self._engine_thread:
+            return
+        if plan.load_at_once:
             self._begin(plan)
+        else:
+            self._guard(plan)
 
     def start_loads(self, plan: StepPlan, *, one_graph: bool = False) -> None:
         """Begin the step's loads, if they are not under way yet, behind stores that read a block which it writes.
@@ -152,13 +161,18 @@ class WorkerSide:
 
     def _guard(self, plan: StepPlan) -> None:
         """Make this step wait, on the device, for stores that have not yet read a block which it may write."""
-        if not plan.handed_out.size:
+        if plan is self._guarded or not plan.handed_out.size:
             return
+        self._guarded = plan
         with self._lock:
             storing = list(self._storing)
         for one in storing:
             if np.isin(one.copy.blocks, plan.handed_out).any():
-                one.handle.wait_sources()
+                try:
+                    one.handle.wait_sources()
+                except Exception:  # it stores nothing, as whoever ends it is told; what it has begun is over first
+                    with suppress(Exception):
+                        one.handle.wait()
 
     def wait_for_layer(self, layer_name: str) -> None:
         """Order the loads of one layer before its attention."""
@@ -171,8 +185,11 @@ class WorkerSide:
 
     @staticmethod
     def _order(one: _Running, layers: int) -> None:
-        for layer in range(one.ordered, layers):
-            one.handle.wait_layer(layer)
+        try:
+            for layer in range(one.ordered, layers):
+                one.handle.wait_layer(layer)
+        except Exception as error:  # the step is lost, not the engine: its blocks are told of as not loaded
+            _refused(one, error)
         one.ordered = max(one.ordered, layers)
 
     def finish_step(self, plan: StepPlan) -> None:
@@ -180,11 +197,14 @@ class WorkerSide:
 
         So the engine prepares its next step meanwhile; what became of the loads is asked for with the step's tokens.
         """
-        for one in self._of_step:
-            if one.ordered < one.mover.layout.num_layers and one.handle is not _NOTHING and not one.over:
-                # The engine did not ask for every layer: what it computed may rest on blocks not there yet.
-                _LOG.error("Request %s: the engine did not wait for its load; set layerwise to false", one.copy.request)
-                one.valid[:] = False
+        with self._lock:  # one that another thread is just ending is over
+            late = [one for one in self._of_step if not one.over and one.handle is not _NOTHING]
+            late = [one for one in late if one.ordered < one.mover.layout.num_layers]
+        for one in late:
+            # The engine did not ask for every layer: what it computed may rest on blocks not there yet.
+            _LOG.error("Request %s: the engine did not wait for its load; set layerwise to false", one.copy.request)
+            one.valid[:] = False
+            self._order(one, one.mover.layout.num_layers)  # what is stored below ends behind it, and knows
         self._end_loads()
         for copy in plan.stores:
             self._begin_store(copy, plan.failures_seen.get(self._rank, 0))
@@ -423,7 +443,7 @@ class WorkerSide:
         """Wait for a store, then count and acknowledge it, once: two threads may come here with the same one."""
         try:
             one.handle.wait()
-        except DeviceError as error:
+        except Exception as error:  # in a thread whose faults nobody hears of
             _LOG.error("Request %s: nothing is stored: %s", one.copy.request, error)
             one.valid[:] = False
         with self._lock:
@@ -501,6 +521,11 @@ class LateBlocks(Set[int]):
         """How many there are."""
         return len(self._known())
 
+    @classmethod
+    def _from_iterable(cls, blocks: Iterable[Any]) -> set[Any]:
+        """What operators make of it and another set."""
+        return set(blocks)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Become a plain set."""
         return set, (list(self._known()),)
@@ -510,7 +535,7 @@ def _over(one: _Running) -> bool:
     """Whether a load has ended; one that the device refused has, and nothing of it is valid."""
     try:
         return one.handle.done()
-    except DeviceError as error:
+    except Exception as error:
         _refused(one, error)
         return True
 
@@ -518,11 +543,11 @@ def _over(one: _Running) -> bool:
 def _wait(one: _Running) -> None:
     try:
         one.handle.wait()
-    except DeviceError as error:
+    except Exception as error:
         _refused(one, error)
 
 
-def _refused(one: _Running, error: DeviceError) -> None:
+def _refused(one: _Running, error: Exception) -> None:
     if one.valid.any():
         _LOG.error("Request %s: nothing is loaded: %s", one.copy.request, error)
     one.valid[:] = False

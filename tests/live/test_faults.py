@@ -474,3 +474,23 @@ def test_a_dead_rank_does_not_free_what_another_rank_writes(start):
         pair.committed("r", prompt, 1)
         assert server.status()["tiers"][0]["pages"] == 0
         assert pair.client.call(wire.Where(prompt)).tiers == (-1,) * 4
+
+
+def test_a_worker_drains_before_a_server_that_lives_takes_it_for_gone(start):
+    server = start()
+    draining, drained = threading.Event(), threading.Event()
+
+    def drain():
+        draining.set()
+        drained.wait(10)
+
+    worker = WorkerClient(server.endpoint, Register("e", "worker", 16, 256), drain=drain)
+    worker.register()
+    session = worker._presence.session
+    try:
+        worker._presence.lost(session, "no reply within 0.5 s")
+        assert draining.wait(10)
+        assert session.liveness.fileno() != -1, "closed: what it writes to is given to others"
+    finally:
+        drained.set()
+        worker.leave()

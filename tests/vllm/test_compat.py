@@ -43,3 +43,10 @@ def test_other_versions_are_tried_with_a_warning(caplog):
         assert not caplog.records
         assert not compat.check_version("0.320.0")
     assert "0.26 to 0.32" in caplog.text
+
+
+def test_a_step_of_which_vllm_says_nothing_is_one_graph():
+    """As its second model runner begins one; other steps come with the attention's metadata."""
+    none = SimpleNamespace(name="NONE")
+    assert compat.runs_as_one_graph(SimpleNamespace(attn_metadata=None, cudagraph_runtime_mode=none))
+    assert not compat.runs_as_one_graph(SimpleNamespace(attn_metadata={"layer": 1}, cudagraph_runtime_mode=none))

@@ -414,3 +414,31 @@ def test_prompts_given_as_embeddings_are_left_alone():
     request = EngineRequest("a", prompt(200), prompt_embeds=object())
     assert side.matched(request, 0) == (0, False)
     assert not line.calls
+
+
+def test_what_is_computed_after_forgetting_is_not_stored_under_the_names_of_before():
+    _, side = make()
+    admit(side, EngineRequest("a", prompt(300)), scheduled=100)
+    side.forget("other weights")
+    assert not side.plan(step(cached=[("a", [], 100, 200, False)])).stores
+
+
+def test_a_request_that_waits_is_looked_up_anew_after_forgetting():
+    line, side = make()
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request))
+    assert side.matched(request, 0) == (192, False)  # and not allocated yet
+    side.forget("other weights")
+    assert side.matched(request, 0) == (0, False)
+    assert line.named("drop_load") == [("drop_load", "a", 3)]
+
+
+def test_a_preempted_request_is_looked_up_anew_after_forgetting():
+    line, side = make()
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request))
+    admit(side, request)
+    request.num_preemptions = 1
+    side.forget("other weights")
+    side.plan(step(preempted=["a"]))
+    assert side.matched(request, 0) == (0, False)

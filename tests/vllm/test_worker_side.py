@@ -16,7 +16,7 @@ from kvcore.live.wire import Registered  # noqa: E402
 from kvcore.vllm.jobs import Copy, StepPlan  # noqa: E402
 from kvcore.vllm.mover import Cache  # noqa: E402
 from kvcore.vllm.transfers import Backends, HostTransfers  # noqa: E402
-from kvcore.vllm.worker import WorkerSide  # noqa: E402
+from kvcore.vllm.worker import LateBlocks, WorkerSide  # noqa: E402
 from kvkernels import DeviceError, HostArena, LayoutError, Measured, choose  # noqa: E402
 from kvkernels.reference import ReferenceTransfer  # noqa: E402
 
@@ -659,3 +659,163 @@ def test_a_worker_is_closed_where_threads_take_no_more_work(rig, monkeypatch):
     assert rig.line.said[-1] == ("leave",)
     with pytest.raises(ArenaError, match="closed"):
         _ = mover.arena.data
+
+
+def test_a_step_is_guarded_before_it_runs_whenever_its_loads_begin(device):
+    """vLLM 0.32 begins the loads of a step behind it where none is synchronous."""
+    device.step(StepPlan(stores=[device.copy(range(8))]))
+    (store,) = device.devices[0].handles
+    plan = StepPlan(handed_out=np.array([3]))
+    device.side.step_begins(plan)
+    assert store.sources_waited == 1
+    device.side.start_loads(plan)
+    assert store.sources_waited == 1
+    store.gate.set()
+
+
+def test_what_is_stored_comes_behind_a_load_that_attention_did_not_wait_for(device):
+    device.side.warm_up()
+    plan = StepPlan(loads=[device.copy(range(20, 28))], stores=[device.copy(range(8), at=20)])
+    device.side.start_loads(plan)
+    load = device.devices[-1].handles[-1]
+    device.side.finish_step(plan)
+    assert load.layers == list(range(len(device.tensors)))
+
+
+class Fails:
+    """Of a transfer that has failed, which is not known yet when the step's loads have just begun."""
+
+    def __init__(self, error):
+        self.error = error
+        self.known = False
+
+    def fail(self, *_):
+        raise self.error
+
+    wait = wait_layer = wait_sources = rejected = fail
+
+    def done(self):
+        if self.known:
+            self.fail()
+        self.known = True
+        return False
+
+    def measured(self):
+        return None
+
+
+FAULTS = pytest.mark.parametrize(
+    "error",
+    [DeviceError("cuMemcpyBatchAsync: no"), torch.OutOfMemoryError("no memory"), ValueError("askew")],
+    ids=lambda error: type(error).__name__,
+)
+
+
+@FAULTS
+@pytest.mark.parametrize("one_graph", [True, False])
+def test_a_load_that_fails_before_attention_asks_for_it_is_computed(device, error, one_graph):
+    device.side.warm_up()
+    device.devices[-1].load = lambda *_: Fails(error)
+    plan = StepPlan(loads=[device.copy(range(20, 28))])
+    device.side.start_loads(plan, one_graph=one_graph)
+    for layer in device.tensors:
+        device.side.wait_for_layer(layer)
+    device.side.finish_step(plan)
+    assert set(device.side.bad_blocks()) == set(range(20, 28))
+    assert device.said("load_failed")
+
+
+@FAULTS
+def test_a_store_that_fails_harms_no_step_and_is_aborted(device, error):
+    device.side.warm_up()
+    gate, failing = threading.Event(), Fails(error)
+    failing.wait = lambda: gate.wait(10) and failing.fail()
+    device.devices[-1].store = lambda *_, rest_s: failing
+    device.step(StepPlan(stores=[device.copy(range(8))]))
+    threading.Timer(0.1, gate.set).start()
+    device.step(StepPlan(handed_out=np.array([3])))  # it waits for the end of what was begun
+    assert gate.is_set()
+    device.side._thread.submit(int).result(10)  # behind the store's end
+    assert device.said("aborted")
+    assert not device.side._storing
+
+
+@FAULTS
+def test_draining_waits_for_all_copies_whatever_one_of_them_says(device, error):
+    device.side.warm_up()
+    device.step(StepPlan(stores=[device.copy(range(8)), device.copy(range(12, 16))]))
+    first, second = device.devices[0].handles
+    gate = threading.Event()
+
+    def fail():
+        if threading.current_thread().name.startswith("kvcore-store"):
+            gate.wait(10)  # it does not know yet
+        raise error
+
+    first.wait = fail
+    draining = threading.Thread(target=device.side.drain)
+    draining.start()
+    draining.join(0.3)
+    assert draining.is_alive(), "a copy is under way"
+    second.gate.set()
+    draining.join(5)
+    gate.set()
+    assert not draining.is_alive()
+
+
+def test_a_load_that_ends_as_its_step_does_has_not_failed(device, caplog):
+    device.side.warm_up()
+    plan = StepPlan(loads=[device.copy(range(20, 28))])
+    device.side.start_loads(plan)
+    (handle,) = device.devices[-1].handles
+    within, go = threading.Event(), threading.Event()
+
+    def measured():
+        within.set()
+        go.wait(5)
+        return Measured(0.25, 0.125)
+
+    handle.measured = measured
+    handle.gate.set()
+    other = threading.Thread(target=device.side.received)  # as where a store ends
+    other.start()
+    assert within.wait(5)
+    for layer in device.tensors:
+        device.side.wait_for_layer(layer)  # it is over: there is nothing to order
+    threading.Timer(0.2, go.set).start()
+    with caplog.at_level("ERROR", logger="kvcore"):
+        device.side.finish_step(plan)
+    other.join(5)
+    assert "did not wait" not in caplog.text
+    assert not device.side.bad_blocks()
+
+
+def test_the_staging_of_before_is_free_though_the_last_step_has_loaded_by_it(tmp_path):
+    before, freed, make = [], [], Backends(HostTransfers)
+
+    def factory(*arguments):
+        freed[:] = [one() is None for one in before]
+        return make(*arguments)
+
+    rig = Rig(tmp_path, factory=factory, packing="lossless")
+    rig.step(StepPlan(stores=[rig.copy(range(4))]))
+    rig.step(StepPlan(loads=[rig.copy(range(20, 24))]))
+    assert not rig.side.bad_blocks()
+    transfer = rig.side._mover._transfers.transfer
+    before += map(weakref.ref, [transfer._in, transfer._out])
+    del transfer
+    paths = ArenaPaths(rig.arena.path.parent, "rig0")
+    rig.arena.close()
+    rig.arena = Arena.create(paths, size_bytes=64 * PAGE, page_bytes=PAGE)
+    rig.line.registered = structs.replace(rig.registered, epoch=rig.arena.epoch + 1)
+    rig.side.server_is_back()
+    assert freed == [True, True], "or twice as much is needed while the next one is made"
+    rig.side.close()
+    rig.arena.close()
+
+
+def test_late_blocks_joined_to_a_set_are_a_set():
+    """As where several connectors' are."""
+    found = set()
+    found |= LateBlocks(lambda: {1, 2})
+    assert found == {1, 2}

@@ -717,3 +717,100 @@ def test_a_pointer_that_a_kernel_would_misread_is_refused(driver):
         transfer.load(slots, ids).wait()
     assert driver.calls == before
     transfer.close()
+
+
+def ends(what, within_s=5.0):
+    """What it raised, if it returns at all."""
+    raised = []
+
+    def run():
+        try:
+            what()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(within_s)
+    assert not thread.is_alive(), "it hangs"
+    return raised
+
+
+def no_device():
+    raise RuntimeError("no device")
+
+
+def test_a_pump_that_cannot_use_the_device_never_stops_who_writes(driver, monkeypatch):
+    monkeypatch.setattr("kvkernels.pump._POSTS", 4)
+    pump = Pump(driver, "pump", no_device)
+
+    def write():
+        for _ in range(10):
+            pump.program().record(1, 1, None)
+            pump.post()
+            time.sleep(0.02)
+
+    assert not ends(write)
+
+
+@pytest.mark.parametrize("inline_s", [0.0, 1.0])
+def test_a_thread_that_cannot_be_started_fails_the_transfer(driver, monkeypatch, inline_s):
+    case, ids, slots, arena = setting(4)
+    transfer = batched(PumpRuntime(driver, inline_s=inline_s), case.layout, case.tensors, arena)
+    whole = threading.Thread.start
+
+    def start(thread):
+        if thread.name.startswith("cuda_batch-store"):
+            raise RuntimeError("can't start new thread")
+        whole(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+    def twice():
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="thread"):
+                transfer.store(ids, slots).wait()
+        transfer.close()
+
+    assert not ends(twice)
+
+
+def test_what_a_thread_that_cannot_use_the_device_leaves_is_over_with_its_handle(driver):
+    """The rest of a transfer is another thread's, which has no device: no copy comes behind its end."""
+    broken = threading.Event()
+
+    def enter():
+        if broken.is_set() and threading.current_thread().name == "cuda_batch-store":
+            no_device()
+
+    case, ids, slots, arena = setting(4)
+    runtime = PumpRuntime(driver, inline_s=0.0, enter=enter)
+    transfer = batched(runtime, case.layout, case.tensors, arena)
+    for pump in runtime.pumps:  # they have their threads
+        pump.program().record(driver.new_event(), 1, None)
+        pump.catch_up()
+    broken.set()
+    handle = transfer.store(ids, slots)
+    with pytest.raises(RuntimeError, match="no device"):
+        handle.wait()
+    assert handle.over()
+    assert [pump.pending for pump in runtime.pumps] == [0, 0], "rows that the next transfer would hand over"
+    before = driver.calls
+    for pump in runtime.pumps:
+        pump.catch_up()
+    assert driver.calls == before
+    transfer.close()
+
+
+def test_a_step_that_is_interrupted_does_not_keep_the_transfer_open(driver, monkeypatch):
+    """As where a signal's handler ends the process."""
+
+    def gather(*_):
+        raise SystemExit
+
+    case, ids, slots, arena = setting(4)
+    transfer = staged(PumpRuntime(driver), case.layout, case.tensors, arena)
+    monkeypatch.setattr(TorchMover, "gather", gather)
+    with pytest.raises(SystemExit):
+        transfer.store(ids, slots)
+    assert not ends(transfer.close)

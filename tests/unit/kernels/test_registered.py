@@ -205,6 +205,54 @@ def test_blocks_may_be_overwritten_behind_wait_sources(pinned_runtime, seed, sha
     assert np.array_equal(arena.array, np.concatenate(wanted))
 
 
+class Failed:
+    """A transfer of which a call failed."""
+
+    def wait(self):
+        raise DeviceError("cuMemcpyAsync: CUDA_ERROR_OUT_OF_MEMORY (2)")
+
+    done = wait
+
+    def over(self):
+        return True
+
+
+@pytest.mark.parametrize("loading", [True, False])
+@pytest.mark.parametrize("ask", ["wait", "done"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_bounce_that_fails_is_over_when_all_of_it_is(pinned_runtime, loading, ask, seed):
+    """Or what still copies would do so into pages and blocks that others have by then."""
+    rng = np.random.default_rng(seed)
+    case = random_case(rng, block_tokens=16)
+    size = case.layout.slot_bytes
+    chunks = min(4, case.layout.num_blocks // case.layout.chunk_blocks)
+    ids, slots = random_ids(rng, case.layout, chunks), [[(i * size, size)] for i in range(chunks)]
+    arena, runtime = Splitting(np.zeros(chunks * size, np.uint8), size), pinned_runtime(seed)  # the first goes straight
+    inner = BatchTransfer(case.layout, case.tensors, arena, runtime)
+    bounce = BounceTransfer(inner, arena, runtime, bounce_bytes=2 * size, threads=1)
+    started, whole = [], bounce._bounced.start
+
+    def first_fails(*arguments, **options):
+        started.append(whole(*arguments, **options) if started else Failed())
+        return started[-1]
+
+    bounce._bounced.start = first_fails
+    handle = bounce.load(slots, ids) if loading else bounce.store(ids, slots)
+    direct = handle._direct[0][0]
+
+    def done():
+        while not handle.done():
+            with runtime.lock:
+                if handle._job.done():
+                    runtime.step()
+
+    with pytest.raises(DeviceError):
+        (handle.wait if ask == "wait" else done)()
+    assert len(started) > 1
+    assert all(one.over() for one in (direct, *started))
+    bounce.close()
+
+
 @pytest.mark.parametrize(("upto", "rests"), [(1.0, [0.25]), (0.0, [0.0])])
 def test_a_store_rests_where_it_needs_no_bounce(pinned_runtime, upto, rests):
     case = random_case(np.random.default_rng(0))

@@ -57,15 +57,15 @@ def test_too_many_pages_change_nothing() -> None:
     assert allocator.take(3).size == 3
 
 
-def test_generations_rise_at_take_only() -> None:
+def test_generations_rise_when_pages_are_taken_and_given_back() -> None:
     generations = np.zeros(4, np.uint64)
     allocator = PageAllocator(generations, np.zeros(4, np.uint32))
     ids = allocator.take(2)
     assert generations[ids].tolist() == [1, 1]
     allocator.give(ids)
-    assert sorted(generations.tolist()) == [0, 0, 1, 1]
+    assert sorted(generations.tolist()) == [0, 0, 2, 2], "who was told of them does not begin to write any more"
     allocator.take(4)
-    assert sorted(generations.tolist()) == [1, 1, 2, 2]
+    assert sorted(generations.tolist()) == [1, 1, 3, 3]
 
 
 @pytest.mark.parametrize("ids", [[3], [1, 1], [99], [0, 3]])

@@ -464,3 +464,43 @@ def test_a_request_that_comes_back_is_told_of_nothing_from_its_earlier_life():
         world.close()
     finally:
         shutil.rmtree(world.folder)
+
+
+def register(world, name, ranks, shards, epoch=0):
+    members = {}
+    for role, rank in (("scheduler", 0), *(("worker", rank) for rank in range(ranks))):
+        told = world.call(wire.Register(name, role, 16, PAGE, rank, ranks, shards, {}, 1, epoch))
+        world.service.here(told.member, os.getpid())
+        members[role, rank] = told.member
+    return members, told.epoch
+
+
+def granted(world, members):
+    """Pages of two chunks, and their generations; who is granted room at second use only asks twice."""
+    world.call(wire.Lookup(members["scheduler", 0], "r", tuple(NAMES[:2]), 0, "", 32))
+    for _ in range(2):
+        answer = world.call(wire.Ask(members["scheduler", 0], "r", tuple(NAMES[:2])))
+        if answer.chunks:
+            return np.frombuffer(answer.pages, "<u4"), np.frombuffer(answer.generations, "<u8")
+    raise AssertionError(answer)
+
+
+def test_what_was_granted_before_a_worker_came_back_is_void():
+    """It lost the server for a moment, which lived, and did not raise its epoch."""
+    world = World(1)
+    members, epoch = register(world, "e", 1, 1)
+    pages, generations = granted(world, members)
+    again = world.call(wire.Register("e", "worker", 16, PAGE, 0, 1, 1, {}, 1, epoch))
+    world.service.here(again.member, os.getpid())
+    assert again.epoch == epoch
+    assert world.service.parts.allocator.free == PAGES
+    assert (world.arena.generations[pages] != generations).all(), "the worker would still write there"
+
+
+def test_a_rank_that_stores_nothing_frees_nothing_when_it_goes():
+    world = World(1)
+    members, _ = register(world, "e", 2, 1)  # both ranks hold the same KV
+    granted(world, members)
+    free = world.service.parts.allocator.free
+    world.service.gone(world.service.members.find_token(members["worker", 1]))
+    assert world.service.parts.allocator.free == free < PAGES, "rank 0 still writes them"
