@@ -129,9 +129,15 @@ class RegisteredArena:
         """Stop registering and unpin; no transfer may be under way."""
         self._stop.set()
         self._thread.join()
+        faults = []
         for start in range(0, self._pinned_bytes, self._slice_bytes):
-            self._registrar.unregister(self.address + start)
+            try:
+                self._registrar.unregister(self.address + start)
+            except DeviceError as error:  # the others need not stay pinned for it
+                faults.append(error)
         self._pinned_bytes = 0
+        for first in faults[:1]:
+            raise first
 
     def _register(self) -> None:
         try:

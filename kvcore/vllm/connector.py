@@ -278,9 +278,8 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         if self._scheduler is None:
             return KVCoreMetadata(StepPlan())
         plan = self._scheduler.plan(scheduler_output)
-        here = compat.worker_connector() if plan.load_at_once else None
-        if isinstance(here, KVCoreMPConnector) and here._worker is not None:
-            here._worker.step_begins(plan)
+        if plan.load_at_once and (worker := _worker_here()) is not None:
+            worker.step_begins(plan)
         return KVCoreMetadata(plan)
 
     def update_connector_output(self, connector_output: Any) -> None:
@@ -300,7 +299,12 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         return False, None
 
     def reset_cache(self) -> bool:
-        """Forget: KV of before (of other weights, say) is not matched again by this engine. Others' is left alone."""
+        """Forget: KV of before (of other weights, say) is not matched again by this engine. Others' is left alone.
+
+        A worker in this process finishes its copies first: vLLM's sleep takes the cache's memory away right behind.
+        """
+        if (worker := _worker_here()) is not None:
+            worker.drain()
         if self._scheduler is not None:
             self._scheduler.forget(uuid4().hex)
         return True
@@ -366,3 +370,9 @@ class KVCoreConnector(KVCoreMPConnector):
     def _deadline_s(self) -> float:
         """A server in a thread cannot die alone, but the engine may keep the interpreter to itself for a while."""
         return max(super()._deadline_s, _EMBEDDED_DEADLINE_S)
+
+
+def _worker_here() -> WorkerSide | None:
+    """The worker's half, where it lives in this process."""
+    here = compat.worker_connector()
+    return here._worker if isinstance(here, KVCoreMPConnector) else None

@@ -130,8 +130,10 @@ class Mover:
 
     def release(self) -> None:
         """Let go of the arena, which stays; after `close`. That takes seconds where it is large and pinned."""
-        self._transfers.unpin()
-        self.arena.close()
+        try:
+            self._transfers.unpin()
+        finally:
+            self.arena.close()
 
     def _slots(self, pages: NDArray[np.uint32]) -> NDArray[np.int64]:
         """Return this shard's part of every chunk as `kvkernels.Slots`, (chunks, pieces, 2)."""

@@ -266,7 +266,8 @@ class WorkerSide:
     def close(self) -> None:
         """Wait for what is under way and leave the server."""
         self._closing = True
-        gone = self._let_go()
+        with self._lock:  # another thread may be mapping an arena
+            gone = self._let_go()
         if gone is not None:
             gone.release()  # here: when the interpreter ends, other threads take no work any more
         self._thread.shutdown()
@@ -279,7 +280,7 @@ class WorkerSide:
     def _current(self, epoch: int) -> Mover | None:
         """Return the mover of the registration at hand; None where it is not of `epoch`, or nobody is registered."""
         registered = None if self._link is None else self._link.registered
-        if registered is None or registered.epoch != epoch or registered is self._unusable:
+        if registered is None or registered.epoch != epoch or registered is self._unusable or self._closing:
             return None
         if self._mover is None or not self._mover.serves(registered):
             gone = self._let_go()

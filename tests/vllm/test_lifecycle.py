@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import harness
 import numpy as np
@@ -16,6 +17,7 @@ from tiny_model import build_mixed_model, build_sliding_model
 
 from kvcore.live.client import RegistrationRefused
 from kvcore.policy.hashing import block_hashes, trace_ids
+from kvcore.vllm import KVCoreMPConnector, compat
 from kvcore.vllm.compat import UnsupportedModelError
 from kvcore.vllm.embedded import EmbeddedServer
 from kvsim.servers import served
@@ -31,6 +33,20 @@ def tokens(count, seed):
 
 SHARED = tokens(4 * CHUNK + 50, 1)
 FIRST, SECOND, SHORT = SHARED + tokens(100, 2), SHARED + tokens(130, 3), tokens(60, 4)
+
+
+def test_a_cache_that_is_reset_is_not_copied_from_any_more(monkeypatch):
+    """vLLM's sleep takes its memory away right behind."""
+    done = []
+    worker, scheduler = object.__new__(KVCoreMPConnector), object.__new__(KVCoreMPConnector)
+    worker._worker = SimpleNamespace(drain=lambda: done.append("drained"))
+    scheduler._scheduler = SimpleNamespace(forget=lambda mark: done.append("forgotten"))
+    monkeypatch.setattr(compat, "worker_connector", lambda: worker)
+    assert scheduler.reset_cache()
+    assert done == ["drained", "forgotten"]
+    monkeypatch.setattr(compat, "worker_connector", lambda: None)
+    assert scheduler.reset_cache()
+    assert done[2:] == ["forgotten"]
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,25 @@ def test_slices_are_pinned_in_order_and_unpinned_on_close():
     assert not arena.pinned(np.array([0]), np.array([1]))
 
 
+def test_a_slice_that_stays_pinned_keeps_no_other():
+    registrar = Registrar(permits=100)
+    arena = RegisteredArena(np.zeros(4 * SLICE, np.uint8), registrar, slice_bytes=SLICE)
+    arena.wait(10)
+    stays = arena.address + SLICE
+    del registrar.ranges[stays]
+    whole = registrar.unregister
+
+    def unregister(address):
+        if address == stays:
+            raise DeviceError("cuMemHostUnregister: no")
+        whole(address)
+
+    registrar.unregister = unregister
+    with pytest.raises(DeviceError, match="Unregister: no"):
+        arena.close()
+    assert registrar.ranges == {}
+
+
 def test_what_is_not_pinned_yet_is_known():
     registrar = Registrar(permits=2)
     arena = RegisteredArena(np.zeros(4 * SLICE, np.uint8), registrar, slice_bytes=SLICE)
