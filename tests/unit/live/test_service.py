@@ -52,6 +52,8 @@ class Told:
     pages: np.ndarray
     generations: np.ndarray
     acknowledged: set = field(default_factory=set)
+    begun: list | None = None
+    """Which chunks are being written; None: nobody has begun."""
 
 
 @dataclass(eq=False)
@@ -147,8 +149,8 @@ class World:
         self.register(self.any_engine())
 
     def register(self, engine):
-        """Register every member; an engine that was here before has drained its copies."""
-        engine.grants, engine.loads = [], []
+        """Register every member; an engine that was here before has drained its copies, and may begin others later."""
+        engine.grants, engine.loads = [told for told in engine.grants if told.begun is None], []
         for role, rank in (("scheduler", 0), *(("worker", rank) for rank in range(engine.world))):
             message = wire.Register(
                 engine.name, role, 16, engine.block_bytes, rank, engine.world, engine.world, {}, 1, engine.epoch
@@ -226,7 +228,7 @@ class World:
             if told is None:
                 continue
             if told is granted:
-                self.fill(told)
+                self.fill(engine, told)
             for rank in range(engine.world):
                 told.acknowledged.add(rank)
                 self.call(kind(engine.members["worker", rank], name, rank, told.chunks))
@@ -282,11 +284,16 @@ class World:
         for engine in self.engines:
             for told in engine.grants:
                 if len(told.acknowledged) < engine.world and self.rng.random() < 0.5:
-                    self.fill(told)
+                    self.fill(engine, told)
 
-    def fill(self, told):
-        for chunk, pages in zip(told.chunks, told.pages, strict=True):
-            for page in pages.tolist():
+    def fill(self, engine, told):
+        """A worker begins with what is still its own, and goes on with that."""
+        if told.begun is None:
+            theirs = [self.arena.generations[pages] for pages in told.pages]
+            same = [np.array_equal(*both) for both in zip(theirs, told.generations, strict=True)]
+            told.begun = [one and told.epoch == engine.epoch for one in same]
+        for chunk, pages, begun in zip(told.chunks, told.pages, told.begun, strict=True):
+            for page in pages.tolist() if begun else ():
                 self.memory[page] = chunk
 
     def acknowledge(self, *, stores):
@@ -298,11 +305,18 @@ class World:
             return
         well = self.rng.random() < 0.7
         if stores and well:
-            self.fill(told)
+            self.fill(engine, told)
         told.acknowledged.add(rank)
-        if told.epoch == engine.epoch:  # a client says nothing to a server about what another told
-            kinds = (wire.Aborted, wire.Committed) if stores else (wire.LoadFailed, wire.Loaded)
-            self.call(kinds[well](engine.members["worker", rank], told.request, rank, told.chunks))
+        if told.epoch != engine.epoch:
+            return  # a client says nothing to a server about what another told
+        member, done = engine.members["worker", rank], told.chunks if well else ()
+        if stores and well:
+            done = tuple(chunk for chunk, begun in zip(told.chunks, told.begun, strict=True) if begun)
+        left = tuple(chunk for chunk in told.chunks if chunk not in done)
+        kinds = (wire.Committed, wire.Aborted) if stores else (wire.Loaded, wire.LoadFailed)
+        for kind, chunks in zip(kinds, (done, left), strict=True):
+            if chunks:
+                self.call(kind(member, told.request, rank, chunks))
 
     # The operator
 
