@@ -357,7 +357,7 @@ class Service:
     def _take_run(self, work: Work) -> None:
         run = self.transport.runs.pop(work.name, None)
         if run:
-            work.run = run
+            work.run, work.start = run, work.chunks.index(run[0])
             self._loads.expect(work.name, run, work.instance.register.world)
 
     def _poll(self, message: wire.Poll) -> wire.Found:
