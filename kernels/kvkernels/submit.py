@@ -113,11 +113,11 @@ class ThreadSubmitter:
     def submit(self, work: Work) -> None:
         """Run some steps if nothing is before it, and leave what remains to the thread."""
         if not self._turn.acquire(blocking=False):
-            self._enqueue(work, None, first=False)
+            self._enqueue(work, None, held=False)
             return
         try:
             if self._waiting:
-                self._enqueue(work, None, first=False)
+                self._enqueue(work, None)
                 return
             more, before = self._run_inline(work)
             if more:
@@ -151,7 +151,8 @@ class ThreadSubmitter:
             if time.perf_counter() >= until:
                 return True, None
 
-    def _enqueue(self, work: Work, before: Event | None, *, first: bool) -> None:
+    def _enqueue(self, work: Work, before: Event | None, *, first: bool = False, held: bool = True) -> None:
+        """Leave a work to the thread, before all others or behind them; `held`: the caller has its turn."""
         with self._changed:
             if first:
                 self._waiting.appendleft((work, before))
@@ -162,7 +163,7 @@ class ThreadSubmitter:
                 self._waiting.remove((work, before))
             self._changed.notify_all()
         if refused is not None:
-            with nullcontext() if first else self._turn:
+            with nullcontext() if held else self._turn:
                 self._fail(work, refused)
             self._tell()
 
