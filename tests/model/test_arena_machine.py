@@ -66,8 +66,11 @@ class AllocatorMachine(RuleBasedStateMachine):
         order.shuffle(ids)  # type: ignore[attr-defined]
         self.allocator.give(np.array(ids, np.uint32))
         for page in ids:
-            self.state[page] = "free"
-            self.mark[page] = 0
+            self.back(page)
+
+    def back(self, page: int) -> None:
+        self.state[page], self.mark[page] = "free", 0
+        self.generation[page] += 1
 
     @rule(page=st.integers(0, 39))
     def give_what_is_not_held(self, page: int) -> None:
@@ -96,7 +99,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         expected = [p for p, s in enumerate(self.state) if s == "quarantined" and self.mark[p] in gone]
         assert self.allocator.reap(lambda writer: writer not in gone) == len(expected)
         for page in expected:
-            self.state[page], self.mark[page] = "free", 0
+            self.back(page)
 
     @invariant()
     def agrees(self) -> None:
