@@ -331,6 +331,7 @@ def test_an_arena_that_stays_pinned_is_told_of(counted, caplog):
 
     counted.step(StepPlan(stores=[counted.copy(range(4))]))
     counted.made[0].unpin = refuse
+    gone = counted.side._mover
     paths = ArenaPaths(counted.arena.path.parent, "rig0")
     counted.arena.close()
     counted.arena = Arena.create(paths, size_bytes=64 * PAGE, page_bytes=PAGE)
@@ -339,6 +340,8 @@ def test_an_arena_that_stays_pinned_is_told_of(counted, caplog):
         counted.side.server_is_back()
         counted.side.close()  # waits for that thread
     assert "an earlier server's arena, whose memory stays taken: cuMemHostUnregister: no" in caplog.text
+    with pytest.raises(ArenaError, match="closed"):
+        _ = gone.arena.data
 
 
 def test_what_has_to_be_measured_waits_for_the_engines_thread(counted):
@@ -659,6 +662,13 @@ def test_a_worker_is_closed_where_threads_take_no_more_work(rig, monkeypatch):
     assert rig.line.said[-1] == ("leave",)
     with pytest.raises(ArenaError, match="closed"):
         _ = mover.arena.data
+
+
+def test_a_worker_that_is_closed_maps_no_arena(counted):
+    counted.step(StepPlan(stores=[counted.copy(range(4))]))
+    counted.side.close()
+    assert not counted.side.warm_up()
+    assert len(counted.made) == 1
 
 
 def test_a_step_is_guarded_before_it_runs_whenever_its_loads_begin(device):
