@@ -67,6 +67,7 @@ def test_no_token_that_rests_on_a_failed_load_is_given_out(tiny_model):
     assert not tokens(engine.update_from_output(first, output(1, {blocks[0]})))
     third = engine.schedule()
     assert third.num_scheduled_tokens == {"r": PROMPT}, "all of it, and no token of the steps before"
+    assert list(third.scheduled_cached_reqs.all_token_ids) == ["r"], "the worker is to take it up anew"
     assert not tokens(engine.update_from_output(second, output(2)))
     engine.schedule()
     assert tokens(engine.update_from_output(third, output(3))) == [3]

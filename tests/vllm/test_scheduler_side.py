@@ -442,3 +442,28 @@ def test_a_preempted_request_is_looked_up_anew_after_forgetting():
     side.forget("other weights")
     side.plan(step(preempted=["a"]))
     assert side.matched(request, 0) == (0, False)
+
+
+def test_a_lookup_under_way_when_all_is_forgotten_gives_its_hit_back():
+    line, side = make()
+    line.pending = 3
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request))
+    assert side.matched(request, 0) == (None, False)
+    side.forget("other weights")
+    for _ in range(3):
+        side.plan(step())
+    assert line.named("drop_load") == [("drop_load", "a", 3)]
+    assert side.matched(request, 0) == (0, False)
+
+
+def test_a_request_whose_load_failed_in_its_step_starts_anew_without_one():
+    line, side = make()
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request))
+    assert admit(side, request)[0] == 192
+    side.reported(StepReport(failures={0: 1}), {10}, ())
+    request.num_preemptions = 1
+    side.plan(step(preempted=["a"]))
+    assert side.matched(request, 0) == (0, False)
+    assert len(line.named("lookup")) == 1
