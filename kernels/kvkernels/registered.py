@@ -136,8 +136,8 @@ class RegisteredArena:
             except DeviceError as error:  # the others need not stay pinned for it
                 faults.append(error)
         self._pinned_bytes = 0
-        for first in faults[:1]:
-            raise first
+        if faults:
+            raise faults[0]
 
     def _register(self) -> None:
         try:

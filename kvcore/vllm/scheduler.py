@@ -237,14 +237,9 @@ class SchedulerSide:
     def _disown(self, tracked: Tracked, life: Life) -> None:
         """Store nothing that is computed from now on under names of before, and load nothing by them."""
         life.tainted = life.tainted or life.upto < tracked.prompt_tokens
-        if life.allocated or tracked in self._put_off:
-            return
-        if life.found is None:
-            self._abandoned.append((tracked, life))
-        elif life.session is self._link.registered:
-            self._drop_found(life)
-            self._end(life)
-        tracked.end_life()
+        if not life.allocated and tracked not in self._put_off:
+            self._give_back(tracked, life)
+            tracked.end_life()
 
     def close(self) -> None:
         """Leave the server."""
@@ -504,14 +499,18 @@ class SchedulerSide:
         life = tracked.life
         if life is not None:
             life.tainted = True
-            if life.found is None:
-                self._abandoned.append((tracked, life))
-            else:
-                if life.session is self._link.registered and not life.allocated:
-                    self._drop_found(life)
-                self._end(life)
+            self._give_back(tracked, life)
         tracked.end_life()
         tracked.preemptions = tracked.request.num_preemptions
+
+    def _give_back(self, tracked: Tracked, life: Life) -> None:
+        """End a life; what was found for it, or is still to be, is given back where nothing loads it."""
+        if life.found is None:
+            self._abandoned.append((tracked, life))
+        else:
+            if life.session is self._link.registered and not life.allocated:
+                self._drop_found(life)
+            self._end(life)
 
     def _taint(self, bad: frozenset[int]) -> None:
         """Stop storing for every request that has a block which was not loaded: what it computed rests on it."""

@@ -198,8 +198,8 @@ class WorkerSide:
         So the engine prepares its next step meanwhile; what became of the loads is asked for with the step's tokens.
         """
         with self._lock:  # one that another thread is just ending is over
-            late = [one for one in self._of_step if not one.over and one.handle is not _NOTHING]
-            late = [one for one in late if one.ordered < one.mover.layout.num_layers]
+            under_way = [one for one in self._of_step if not one.over and one.handle is not _NOTHING]
+        late = [one for one in under_way if one.ordered < one.mover.layout.num_layers]
         for one in late:
             # The engine did not ask for every layer: what it computed may rest on blocks not there yet.
             _LOG.error("Request %s: the engine did not wait for its load; set layerwise to false", one.copy.request)

@@ -27,6 +27,16 @@ def admit(side, request, computed=0, scheduled=None):
     return external, asynchronous, plan
 
 
+def lookup_under_way():
+    """A request's, whose answer has not come and will be a hit."""
+    line, side = make()
+    line.pending = 3
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request))
+    assert side.matched(request, 0) == (None, False)
+    return line, side, request
+
+
 def test_miss_stores_every_full_chunk():
     line, side = make()
     external, _, plan = admit(side, EngineRequest("a", prompt(200)))
@@ -326,11 +336,7 @@ def test_abort_before_allocation_gives_the_hit_back():
 
 
 def test_abort_while_the_lookup_is_under_way_gives_the_late_hit_back():
-    line, side = make()
-    line.pending = 3
-    request = EngineRequest("a", prompt(200))
-    line.resident.update(names(request))
-    assert side.matched(request, 0) == (None, False)
+    line, side, request = lookup_under_way()
     side.finished(request)
     assert not line.named("end")
     side.plan(step())
@@ -445,11 +451,7 @@ def test_a_preempted_request_is_looked_up_anew_after_forgetting():
 
 
 def test_a_lookup_under_way_when_all_is_forgotten_gives_its_hit_back():
-    line, side = make()
-    line.pending = 3
-    request = EngineRequest("a", prompt(200))
-    line.resident.update(names(request))
-    assert side.matched(request, 0) == (None, False)
+    line, side, request = lookup_under_way()
     side.forget("other weights")
     for _ in range(3):
         side.plan(step())

@@ -113,6 +113,13 @@ class Rig:
     def said(self, kind):
         return [one for one in self.line.said if one[0] == kind]
 
+    def meet_another_server(self):
+        """The one at hand stops cleanly, so that its file is gone, and another makes its own."""
+        paths = ArenaPaths(self.arena.path.parent, "rig0")
+        self.arena.close()
+        self.arena = Arena.create(paths, size_bytes=64 * PAGE, page_bytes=PAGE)
+        self.registered = self.line.registered = structs.replace(self.registered, epoch=self.arena.epoch + 1)
+
     def rows(self, blocks):
         return {name: tensor[list(blocks)].clone() for name, tensor in self.tensors.items()}
 
@@ -311,10 +318,7 @@ def test_a_server_that_takes_the_arena_over_finds_it_mapped(counted):
 
 def test_the_arena_of_a_new_server_is_mapped_before_a_request_needs_it(counted):
     counted.step(StepPlan(stores=[counted.copy(range(4))]))
-    paths = ArenaPaths(counted.arena.path.parent, "rig0")
-    counted.arena.close()  # a clean stop: the file is gone
-    counted.arena = Arena.create(paths, size_bytes=64 * PAGE, page_bytes=PAGE)
-    counted.registered = counted.line.registered = structs.replace(counted.registered, epoch=counted.arena.epoch + 1)
+    counted.meet_another_server()
     counted.side.server_is_back()
     assert len(counted.made) == 2
     assert counted.made[0].unpinned.wait(10)  # in another thread
@@ -332,10 +336,7 @@ def test_an_arena_that_stays_pinned_is_told_of(counted, caplog):
     counted.step(StepPlan(stores=[counted.copy(range(4))]))
     counted.made[0].unpin = refuse
     gone = counted.side._mover
-    paths = ArenaPaths(counted.arena.path.parent, "rig0")
-    counted.arena.close()
-    counted.arena = Arena.create(paths, size_bytes=64 * PAGE, page_bytes=PAGE)
-    counted.registered = counted.line.registered = structs.replace(counted.registered, epoch=counted.arena.epoch + 1)
+    counted.meet_another_server()
     with caplog.at_level("ERROR", logger="kvcore"):
         counted.side.server_is_back()
         counted.side.close()  # waits for that thread
@@ -814,10 +815,7 @@ def test_the_staging_of_before_is_free_though_the_last_step_has_loaded_by_it(tmp
     transfer = rig.side._mover._transfers.transfer
     before += map(weakref.ref, [transfer._in, transfer._out])
     del transfer
-    paths = ArenaPaths(rig.arena.path.parent, "rig0")
-    rig.arena.close()
-    rig.arena = Arena.create(paths, size_bytes=64 * PAGE, page_bytes=PAGE)
-    rig.line.registered = structs.replace(rig.registered, epoch=rig.arena.epoch + 1)
+    rig.meet_another_server()
     rig.side.server_is_back()
     assert freed == [True, True], "or twice as much is needed while the next one is made"
     rig.side.close()
