@@ -435,6 +435,7 @@ def test_a_request_that_waits_is_looked_up_anew_after_forgetting():
     line.resident.update(names(request))
     assert side.matched(request, 0) == (192, False)  # and not allocated yet
     side.forget("other weights")
+    assert line.named("end") == [("end", "a")]
     assert side.matched(request, 0) == (0, False)
     assert line.named("drop_load") == [("drop_load", "a", 3)]
 
@@ -447,6 +448,7 @@ def test_a_preempted_request_is_looked_up_anew_after_forgetting():
     request.num_preemptions = 1
     side.forget("other weights")
     side.plan(step(preempted=["a"]))
+    assert line.named("end") == [("end", "a")]
     assert side.matched(request, 0) == (0, False)
 
 
