@@ -6,7 +6,8 @@ At once, in the calling thread, or, while a transfer is handed over, by a pump: 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -322,6 +323,12 @@ class CudaRuntime:
         """
         torch.cuda.set_device(self.device)
         self._driver.relax_capture()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The same for a while, in a thread that may be the engine's."""
+        with torch.cuda.device(self.device), self._driver.capture_relaxed():
+            yield
 
     def submitter(self, name: str, *, urgent: bool) -> Submitter:
         """Writes urgent transfers down at once, of others only the first steps; a pump calls the driver."""

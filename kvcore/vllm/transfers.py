@@ -104,29 +104,35 @@ class HostTransfers(_Backend):
 
 
 class CudaTransfers(_Backend):
-    """On a GPU the arena is pinned in the background; what is not pinned yet goes through a pinned buffer."""
+    """On a GPU the arena is pinned in the background; what is not pinned yet goes through a pinned buffer.
+
+    It is made, closed and unpinned by any thread, whatever the engine captures meanwhile.
+    """
 
     def __init__(self, cache: Paged, chunk_tokens: int, data: Any, name: str | None = None) -> None:
-        import torch  # noqa: PLC0415 - takes seconds, and the scheduler needs none
-
         from kvkernels.cuda_driver import cuda_driver  # noqa: PLC0415 - these import torch, Triton and CUDA
         from kvkernels.cuda_streams import CudaRuntime  # noqa: PLC0415
         from kvkernels.registered import RegisteredArena  # noqa: PLC0415
         from kvkernels.transfer import listed  # noqa: PLC0415
 
-        runtime = CudaRuntime(listed(cache.tensors)[0].device)
-        self._arena = RegisteredArena(data, cuda_driver(), enter_thread=runtime.enter_thread)
+        self._runtime = CudaRuntime(listed(cache.tensors)[0].device)
+        self._arena = RegisteredArena(data, cuda_driver(), enter_thread=self._runtime.enter_thread)
         try:
-            # Whichever thread this is, and whatever the engine captures meanwhile.
-            with torch.cuda.device(runtime.device), cuda_driver().capture_relaxed():
+            with self._runtime.entered():
                 super().__init__(cache, chunk_tokens, self._arena, name)
         except BaseException:
             self.unpin()
             raise
 
+    def close(self) -> None:
+        """Wait for what is under way, and free the backend's memory."""
+        with self._runtime.entered():
+            super().close()
+
     def unpin(self) -> None:
         """Stop pinning, and unpin."""
-        self._arena.close()
+        with self._runtime.entered():
+            self._arena.close()
 
 
 def _report(profile: dict[str, Any]) -> None:

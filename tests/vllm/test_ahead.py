@@ -23,8 +23,8 @@ pytestmark = pytest.mark.vllm
 PROMPT, HIT, BLOCK = 200, 128, 32
 
 
-def scheduler(model):
-    """vLLM's, over a connector that finds HIT tokens."""
+def scheduler(model, runner):
+    """vLLM's for its first or second model runner, over a connector that finds HIT tokens."""
     args = EngineArgs(model=str(model), dtype="float32", enforce_eager=True, block_size=BLOCK, max_model_len=1024)
     config = args.create_engine_config()
     config.scheduler_config.async_scheduling = True  # as on a GPU
@@ -40,6 +40,7 @@ def scheduler(model):
         getattr(connector, nothing).return_value = None
     connector.has_pending_block_frees.return_value = False
     made.recompute_kv_load_failures = made.defer_block_free = True
+    made.use_v2_model_runner = runner == 2
     made.log_stats = False
     return made
 
@@ -53,9 +54,10 @@ def tokens(outputs):
     return [token for one in outputs.values() for each in one.outputs for token in each.new_token_ids]
 
 
-def test_no_token_that_rests_on_a_failed_load_is_given_out(tiny_model):
+@pytest.mark.parametrize("runner", [1, 2])
+def test_no_token_that_rests_on_a_failed_load_is_given_out(tiny_model, runner):
     compat.recompute_by_preemption()
-    engine = scheduler(tiny_model)
+    engine = scheduler(tiny_model, runner)
     init_none_hash(sha256)
     hasher = get_request_block_hasher(BLOCK, sha256)
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
@@ -67,7 +69,8 @@ def test_no_token_that_rests_on_a_failed_load_is_given_out(tiny_model):
     assert not tokens(engine.update_from_output(first, output(1, {blocks[0]})))
     third = engine.schedule()
     assert third.num_scheduled_tokens == {"r": PROMPT}, "all of it, and no token of the steps before"
-    assert list(third.scheduled_cached_reqs.all_token_ids) == ["r"], "the worker is to take it up anew"
+    anew = third.scheduled_cached_reqs.all_token_ids if runner == 1 else [r.req_id for r in third.scheduled_new_reqs]
+    assert list(anew) == ["r"], "the worker is to take it up anew"
     assert not tokens(engine.update_from_output(second, output(2)))
     engine.schedule()
     assert tokens(engine.update_from_output(third, output(3))) == [3]

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 
 import harness
 import numpy as np
@@ -53,12 +53,16 @@ class Queue:
         return self.answers
 
 
-@pytest.fixture(scope="module")
-def rig(tiny_model, reference, tmp_path_factory):
+@pytest.fixture(scope="module", params=["at rest", "ahead"])
+def rig(request, tiny_model, reference, tmp_path_factory):
+    """A server with a journal, and an engine that plans a step when the one before is over, or while it runs."""
     journal = tmp_path_factory.mktemp("journal")
     server = ServerProcess(tmp_path_factory.mktemp("server"), *FLAGS, "--journal", str(journal))
     config = harness.connector_config("KVCoreMPConnector", endpoint=server.endpoint)
-    with harness.engine(tiny_model, config, max_num_batched_tokens=512) as llm:
+    with (
+        harness.planning_ahead() if request.param == "ahead" else nullcontext(),
+        harness.engine(tiny_model, config, max_num_batched_tokens=512) as llm,
+    ):
         yield server, llm, Timed(harness.scheduler(llm).connector, get_kv_transfer_group())
     server.stop()
 

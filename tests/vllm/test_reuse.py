@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from dataclasses import replace
+from contextlib import nullcontext
 
 import harness
 import numpy as np
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.vllm
 L1_CHUNKS = 16
 CHUNK_BYTES = 512 << 10
 GPU_BLOCKS = 112
-MODES = ["mp-sync", "mp-async-ahead", "embedded-sync"]
+MODES = ["mp-sync", "mp-async-ahead", "embedded-sync-ahead"]
 
 
 def tokens(count, seed):
@@ -65,7 +65,7 @@ def reference(tiny_model):
 def setup(request, tiny_model, reference, tmp_path_factory):
     """An engine with a connector, small in every way: chunked prefill, few blocks, an L1 of 16 chunks.
 
-    `ahead` puts lookups off as on a GPU, where vLLM plans steps ahead, which it does not on the CPU.
+    `ahead` has vLLM plan steps ahead, as it does on a GPU, and lookups put off then.
     """
     kind, mode, *ahead = request.param.split("-")
     options = {"l1_size_gb": L1_CHUNKS * CHUNK_BYTES / 2**30, "page_size": "512KiB", "chunk_size": CHUNK}
@@ -77,12 +77,13 @@ def setup(request, tiny_model, reference, tmp_path_factory):
     else:
         config = harness.connector_config("KVCoreConnector", load_mode=mode, pretouch=False, **options)
     with (
+        harness.planning_ahead() if ahead else nullcontext(),
         harness.engine(tiny_model, config, max_num_batched_tokens=256, num_gpu_blocks_override=GPU_BLOCKS) as llm,
         pytest.MonkeyPatch.context() as patch,
     ):
         if ahead:
             side = harness.scheduler(llm).connector._scheduler
-            patch.setattr(side, "_options", replace(side._options, plans_ahead=True))
+            assert side._options.plans_ahead
             patch.setattr(namespace, "_LONG", 16)
             put_off = spied(patch, side, "_puts_off")
         yield Setup(llm, server, reference)
