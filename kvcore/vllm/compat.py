@@ -4,9 +4,7 @@ Tested with 0.26 and 0.32; any other version is tried, with a warning.
 """
 
 import logging
-import time
 from importlib.util import find_spec
-from inspect import signature
 from typing import Any
 
 import torch
@@ -46,7 +44,6 @@ __all__ = [
     "log_with_vllm",
     "packing",
     "plans_ahead",
-    "recompute_by_preemption",
     "runs_as_one_graph",
     "transfer_factory",
     "worker_connector",
@@ -178,54 +175,6 @@ def copies_in_step(vllm_config: Any) -> bool:
 def plans_ahead(vllm_config: Any) -> bool:
     """Return whether a step is planned while the one before it runs."""
     return bool(vllm_config.scheduler_config.async_scheduling)
-
-
-def recompute_by_preemption() -> None:
-    """Have a request whose load failed in the step start anew, instead of taking back its count of computed tokens.
-
-    Steps of it that are planned ahead do not follow the count, and their tokens, which rest on the failed load, are
-    given out; nor do the positions that vLLM's second model runner keeps on the GPU.
-    """
-    from vllm.v1.core.sched.scheduler import Scheduler  # noqa: PLC0415 - the scheduler's process alone needs it
-
-    rewind: Any = getattr(Scheduler, "_handle_invalid_blocks", None)
-    if rewind is None or hasattr(rewind, "rewinds"):
-        return
-    drops = "drop_stale_output" in signature(Scheduler._preempt_request).parameters
-
-    def handle(self: Any, invalid: Any, scheduled: dict[str, int]) -> Any:
-        computed = {request.request_id: request.num_computed_tokens for request in self.running}
-        failed = rewind(self, invalid, scheduled)
-        if failed and self.recompute_kv_load_failures:
-            for request in [one for one in self.running if one.request_id in failed]:
-                done = (
-                    computed[request.request_id] - request.num_in_flight_tokens + scheduled.get(request.request_id, 0)
-                )
-                _start_anew(self, request, invalid, done, drops=drops)
-        return failed
-
-    handle.rewinds = rewind  # type: ignore[attr-defined]
-    Scheduler._handle_invalid_blocks = handle
-
-
-def _start_anew(scheduler: Any, request: Any, invalid: Any, done: int, *, drops: bool) -> None:
-    """Preempt a request, and have the tokens of its steps under way left out.
-
-    `done` are its tokens that are computed with the step at hand, whose output is left out anyway; `drops` says whether
-    vLLM counts the others itself, as 0.32 does and 0.26 does not.
-    """
-    (blocks,) = scheduler.kv_cache_manager.get_block_ids(request.request_id)
-    first = next(i for i, block in enumerate(blocks) if block in invalid)
-    scheduler.kv_cache_manager.evict_blocks(set(blocks[first:]))  # or they would be matched as they are
-    scheduler.running.remove(request)
-    scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
-    if drops:
-        scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
-        return
-    ahead = request.num_output_placeholders
-    scheduler._preempt_request(request, time.monotonic())
-    request.async_tokens_to_discard = ahead - (ahead > 0 and done >= request.num_tokens)
-    request.num_output_placeholders = 0
 
 
 def transfer_factory(vllm_config: Any) -> TransferFactory:

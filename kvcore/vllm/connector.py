@@ -11,6 +11,7 @@ from kvcore.live.client import Register, RegistrationRefused, SchedulerClient, W
 from kvcore.policy.hashing import Namespace
 from kvcore.vllm import compat, identity
 from kvcore.vllm.embedded import EmbeddedServer, embedded_settings
+from kvcore.vllm.failed_loads import recompute_by_preemption
 from kvcore.vllm.jobs import StepPlan, StepReport
 from kvcore.vllm.metrics import KVCorePromMetrics, KVCoreStats
 from kvcore.vllm.mover import Cache
@@ -93,9 +94,10 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         self._worker: WorkerSide | None = None
         self._cache: Cache | None = None
         self._server = self._start_server() if role == compat.KVConnectorRole.SCHEDULER else None
-        if role == compat.KVConnectorRole.SCHEDULER and not self._settings.fail_on_load_error:
-            self._kv_transfer_config.kv_load_failure_policy = "recompute"
-            compat.recompute_by_preemption()
+        if role == compat.KVConnectorRole.SCHEDULER:
+            if not self._settings.fail_on_load_error:
+                self._kv_transfer_config.kv_load_failure_policy = "recompute"
+            recompute_by_preemption()
 
     def _start_server(self) -> EmbeddedServer | None:
         """Return the server that lives with this connector; none does."""

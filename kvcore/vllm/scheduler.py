@@ -519,6 +519,8 @@ class SchedulerSide:
             if life is not None and not bad.isdisjoint(life.blocks):
                 life.tainted = True
                 tracked.unlucky = True  # it starts anew, and to load again would fail again
+        for life in self._late.values():
+            life.tainted = life.tainted or not bad.isdisjoint(life.blocks)
 
     def _end(self, life: Life) -> None:
         if not life.ended and life.session is self._link.registered:

@@ -28,7 +28,7 @@ BLOCK = 32
 CHUNK = 128
 LOGPROB_TOLERANCE = 1e-4
 GPU_LOGPROB_TOLERANCE = 2e-3
-"""vLLM's attention in Triton multiplies float32 as TF32 (10 bits): a hit and a whole prefill differ by 6e-4 on an H100."""
+"""vLLM's attention in Triton rounds float32 to TF32: a hit and a whole prefill differ by 6e-4 on an H100."""
 
 
 @dataclass(frozen=True)

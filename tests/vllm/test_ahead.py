@@ -14,10 +14,10 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from kvcore.vllm import compat
+from kvcore.vllm.failed_loads import recompute_by_preemption
 
 pytestmark = pytest.mark.vllm
 PROMPT, HIT, BLOCK = 200, 128, 32
@@ -54,19 +54,34 @@ def tokens(outputs):
     return [token for one in outputs.values() for each in one.outputs for token in each.new_token_ids]
 
 
-@pytest.mark.parametrize("runner", [1, 2])
-def test_no_token_that_rests_on_a_failed_load_is_given_out(tiny_model, runner):
-    compat.recompute_by_preemption()
-    engine = scheduler(tiny_model, runner)
+@pytest.fixture(params=[1, 2])
+def runner(request):
+    return request.param
+
+
+@pytest.fixture
+def engine(tiny_model, runner):
+    """A scheduler that has planned a step with a load, and one behind it."""
+    recompute_by_preemption()
     init_none_hash(sha256)
+    made = scheduler(tiny_model, runner)
+    add(made, "r")
+    made.plans = [made.schedule()]
+    made.connector.get_num_new_matched_tokens.return_value = (0, False)
+    made.plans.append(made.schedule())  # planned while the first runs
+    ((made.loaded,),) = (new.block_ids for new in made.plans[0].scheduled_new_reqs)
+    return made
+
+
+def add(engine, name):
     hasher = get_request_block_hasher(BLOCK, sha256)
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-    engine.add_request(Request("r", list(range(PROMPT)), params, None, block_hasher=hasher))
-    first = engine.schedule()
-    engine.connector.get_num_new_matched_tokens.return_value = (0, False)
-    second = engine.schedule()  # planned while the first runs
-    ((blocks,),) = (new.block_ids for new in first.scheduled_new_reqs)
-    assert not tokens(engine.update_from_output(first, output(1, {blocks[0]})))
+    engine.add_request(Request(name, list(range(PROMPT)), params, None, block_hasher=hasher))
+
+
+def test_no_token_that_rests_on_a_failed_load_is_given_out(engine, runner):
+    first, second = engine.plans
+    assert not tokens(engine.update_from_output(first, output(1, {engine.loaded[0]})))
     third = engine.schedule()
     assert third.num_scheduled_tokens == {"r": PROMPT}, "all of it, and no token of the steps before"
     anew = third.scheduled_cached_reqs.all_token_ids if runner == 1 else [r.req_id for r in third.scheduled_new_reqs]
@@ -74,3 +89,35 @@ def test_no_token_that_rests_on_a_failed_load_is_given_out(tiny_model, runner):
     assert not tokens(engine.update_from_output(second, output(2)))
     engine.schedule()
     assert tokens(engine.update_from_output(third, output(3))) == [3]
+
+
+def test_nor_of_a_request_that_is_preempted_meanwhile(engine):
+    first, second = engine.plans
+    (request,) = engine.running
+    engine.running.remove(request)
+    engine._preempt_request(request, 0.0)  # as for want of blocks
+    assert not tokens(engine.update_from_output(first, output(1, {engine.loaded[0]})))
+    assert not tokens(engine.update_from_output(second, output(2)))
+    third = engine.schedule()
+    assert third.num_scheduled_tokens == {"r": PROMPT}
+    engine.schedule()
+    assert tokens(engine.update_from_output(third, output(3))) == [3]
+
+
+@pytest.mark.parametrize("invalid", [0, HIT // BLOCK - 1])
+def test_what_an_aborted_request_was_to_load_is_not_matched(engine, invalid):
+    first, second = engine.plans
+    engine.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+    engine.update_from_output(first, output(1, {engine.loaded[invalid]}))
+    engine.update_from_output(second, output(2))
+    add(engine, "s")
+    assert engine.schedule().num_scheduled_tokens == {"s": PROMPT - invalid * BLOCK}
+
+
+def test_what_an_aborted_request_has_loaded_is_matched(engine):
+    first, second = engine.plans
+    engine.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+    engine.update_from_output(first, output(1))
+    engine.update_from_output(second, output(2))
+    add(engine, "s")
+    assert engine.schedule().num_scheduled_tokens == {"s": PROMPT % BLOCK}
