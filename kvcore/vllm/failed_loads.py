@@ -27,6 +27,8 @@ class _Freed(NamedTuple):
     blocks: list[int]
     computed: int
     """Its tokens that were computed with all steps under way."""
+    preemptions: int
+    """How often it had been preempted before."""
 
 
 def recompute_by_preemption() -> None:
@@ -51,7 +53,9 @@ def recompute_by_preemption() -> None:
     def remember(self: Any, request: Any) -> None:
         groups = self.kv_cache_manager.get_block_ids(request.request_id)
         if request.num_in_flight_tokens and len(groups) == 1:
-            _freed(self).append(_Freed(request.request_id, list(groups[0]), request.num_computed_tokens))
+            _freed(self).append(
+                _Freed(request.request_id, list(groups[0]), request.num_computed_tokens, request.num_preemptions)
+            )
         free(self, request)
 
     handle.rewinds = rewind  # type: ignore[attr-defined]
@@ -90,11 +94,16 @@ def _settle_freed(scheduler: Any, invalid: Set[int], scheduled: Mapping[str, int
     for freed in [one for one in _freed(scheduler) if not invalid.isdisjoint(one.blocks)]:
         _evict(scheduler, freed.blocks, invalid)
         request = scheduler.requests.get(freed.request_id)
-        if request is not None and request.status.name == "PREEMPTED" and request.num_in_flight_tokens:
+        if request is not None and request.num_in_flight_tokens and _waits_since(request, freed):
             _leave_out(request, _done(request, freed.computed, scheduled), drops=drops)
             failed.add(freed.request_id)
         _freed(scheduler).remove(freed)
     return failed
+
+
+def _waits_since(request: Any, freed: _Freed) -> bool:
+    """Whether it was preempted then, and not taken up since."""
+    return request.status.name == "PREEMPTED" and request.num_preemptions == freed.preemptions + 1
 
 
 def _evict(scheduler: Any, blocks: list[int], invalid: Set[int]) -> None:

@@ -44,6 +44,8 @@ class _Running:
     """Chunks whose pages were of the right generation before the copy, and are copied."""
     report: StepReport = field(default_factory=StepReport)
     """Of the step that loads it (synchronous loads only)."""
+    step: int = 0
+    """Which step that is."""
     failures_seen: int = 0
     """How many failed loads of this rank were known to who planned it (stores only)."""
     ordered: int = 0
@@ -104,7 +106,10 @@ class WorkerSide:
         self._engine_thread = 0
         self._received: set[str] = set()
         self._bad_blocks: set[int] = set()
+        self._step = 0
         self._failed_steps = 0
+        self._failed_in: list[int] = []
+        """The steps of those failed loads that no report has told of yet."""
         self._rejected = 0
         """Chunks that could not be packed."""
         self._rejected_said = -_SAY_AGAIN_S
@@ -155,6 +160,7 @@ class WorkerSide:
         if plan is self._begun:
             return
         self._begun, self._of_step = plan, []
+        self._step += 1
         self._guard(plan)
         for copy in plan.loads:
             self._begin_load(copy)
@@ -244,14 +250,17 @@ class WorkerSide:
         """Return what tells the scheduler's half of this step, once it is over; None where there is nothing to tell."""
         with self._lock:
             report, self._report = self._report, StepReport()
-        loads = list(self._of_step)
+        loads, step = list(self._of_step), self._step
         if not (loads or report.load_stalls or self._failed_steps):
             return None
 
         def known() -> StepReport:
             self._settle(loads)
-            if self._failed_steps:
-                report.failures[self._rank] = self._failed_steps
+            with self._lock:  # a step that was begun behind this one may have failed loads already
+                self._failed_in = [later for later in self._failed_in if later > step]
+                failures = self._failed_steps - len(self._failed_in)
+            if failures:
+                report.failures[self._rank] = failures
             return report
 
         return known
@@ -337,7 +346,7 @@ class WorkerSide:
                     handle = _InThread(self._thread.submit(mover.load, pages, blocks))
                 else:
                     handle = mover.load(pages, blocks)
-            one = _Running(copy, handle, mover, started, valid, self._report)
+            one = _Running(copy, handle, mover, started, valid, self._report, self._step)
             self._loading = [*self._loading, one]
             if not copy.asynchronous:
                 self._of_step.append(one)
@@ -431,6 +440,7 @@ class WorkerSide:
         self.counters.failed_tokens += self._counted(len(bad) * self._cache.block_tokens)
         if not copy.asynchronous:
             self._failed_steps += 1
+            self._failed_in.append(self._step if one is None else one.step)
         elif failed.all():
             self._received.add(copy.request)
         if self._link is not None:

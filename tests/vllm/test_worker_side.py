@@ -234,6 +234,20 @@ def test_nothing_is_stored_until_the_scheduler_knows_of_a_failed_load(rig):
     assert rig.said("committed")
 
 
+def test_a_step_does_not_tell_of_a_load_that_fails_in_the_next(rig):
+    """Its report is made when its tokens are asked for. What the next step loads, the scheduler would think it knew."""
+    failing = rig.copy(range(20, 24))
+    failing.epoch += 1
+    rig.step(StepPlan(loads=[failing]))
+    rig.side.bad_blocks()
+    first = rig.side.report()
+    rig.step(StepPlan(loads=[failing]))
+    second = rig.side.report()
+    assert first().failures == {0: 1}
+    assert second().failures == {0: 2}
+    assert rig.side.report()().failures == {0: 2}
+
+
 def test_store_into_pages_that_were_given_away_is_aborted(rig):
     store = rig.copy(range(4))
     rig.arena.generations[store.pages[0, 0]] += 1
