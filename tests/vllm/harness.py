@@ -53,11 +53,14 @@ def planning_ahead():
     """Let engines plan a step while another is under way, as they do on a GPU; vLLM turns that off on the CPU.
 
     vLLM's own scheduler, engine core and model runner do it. The CPU's runner has no streams to copy tokens out by:
-    those of torch's CUDA stand for nothing meanwhile.
+    those of torch's CUDA stand for nothing meanwhile. Of kvcore's copies, too, it is not taken for granted then that
+    they are over with the step.
     """
     import pytest
     import torch
     from vllm.platforms import current_platform
+
+    from kvcore.vllm import compat
 
     if torch.cuda.is_available():
         yield
@@ -74,6 +77,7 @@ def planning_ahead():
             patch.setattr(owner, name, _Nothing)
         patch.setattr(torch.cuda, "current_stream", _Nothing)
         patch.setattr(torch.cuda, "stream", nullcontext)
+        patch.setattr(compat, "copies_in_step", lambda config: False)
         yield
 
 

@@ -103,6 +103,20 @@ def test_what_is_made_can_be_kept(tmp_path):
     assert all(part.source and part.error for part in profile.provenance.values())
 
 
+@pytest.mark.parametrize(("more", "warned"), [(0.0, False), (0.1, False), (0.4, True)])
+def test_a_machine_that_was_busy_shows_in_the_profile(more, warned):
+    class Busy(Engine):
+        def first_token_s(self, prompt):
+            return super().first_token_s(prompt) * (1 + more * (self.calls % 2))
+
+        def decode_step_s(self, prompts, steps):
+            return super().decode_step_s(prompts, steps) * (1 + more * (self.calls % 2))
+
+    error = calibrate(Busy(), PLAN, FACTS).provenance["prefill"].error
+    assert f"spread by {100 * more:.1f}%" in error or more
+    assert ("measure again" in error) == warned
+
+
 def test_progress_names_every_point():
     seen = []
     calibrate(Engine(), PLAN, FACTS, progress=lambda *row: seen.append(row))
