@@ -103,7 +103,7 @@ def _settle_freed(scheduler: Any, invalid: Set[int], scheduled: Mapping[str, int
 
 def _waits_since(request: Any, freed: _Freed) -> bool:
     """Whether it was preempted then, and not taken up since."""
-    return request.status.name == "PREEMPTED" and request.num_preemptions == freed.preemptions + 1
+    return bool(request.status.name == "PREEMPTED" and request.num_preemptions == freed.preemptions + 1)
 
 
 def _evict(scheduler: Any, blocks: list[int], invalid: Set[int]) -> None:

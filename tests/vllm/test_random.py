@@ -37,12 +37,12 @@ def prompts():
     """Of a tree of prefixes: some end within a block, some at a chunk's end, one token behind or before it."""
     rng = np.random.default_rng(7)
     stems = [rng.integers(4, 300, 3 * CHUNK).tolist() for _ in range(2)]
-    made = []
-    for stem in stems:
-        for shared in (CHUNK // 2, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, 3 * CHUNK):
-            for more in (0, 1, BLOCK, CHUNK + 3):
-                made.append(stem[:shared] + rng.integers(4, 300, more).tolist())
-    return made
+    return [
+        stem[:shared] + rng.integers(4, 300, more).tolist()
+        for stem in stems
+        for shared in (CHUNK // 2, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, 3 * CHUNK)
+        for more in (0, 1, BLOCK, CHUNK + 3)
+    ]
 
 
 PROMPTS = prompts()
