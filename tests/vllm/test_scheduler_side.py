@@ -262,6 +262,21 @@ def test_a_lost_server_leaves_nothing_to_come():
     assert not side.plan(step()).stores
 
 
+@pytest.mark.parametrize(("bad", "stored"), [((), True), ((9,), True), ((13,), False)])
+def test_a_grant_that_comes_after_a_load_failed_stores_nothing_of_an_aborted_request(bad, stored):
+    line, side = make(grant_wait_s=0.0)
+    line.at_once = False
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(names(request)[:1])
+    admit(side, request)
+    side.finished(request)
+    side.reported(StepReport(failures={0: 1} if bad else {}), bad, ())
+    line.deliver()
+    plan = side.plan(step())
+    assert bool(plan.stores) == stored
+    assert bool(line.named("drop_store")) != stored
+
+
 def test_preemption_gives_back_late_grants_and_looks_up_anew():
     line, side = make()
     line.at_once = False
