@@ -51,11 +51,11 @@ def recompute_by_preemption() -> None:
         return failed | _settle_freed(self, invalid, scheduled, drops=drops)
 
     def remember(self: Any, request: Any) -> None:
-        groups = self.kv_cache_manager.get_block_ids(request.request_id)
-        if request.num_in_flight_tokens and len(groups) == 1:
-            _freed(self).append(
-                _Freed(request.request_id, list(groups[0]), request.num_computed_tokens, request.num_preemptions)
-            )
+        if getattr(request, "num_in_flight_tokens", 0):
+            groups = self.kv_cache_manager.get_block_ids(request.request_id)
+            if len(groups) == 1:
+                counts = request.num_computed_tokens, request.num_preemptions
+                _freed(self).append(_Freed(request.request_id, list(groups[0]), *counts))
         free(self, request)
 
     handle.rewinds = rewind  # type: ignore[attr-defined]
@@ -65,9 +65,9 @@ def recompute_by_preemption() -> None:
 
 def _freed(scheduler: Any) -> deque[_Freed]:
     """What was freed lately, at least since the oldest step under way: to evict more than that does no harm."""
-    if not hasattr(scheduler, "freed_in_flight"):
-        scheduler.freed_in_flight = deque(maxlen=4 * scheduler.max_num_running_reqs)
-    found: deque[_Freed] = scheduler.freed_in_flight
+    if not hasattr(scheduler, "kvcore_freed"):
+        scheduler.kvcore_freed = deque(maxlen=4 * scheduler.max_num_running_reqs)
+    found: deque[_Freed] = scheduler.kvcore_freed
     return found
 
 
@@ -95,8 +95,10 @@ def _settle_freed(scheduler: Any, invalid: Set[int], scheduled: Mapping[str, int
         _evict(scheduler, freed.blocks, invalid)
         request = scheduler.requests.get(freed.request_id)
         if request is not None and request.num_in_flight_tokens and _waits_since(request, freed):
-            _leave_out(request, _done(request, freed.computed, scheduled), drops=drops)
-            failed.add(freed.request_id)
+            # 0.26 expects no output of one whose tokens are left out already, as those of a reset are.
+            if drops or request.num_output_placeholders:
+                _leave_out(request, _done(request, freed.computed, scheduled), drops=drops)
+                failed.add(freed.request_id)
         _freed(scheduler).remove(freed)
     return failed
 

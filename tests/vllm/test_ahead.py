@@ -104,6 +104,18 @@ def test_nor_of_a_request_that_is_preempted_meanwhile(engine):
     assert tokens(engine.update_from_output(third, output(3))) == [3]
 
 
+def test_what_a_reset_leaves_out_is_left_out_once(engine):
+    first, second = engine.plans
+    engine.defer_block_free = False  # vLLM 0.26 cannot reset while it defers
+    assert engine.reset_prefix_cache(reset_running_requests=True)
+    assert not tokens(engine.update_from_output(first, output(1, {engine.loaded[0]})))
+    assert not tokens(engine.update_from_output(second, output(2)))
+    third = engine.schedule()
+    assert third.num_scheduled_tokens == {"r": PROMPT}
+    engine.schedule()
+    assert tokens(engine.update_from_output(third, output(3))) == [3]
+
+
 @pytest.mark.parametrize("invalid", [0, HIT // BLOCK - 1])
 def test_what_an_aborted_request_was_to_load_is_not_matched(engine, invalid):
     first, second = engine.plans
