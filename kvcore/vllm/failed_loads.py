@@ -94,11 +94,11 @@ def _settle_freed(scheduler: Any, invalid: Set[int], scheduled: Mapping[str, int
     for freed in [one for one in _freed(scheduler) if not invalid.isdisjoint(one.blocks)]:
         _evict(scheduler, freed.blocks, invalid)
         request = scheduler.requests.get(freed.request_id)
-        if request is not None and request.num_in_flight_tokens and _waits_since(request, freed):
-            # 0.26 expects no output of one whose tokens are left out already, as those of a reset are.
-            if drops or request.num_output_placeholders:
-                _leave_out(request, _done(request, freed.computed, scheduled), drops=drops)
-                failed.add(freed.request_id)
+        waits = request is not None and request.num_in_flight_tokens and _waits_since(request, freed)
+        # 0.26 counts none of one whose tokens are left out already, as those of a reset are, and expects their output.
+        if waits and (drops or request.num_output_placeholders):
+            _leave_out(request, _done(request, freed.computed, scheduled), drops=drops)
+            failed.add(freed.request_id)
         _freed(scheduler).remove(freed)
     return failed
 

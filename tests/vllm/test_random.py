@@ -143,25 +143,18 @@ class Traffic:
 
 
 class Late:
-    """A copy that is over when it has been asked for some times, or is waited for; `end` comes before."""
+    """A copy that is said to be over when it has been asked for some times, or is waited for."""
 
-    def __init__(self, handle, asked, end):
-        self._handle, self._left, self._end = handle, asked, end
+    def __init__(self, handle, asked):
+        self._handle, self._left = handle, asked
 
     def done(self):
         self._left -= 1
-        if self._left <= 0:
-            self._over()
-        return self._end is None
+        return self._left <= 0 and self._handle.done()
 
     def wait(self):
-        self._over()
+        self._left = 0
         self._handle.wait()
-
-    def _over(self):
-        if self._end is not None:
-            self._end()
-            self._end = None
 
     def __getattr__(self, name):
         return getattr(self._handle, name)
@@ -169,9 +162,9 @@ class Late:
 
 @contextmanager
 def robbed(rng, share):
-    """Let some loads read pages that have changed hands: their generations rise, and then others write there.
+    """Let some loads read pages that change hands right then: their generations rise, and then others write there.
 
-    That is known when they begin, or only when they are over, a while later.
+    All loads are over a while later.
     """
     load, count = Mover.load, 0
 
@@ -179,23 +172,20 @@ def robbed(rng, share):
         nonlocal count
         late = int(rng.integers(4))
         if rng.random() >= share:
-            return Late(load(mover, pages, blocks), late, lambda: None)
+            return Late(load(mover, pages, blocks), late)
         count += 1
         size, arena = mover.registered.page_bytes, mover.arena
         taken = np.unique(pages)
         ranges = [slice(int(page) * size, (int(page) + 1) * size) for page in taken]
         kept = [arena.data[one].copy() for one in ranges]
-
-        def rise():
-            arena.generations[taken] += 1
-
+        arena.generations[taken] += 1
         for one in ranges:
             arena.data[one] = GARBAGE
         handle = load(mover, pages, blocks)
         handle.wait()
         for one, before in zip(ranges, kept, strict=True):
             arena.data[one] = before
-        return Late(handle, late, rise)
+        return Late(handle, late)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Mover, "load", rob)
