@@ -1,4 +1,4 @@
-"""Everything that differs between vLLM's versions, and what is not its public interface.
+"""Everything that differs between vLLM's versions, and what is not its public interface; see also `failed_loads`.
 
 Tested with 0.26 and 0.32; any other version is tried, with a warning.
 """

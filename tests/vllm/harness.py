@@ -12,6 +12,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from servers import status, wait_for
+
 KV_BYTES = 1 << 30
 os.environ.update(
     VLLM_CPU_KVCACHE_SPACE=str(KV_BYTES >> 30),
@@ -151,12 +153,14 @@ def generate(llm, prompts, max_tokens=8, salts=None):
     inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     for item, salt in zip(inputs, salts or (), strict=False):
         item["cache_salt"] = salt
-    answers = []
-    for output in llm.generate(inputs, params, use_tqdm=False):
-        result = output.outputs[0]
-        logprobs = [row[token].logprob for token, row in zip(result.token_ids, result.logprobs, strict=True)]
-        answers.append(Answer(list(result.token_ids), logprobs))
-    return answers
+    return [answer(output) for output in llm.generate(inputs, params, use_tqdm=False)]
+
+
+def answer(output):
+    """What vLLM put out for a request, asked for with `logprobs=0`."""
+    result = output.outputs[0]
+    logprobs = [row[token].logprob for token, row in zip(result.token_ids, result.logprobs, strict=True)]
+    return Answer(list(result.token_ids), logprobs)
 
 
 def assert_same(got, expected):
@@ -196,6 +200,21 @@ def step_idle(llm):
         assert time.monotonic() < until, scheduler(llm).requests
         core.step_fn()
         time.sleep(0.002)
+
+
+def settle(llm, endpoint):
+    """Return the server's status once it has no request of this engine.
+
+    Answers that come after their request is gone are taken in the next step: here, those of other requests.
+    """
+
+    def gone():
+        generate(llm, [[5, 6, 7]], 1)
+        return status(endpoint)["requests"] == 0
+
+    step_idle(llm)
+    wait_for(gone)
+    return status(endpoint)
 
 
 def to_json(answers):

@@ -91,29 +91,28 @@ def test_no_token_that_rests_on_a_failed_load_is_given_out(engine, runner):
     assert tokens(engine.update_from_output(third, output(3))) == [3]
 
 
-def test_nor_of_a_request_that_is_preempted_meanwhile(engine):
+def starts_anew(engine):
+    """Its load fails; no token of its two steps is given out, and it is computed whole."""
     first, second = engine.plans
+    assert not tokens(engine.update_from_output(first, output(1, {engine.loaded[0]})))
+    assert not tokens(engine.update_from_output(second, output(2)))
+    third = engine.schedule()
+    assert third.num_scheduled_tokens == {"r": PROMPT}
+    engine.schedule()
+    assert tokens(engine.update_from_output(third, output(3))) == [3]
+
+
+def test_nor_of_a_request_that_is_preempted_meanwhile(engine):
     (request,) = engine.running
     engine.running.remove(request)
     engine._preempt_request(request, 0.0)  # as for want of blocks
-    assert not tokens(engine.update_from_output(first, output(1, {engine.loaded[0]})))
-    assert not tokens(engine.update_from_output(second, output(2)))
-    third = engine.schedule()
-    assert third.num_scheduled_tokens == {"r": PROMPT}
-    engine.schedule()
-    assert tokens(engine.update_from_output(third, output(3))) == [3]
+    starts_anew(engine)
 
 
 def test_what_a_reset_leaves_out_is_left_out_once(engine):
-    first, second = engine.plans
     engine.defer_block_free = False  # vLLM 0.26 cannot reset while it defers
     assert engine.reset_prefix_cache(reset_running_requests=True)
-    assert not tokens(engine.update_from_output(first, output(1, {engine.loaded[0]})))
-    assert not tokens(engine.update_from_output(second, output(2)))
-    third = engine.schedule()
-    assert third.num_scheduled_tokens == {"r": PROMPT}
-    engine.schedule()
-    assert tokens(engine.update_from_output(third, output(3))) == [3]
+    starts_anew(engine)
 
 
 @pytest.mark.parametrize("invalid", [0, HIT // BLOCK - 1])

@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from harness import BLOCK, CHUNK, Answer, assert_same, generate
-from servers import ServerInThread, counters, status, wait_for
+from harness import BLOCK, CHUNK, Answer, answer, assert_same, generate
+from servers import ServerInThread, counters
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
@@ -108,13 +108,7 @@ class Traffic:
         for output in self.engine.step():
             if output.finished and output.request_id in self.under_way:
                 which, most = self.under_way.pop(output.request_id)
-                result = output.outputs[0]
-                rows = zip(result.token_ids, result.logprobs, strict=True)
-                self.ended[output.request_id] = (
-                    which,
-                    most,
-                    Answer(list(result.token_ids), [row[token].logprob for token, row in rows]),
-                )
+                self.ended[output.request_id] = which, most, answer(output)
 
     def round(self):
         """Some dozens of steps with all that happens, and then the rest of what is under way."""
@@ -137,9 +131,9 @@ class Traffic:
             assert self.llm.reset_prefix_cache()
 
     def check(self, reference):
-        for which, most, answer in self.ended.values():
+        for which, most, given in self.ended.values():
             expected = reference[which]
-            assert_same([answer], [Answer(expected.tokens[:most], expected.logprobs[:most])])
+            assert_same([given], [Answer(expected.tokens[:most], expected.logprobs[:most])])
 
 
 class Late:
@@ -207,12 +201,7 @@ def test_random_traffic_is_answered_as_without_a_connector(rig, reference, seed)
     assert counters(endpoint)["loaded_tokens"] > before["loaded_tokens"]
     assert seed or robberies()
 
-    def at_rest():
-        generate(llm, [[5, 6, 7]], 1)
-        return status(endpoint)["requests"] == 0
-
-    wait_for(at_rest)
-    seen = status(endpoint)
+    seen = harness.settle(llm, endpoint)
     assert seen["arena"]["free_pages"] + seen["tiers"][0]["pages"] == seen["arena"]["pages"]
     assert seen["tiers"][0]["idle_pages"] == seen["tiers"][0]["pages"]
     assert llm.reset_prefix_cache()

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from harness import BLOCK, CHUNK, assert_same, generate, metrics
-from servers import ServerInThread, counters, status, wait_for
+from servers import ServerInThread, counters
 from vllm import SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
@@ -262,17 +262,6 @@ def test_salts_keep_tenants_apart(setup):
     assert metrics(setup.llm)["vllm:external_prefix_cache_hits"] == before + 5 * CHUNK
 
 
-def settle(setup):
-    """Answers that come after their request is gone are taken in the next step: here, those of other requests."""
-
-    def gone():
-        generate(setup.llm, [[5, 6, 7]], 1)
-        return status(setup.endpoint)["requests"] == 0
-
-    harness.step_idle(setup.llm)
-    wait_for(gone)
-
-
 def test_requests_aborted_half_way_leave_nothing_behind(setup):
     setup.clear()
     setup.ask("first")
@@ -287,16 +276,14 @@ def test_requests_aborted_half_way_leave_nothing_behind(setup):
         engine.abort_request([name])
         harness.step_idle(setup.llm)
     setup.forget_locally()
-    settle(setup)
-    seen = status(setup.endpoint)
+    seen = harness.settle(setup.llm, setup.endpoint)
     assert seen["arena"]["free_pages"] + seen["tiers"][0]["pages"] == seen["arena"]["pages"]
     setup.ask("first")
 
 
 def test_nothing_is_left_under_way(setup):
     """After everything that this engine has been through, the server holds resident chunks only, and no pin."""
-    settle(setup)
-    seen = status(setup.endpoint)
+    seen = harness.settle(setup.llm, setup.endpoint)
     assert seen["arena"]["free_pages"] + seen["tiers"][0]["pages"] == seen["arena"]["pages"]
     assert seen["tiers"][0]["idle_pages"] == seen["tiers"][0]["pages"]
 
