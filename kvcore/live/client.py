@@ -349,7 +349,7 @@ class SchedulerClient:
                 self._lose(reply.message)
                 return False
             _LOG.error("kvcore server: %s of %s: %s: %s", what, request, reply.kind, reply.message)
-            reply = MISS
+            reply = Granted() if what == "ask" else MISS
         if isinstance(reply, Granted):
             self._grants.append((request, reply))
         elif isinstance(reply, Places):

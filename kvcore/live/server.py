@@ -40,8 +40,11 @@ _TURN_MESSAGES = 256
 _SLOW_TURN_S = 0.2
 _LAST_COPIES_S = 5.0
 """How long a server that stops waits for what is on its way to L2."""
-_AWAITED = (wire.Found, wire.Granted)
-"""Replies that an engine's scheduler waits for: they go out at once, the others with the end of the turn."""
+_AWAITED = (wire.Found, wire.Granted, wire.Error)
+"""Replies that an engine's scheduler waits for: they go out at once, the others with the end of the turn.
+
+An error may be the answer to an ask, and those keep their order.
+"""
 
 
 class StartError(Exception):

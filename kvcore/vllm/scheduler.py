@@ -38,7 +38,6 @@ class Options:
             run meanwhile, else sync.
         copies_in_step: Whether workers have ended a step's stores when the step ends (the CPU backend).
         grant_wait_s: How long a request's last step waits for room that it asked for; others take it when it comes.
-        ask_patience_s: An ask unanswered for longer is given up.
         plans_ahead: Whether a step is planned while the one before it runs (vLLM's async scheduling). The first step of
             a long prompt of which nothing is cached then does not wait for the names of its blocks and its lookup.
     """
@@ -47,7 +46,6 @@ class Options:
     load_mode: LoadMode = "auto"
     copies_in_step: bool = True
     grant_wait_s: float = 0.002
-    ask_patience_s: float = 5.0
     plans_ahead: bool = False
 
 
@@ -73,8 +71,8 @@ class SchedulerSide:
         self._options = options
         self._clock = clock
         self._tracked: dict[str, Tracked] = {}
-        self._asking: dict[str, tuple[str, Life, float]] = {}
-        """Lives with unanswered asks, by name: the request, the life, when it asked last."""
+        self._asking: dict[str, tuple[str, Life]] = {}
+        """Lives with unanswered asks, by name, each with its request."""
         self._unrecorded: list[Tracked] = []
         self._late: dict[str, Life] = {}
         """Finished requests with unanswered asks: stored yet, unless their blocks are handed out again before."""
@@ -444,7 +442,7 @@ class SchedulerSide:
         if chunks > life.asked and not life.tainted:
             self._link.ask(life.name, life.chunk_range(life.asked, chunks))
             life.asks.append((life.asked, chunks))
-            self._asking[life.name] = (tracked.id, life, self._clock())
+            self._asking[life.name] = (tracked.id, life)
             life.asked = chunks
         if life.upto < tracked.prompt_tokens:
             return False
@@ -460,9 +458,9 @@ class SchedulerSide:
             if not self._asking or time.monotonic() >= until:
                 break
             time.sleep(50e-6)
-        session, now = self._link.registered, self._clock()
-        for name, (_, life, asked_s) in list(self._asking.items()):
-            if life.session is not session or now - asked_s > self._options.ask_patience_s:
+        session = self._link.registered
+        for name, (_, life) in list(self._asking.items()):
+            if life.session is not session:  # no answer will come: one of a server that is there always does
                 life.asks.clear()
                 del self._asking[name]
 
@@ -475,7 +473,7 @@ class SchedulerSide:
                 life.tainted = True
 
     def _granted(self, name: str, granted: Granted) -> None:
-        request_id, life, _ = self._asking.get(name, (None, None, 0.0))
+        request_id, life = self._asking.get(name, (None, None))
         if request_id is None or life is None:
             return
         start, _ = life.asks.pop(0)

@@ -66,6 +66,24 @@ def test_a_lookup_that_is_not_waited_for_is_answered_when_it_is_asked_for_again(
     client.leave()
 
 
+def test_an_ask_that_is_refused_as_a_whole_is_answered_too(start):
+    """The answers to a request's asks are told apart by their order."""
+    server = start()
+    prompt = chain("a", 3)
+    client = SchedulerClient(server.endpoint, Register("i", "scheduler", 16, 256), wait_s=1.0)
+    worker = WorkerClient(server.endpoint, Register("i", "worker", 16, 256))
+    assert client.register() is not None
+    assert worker.register() is not None
+    assert client.lookup("1", prompt).hits == (0,)
+    client.ask("1", [prompt[0], prompt[0]])
+    client.ask("1", prompt)
+    answers = []
+    wait_for(lambda: answers.extend(client.granted()) or len(answers) == 2)
+    assert [(name, granted.chunks) for name, granted in answers] == [("1", ()), ("1", (0, 1, 2))]
+    worker.leave()
+    client.leave()
+
+
 def test_whether_a_chunk_is_held_is_told_and_changes_nothing(start):
     server = start()
     prompt = chain("a", 3)
