@@ -78,9 +78,9 @@ class SchedulerSide:
         """Finished requests with unanswered asks: stored yet, unless their blocks are handed out again before."""
         self._loading: dict[str, int] = {}
         """Tokens of asynchronous loads under way, by request."""
-        self._put_off: list[Tracked] = []
-        """Requests with nothing to load: those of which nothing is cached are named and looked up behind their first
-        step, of those that the engine's own cache holds already the answer is taken in there."""
+        self._put_off: dict[Life, Tracked] = {}
+        """Lives with nothing to load: those of which nothing is cached are named and looked up behind their first step,
+        of those that the engine's own cache holds already the answer is taken in there."""
         self._abandoned: list[tuple[Tracked, Life]] = []
         """Lives that were aborted, or preempted, while their lookup was under way."""
         self._waiting_first: dict[str, Tracked] = {}
@@ -106,8 +106,8 @@ class SchedulerSide:
             self._look_up(tracked, life)  # again where the engine's own cache has lost some since
         if life.found is None:
             at_hand = tracked.life is life
-            if at_hand and life.unawaited and tracked not in self._put_off:
-                self._put_off.append(tracked)
+            if at_hand and life.unawaited:
+                self._put_off[life] = tracked
             return (None if at_hand and not life.unawaited else 0), False
         external, life.asynchronous = self._loadable(life, request)
         return external, life.asynchronous
@@ -198,9 +198,9 @@ class SchedulerSide:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return
-        if tracked in self._put_off:
+        if tracked.life in self._put_off:
             self._look_up_put_off()
-            self._put_off = [other for other in self._put_off if other is not tracked]
+            self._put_off = {life: other for life, other in self._put_off.items() if other is not tracked}
         del self._tracked[tracked.id]
         self._note_first_tokens(tracked)
         self._waiting_first.pop(tracked.id, None)
@@ -235,7 +235,7 @@ class SchedulerSide:
     def _disown(self, tracked: Tracked, life: Life) -> None:
         """Store nothing that is computed from now on under names of before, and load nothing by them."""
         life.tainted = life.tainted or life.upto < tracked.prompt_tokens
-        if not life.allocated and tracked not in self._put_off:
+        if not life.allocated and life not in self._put_off:
             self._give_back(tracked, life)
             tracked.end_life()
 
@@ -300,24 +300,23 @@ class SchedulerSide:
         if held is not False or self._link.registered is not session:
             return False
         tracked = Tracked(request, None, self._clock())
-        tracked.life = Life(tracked.wire_name(), session, ())
+        tracked.life = life = Life(tracked.wire_name(), session, ())
         self._tracked[tracked.id] = tracked
-        self._put_off.append(tracked)
+        self._put_off[life] = tracked
         return True
 
     def _look_up_put_off(self) -> bool:
         """Take in the answers for requests whose first step has been planned; return as `_advance` does."""
-        waiting, self._put_off = self._put_off, []
+        waiting, self._put_off = self._put_off, {}
         completes = False
-        for tracked in waiting:
-            life = tracked.life
-            if life is None or life.session is not self._link.registered:
+        for life, tracked in waiting.items():
+            if tracked.life is not life or life.session is not self._link.registered:
                 continue
             if life.upto:
                 life.chunks = life.chunks or self._chunks(tracked, life.session)
                 self._look_up(tracked, life)
             if life.found is None:
-                self._put_off.append(tracked)
+                self._put_off[life] = tracked
                 continue
             self._drop_found(life)  # what others stored since is computed already
             completes |= self._ask_room(tracked, life) and bool(life.asks) and last_step(tracked.request)
@@ -325,11 +324,11 @@ class SchedulerSide:
 
     def _drop_unscheduled(self) -> None:
         """Forget what was put off of requests that did not get into the step: they are asked about anew."""
-        waiting, self._put_off = self._put_off, []
-        for tracked in waiting:
-            if tracked.life is None or tracked.life.upto:
-                self._put_off.append(tracked)
-            elif not tracked.life.unawaited:  # of the others an answer is on its way
+        waiting, self._put_off = self._put_off, {}
+        for life, tracked in waiting.items():
+            if life.upto:
+                self._put_off[life] = tracked
+            elif tracked.life is life and not life.unawaited:  # of the others an answer is on its way
                 del self._tracked[tracked.id]
 
     def _look_up(self, tracked: Tracked, life: Life) -> None:

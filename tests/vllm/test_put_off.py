@@ -199,6 +199,22 @@ def test_a_request_preempted_while_its_answer_is_under_way_gives_back_what_it_fi
     assert line.named("lookup")[-1][1] == "a~1"
 
 
+def test_a_request_preempted_and_asked_about_anew_is_not_forgotten_meanwhile():
+    """Its next lookup is under way when a step is planned without it; what that finds is pinned until it ends."""
+    line, side = make()
+    one = request()
+    first_step(side, one, 300)
+    line.pending = 3
+    one.num_preemptions = 1
+    side.plan(step(preempted=["a"]))
+    assert side.matched(one, 0) == (None, False)
+    side.plan(step())
+    assert side.matched(one, 0) == (0, False)
+    assert [call[1] for call in line.named("lookup")] == ["a", "a~1"]
+    side.finished(one)
+    assert [call[1] for call in line.named("end")] == ["a", "a~1"]
+
+
 def test_names_change_behind_what_is_put_off():
     _, side = make()
     one = request()

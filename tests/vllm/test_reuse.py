@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from harness import BLOCK, CHUNK, assert_same, generate, metrics
-from servers import ServerInThread, counters
+from servers import ServerInThread, counters, status
 from vllm import SamplingParams
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
@@ -106,13 +106,15 @@ class Setup:
         self.reference = reference
 
     def forget_locally(self):
+        """Leave nothing in the engine's cache, once the server has heard from the workers of every store."""
+        harness.settle(self.llm, self.endpoint)
         held = {name: str(request.status) for name, request in harness.scheduler(self.llm).requests.items()}
         assert self.llm.reset_prefix_cache(), held
 
     def clear(self):
+        self.forget_locally()
         with Client(self.endpoint) as client:
             client.call(Clear())
-        self.forget_locally()
 
     def ask(self, *names):
         """Answer prompts at once, compare with the reference; return what vLLM's and the server's counters gained."""
@@ -123,7 +125,9 @@ class Setup:
             for answer in generate(self.llm, [PROMPTS[n] for n in names if length(n) == same], same)
         ]
         assert_same(answers, [self.reference[name] for name in names])
-        after, now = metrics(self.llm), counters(self.endpoint)
+        after = metrics(self.llm)
+        harness.settle(self.llm, self.endpoint)  # workers tell the server of their copies in their own time
+        now = counters(self.endpoint)
         gained = defaultdict(int, {name: after[name] - before.get(name, 0) for name in after})
         gained |= {name: now[name] - served.get(name, 0) for name in now}
         return gained
@@ -214,7 +218,6 @@ def test_preemption_with_loads_and_evictions(setup):
     assert gained["vllm:num_preemptions"] > 0
     assert gained["vllm:kvcore_loaded_tokens"] > 0
     assert gained["evicted_chunks"] > 0
-    harness.step_idle(setup.llm)
     setup.forget_locally()
 
 
@@ -276,7 +279,7 @@ def test_requests_aborted_half_way_leave_nothing_behind(setup):
         engine.abort_request([name])
         harness.step_idle(setup.llm)
     setup.forget_locally()
-    seen = harness.settle(setup.llm, setup.endpoint)
+    seen = status(setup.endpoint)
     assert seen["arena"]["free_pages"] + seen["tiers"][0]["pages"] == seen["arena"]["pages"]
     setup.ask("first")
 
