@@ -201,7 +201,7 @@ class SchedulerClient:
             )
             asked = _Asked(self._send(message, "lookup", request))
             self._lookups[request] = asked
-        elif asked.answer is not None:  # it was pending
+        elif asked.answer is not None and asked.answer.pending:
             asked.answer = None
             asked.id = self._send(Poll(session.registered.member, request), "lookup", request)
         found = self._answer(asked, patient, wait)
@@ -320,15 +320,14 @@ class SchedulerClient:
         """Wait a little for an answer, if at all; None where the server is away."""
         wait_s = max(_PATIENCE_S, self._wait_s) if patient else self._wait_s
         until = time.monotonic() + (wait_s if wait else 0.0)
-        while True:
+        late = False
+        while asked.answer is None and not late:  # it may have come with another's
             left = until - time.monotonic()
+            late = left <= 0
             self._pump(max(0.0, left))
             if self._connection is None:
                 return None
-            if asked.answer is not None:
-                return asked.answer
-            if left <= 0:
-                return NOT_YET
+        return NOT_YET if asked.answer is None else asked.answer
 
     def _pump(self, timeout_s: float) -> None:
         """Take in the replies that are here; a reply that is overdue marks the server away."""

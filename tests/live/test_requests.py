@@ -66,6 +66,22 @@ def test_a_lookup_that_is_not_waited_for_is_answered_when_it_is_asked_for_again(
     client.leave()
 
 
+def test_answers_that_come_with_anothers_are_taken(start):
+    server = start()
+    prompt = chain("a", 3)
+    client = SchedulerClient(server.endpoint, Register("i", "scheduler", 16, 256), wait_s=0.0)
+    worker = WorkerClient(server.endpoint, Register("i", "worker", 16, 256))
+    assert client.register() is not None
+    assert worker.register() is not None
+    for name in "abc":
+        client.lookup(name, prompt)
+    wait_for(lambda: client.granted() or len(client._pending) == 0)
+    assert [client.lookup(name, prompt, wait=False).hits for name in "abc"] == [(0,)] * 3
+    assert not client._lookups
+    worker.leave()
+    client.leave()
+
+
 def test_an_ask_that_is_refused_as_a_whole_is_answered_too(start):
     """The answers to a request's asks are told apart by their order."""
     server = start()
