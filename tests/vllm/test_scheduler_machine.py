@@ -1,0 +1,51 @@
+"""The scheduler's half with a real service, in engines that go through everything at random.
+
+More of it by hand: `KVCORE_TEST_SEEDS=3000 pytest tests/vllm/test_scheduler_machine.py`.
+"""
+
+import os
+from collections import Counter
+
+import pytest
+from engine_machine import Engine
+
+OPERATIONS = {
+    Engine.turn: 40,
+    Engine.deliver: 120,
+    Engine.add: 16,
+    Engine.abort: 3,
+    Engine.clear: 0.5,
+    Engine.forget_locally: 4,
+    Engine.other_weights: 0.3,
+    Engine.lose_server: 0.3,
+    Engine.server_comes: 3,
+}
+
+
+def run(seed, monkeypatch):
+    engine, done = Engine(seed, monkeypatch), []
+    try:
+        for _ in range(1000):
+            (operation,) = engine.rng.choices([*OPERATIONS], [*OPERATIONS.values()])
+            done.append(operation.__name__)
+            operation(engine)
+            engine.check()
+        engine.close()
+    except Exception as error:
+        error.add_note(f"seed {seed}, after {len(done)} operations, the last: {done[-12:]}")
+        raise
+    finally:
+        engine.remove()
+    return engine.seen
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("KVCORE_TEST_SEEDS", "60"))))
+def test_nothing_wrong_is_given_out_or_stored_and_nothing_is_left_behind(seed, monkeypatch):
+    run(seed, monkeypatch)
+
+
+def test_the_machine_comes_everywhere(monkeypatch):
+    seen = Counter()
+    for seed in range(20):
+        seen.update(run(seed, monkeypatch))
+    assert min(seen.values()) > 10, seen
