@@ -1,12 +1,14 @@
 """A load that fails in a step: nothing that rests on it is given out, or matched by a later request.
 
 vLLM's scheduler takes back the count of computed tokens of the requests that run, and computes in the same blocks. That
-leaves three things to be had wrong:
+leaves four things to be had wrong:
 
 - Steps that are planned ahead do not follow the count. Their tokens, which rest on the failed load, are given out, and
   vLLM's second model runner keeps the positions on the GPU. So the request is preempted and starts anew.
 - A request that was preempted after its load began is not looked at, and the token of its step is given out.
 - The blocks of one that was preempted, or aborted, stay in the engine's prefix cache as they are.
+- Of requests that wait for loads of their own behind a block that was not loaded and that they share, the first alone
+  is told, and the others go on as if it computed that block.
 
 This wraps methods of vLLM's that are not public; `tests/vllm/test_ahead.py` and `test_random.py` run them.
 """
@@ -45,6 +47,7 @@ def recompute_by_preemption() -> None:
         computed = {request.request_id: request.num_computed_tokens for request in self.running}
         failed: set[str] = rewind(self, invalid, scheduled)
         if self.recompute_kv_load_failures:
+            _rewind_loading(self, invalid)
             for request in [one for one in self.running if one.request_id in failed]:
                 done = _done(request, computed[request.request_id], scheduled)
                 _start_anew(self, request, invalid, done, drops=drops)
@@ -86,6 +89,18 @@ def _start_anew(scheduler: Any, request: Any, invalid: Set[int], done: int, *, d
     if request.num_in_flight_tokens:
         _freed(scheduler).pop()  # that is seen to here
     _leave_out(request, done, drops=drops)
+
+
+def _rewind_loading(scheduler: Any, invalid: Set[int]) -> None:
+    """Have every request that waits for a load go on in front of its first block that was not loaded."""
+    for request in scheduler.requests.values():
+        if request.status.name != "WAITING_FOR_REMOTE_KVS":
+            continue
+        (blocks,) = scheduler.kv_cache_manager.get_block_ids(request.request_id)
+        right = next((i for i, block in enumerate(blocks) if block in invalid), len(blocks)) * scheduler.block_size
+        if right < request.num_computed_tokens:
+            request.num_computed_tokens = right
+            scheduler.failed_recving_kv_req_ids.add(request.request_id)
 
 
 def _settle_freed(scheduler: Any, invalid: Set[int], scheduled: Mapping[str, int], *, drops: bool) -> set[str]:

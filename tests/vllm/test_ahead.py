@@ -45,8 +45,8 @@ def scheduler(model, runner):
     return made
 
 
-def output(token, invalid=()):
-    told = KVConnectorOutput(invalid_block_ids=set(invalid))
+def output(token, invalid=(), received=()):
+    told = KVConnectorOutput(invalid_block_ids=set(invalid), finished_recving=set(received))
     return ModelRunnerOutput(["r"], {"r": 0}, sampled_token_ids=[[token]], kv_connector_output=told)
 
 
@@ -73,10 +73,11 @@ def engine(tiny_model, runner):
     return made
 
 
-def add(engine, name):
+def add(engine, name, more=0):
     hasher = get_request_block_hasher(BLOCK, sha256)
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-    engine.add_request(Request(name, list(range(PROMPT)), params, None, block_hasher=hasher))
+    prompt = [*range(PROMPT), *[ord(name)] * more]
+    engine.add_request(Request(name, prompt, params, None, block_hasher=hasher))
 
 
 def test_no_token_that_rests_on_a_failed_load_is_given_out(engine, runner):
@@ -132,3 +133,20 @@ def test_what_an_aborted_request_has_loaded_is_matched(engine):
     engine.update_from_output(second, output(2))
     add(engine, "s")
     assert engine.schedule().num_scheduled_tokens == {"s": PROMPT % BLOCK}
+
+
+@pytest.mark.parametrize("right", [0, 2])
+def test_all_that_load_behind_a_block_that_is_not_loaded_are_computed_from_there(engine, right):
+    first, second = engine.plans
+    engine.connector.get_num_new_matched_tokens.return_value = (2 * BLOCK, True)
+    for name in "stu":
+        add(engine, name, 3 * BLOCK)
+    third = engine.schedule()
+    engine.update_from_output(first, output(1, engine.loaded[right : HIT // BLOCK]))
+    assert [engine.requests[name].num_computed_tokens for name in "stu"] == [right * BLOCK] * 3
+    engine.update_from_output(second, output(2))
+    engine.update_from_output(third, output(3, received="stu"))
+    engine.connector.get_num_new_matched_tokens.return_value = (0, False)
+    engine.schedule()
+    tables = {name: engine.kv_cache_manager.get_block_ids(name)[0] for name in "rstu"}
+    assert {name: len(table) for name, table in tables.items()} == dict.fromkeys("stu", 10) | {"r": 7}
