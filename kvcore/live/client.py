@@ -452,6 +452,14 @@ class WorkerClient:
         if (member := self._member(epoch)) is not None:
             self._presence.post(LoadFailed(member, request, self._rank, tuple(chunks)))
 
+    def register_again(self) -> None:
+        """Register anew, in the background, so that the server takes back what was granted and is not being written.
+
+        For a scheduler that lost answers to `ask`. Until it is done, the server is away.
+        """
+        if (session := self._presence.session) is not None:
+            self._presence.register_again(session)
+
     def flush(self, timeout_s: float = 5.0) -> bool:
         """Wait until everything said so far has been answered; return whether it has. For shutdown and tests."""
         return self._presence.flush(timeout_s)

@@ -100,9 +100,14 @@ class Presence:
     def lost(self, session: Session, why: str) -> None:
         """Say that `session` does not answer; from now on the member is away until it has registered again."""
         if self._session is session:
+            _LOG.warning("kvcore server is away (%s): lookups are misses until it is back", why)
+            self.register_again(session)
+
+    def register_again(self, session: Session) -> None:
+        """Give a session up and register anew; no copy of it is under way then."""
+        if self._session is session:
             self._session = None
             self._lost = session
-            _LOG.warning("kvcore server is away (%s): lookups are misses until it is back", why)
             self._queue.put(None)
 
     def flush(self, timeout_s: float) -> bool:

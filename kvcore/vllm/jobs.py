@@ -48,6 +48,9 @@ class StepPlan:
     blocks."""
     computes: bool = True
     """Whether the step runs the model. vLLM 0.26 does not call `wait_for_save` in one that does not."""
+    grants_lost: bool = False
+    """The scheduler lost the server while its asks were under way, and is back. Nobody knows what was granted to it, so
+    workers register anew, which gives it back."""
     failures_seen: dict[int, int] = field(default_factory=dict)
     """How many failed loads of each rank the scheduler knew of. What was computed before it knew of one may rest on
     blocks that were not loaded, so a rank that has had more does not store."""

@@ -86,6 +86,7 @@ class SchedulerSide:
         self._waiting_first: dict[str, Tracked] = {}
         self._plan = StepPlan()
         self._failures: dict[int, int] = {}
+        self._grants_lost = False
         self.counters = Counters()
 
     # Called by the scheduler, in this order, for a request that waits
@@ -165,6 +166,10 @@ class SchedulerSide:
         zeroed = bool(getattr(output, "new_block_ids_to_zero", None))
         plan.load_at_once = not zeroed and any(not copy.asynchronous for copy in plan.loads)
         plan.failures_seen = dict(self._failures)
+        if (
+            self._link.registered is not None
+        ):  # the server has given up the session before, which can be granted no more
+            plan.grants_lost, self._grants_lost = self._grants_lost, False
         return plan
 
     def reported(self, report: StepReport | None, invalid_blocks: Iterable[int], received: Iterable[str]) -> None:
@@ -460,6 +465,7 @@ class SchedulerSide:
         session = self._link.registered
         for name, (_, life) in list(self._asking.items()):
             if life.session is not session:  # no answer will come: one of a server that is there always does
+                self._grants_lost = True
                 life.asks.clear()
                 del self._asking[name]
 

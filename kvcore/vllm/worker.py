@@ -164,6 +164,8 @@ class WorkerSide:
         self._guard(plan)
         for copy in plan.loads:
             self._begin_load(copy)
+        if plan.grants_lost and self._link is not None:
+            self._link.register_again()
 
     def _guard(self, plan: StepPlan) -> None:
         """Make this step wait, on the device, for stores that have not yet read a block which it may write."""

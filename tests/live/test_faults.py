@@ -494,3 +494,21 @@ def test_a_worker_drains_before_a_server_that_lives_takes_it_for_gone(start):
     finally:
         drained.set()
         worker.leave()
+
+
+def test_what_was_granted_to_a_scheduler_that_lost_the_answer_is_given_back(start):
+    """It comes back without knowing of the pages, and its workers were never told of them."""
+    server = start()
+    with clients(server) as (scheduler, worker):
+        pages = server.status()["arena"]["pages"]
+        lookup(scheduler, "1", PROMPTS[0])
+        scheduler.ask("1", PROMPTS[0])
+        wait_for(lambda: server.status()["arena"]["free_pages"] < pages)
+        before = worker.registered
+        scheduler._lose("a test")
+        wait_for(lambda: scheduler.registered)
+        assert scheduler.granted() == []
+        assert server.status()["arena"]["free_pages"] < pages
+        worker.register_again()
+        wait_for(lambda: server.status()["arena"]["free_pages"] == pages)
+        assert wait_for(lambda: worker.registered) is not before

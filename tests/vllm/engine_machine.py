@@ -174,6 +174,8 @@ class Engine:
         self.pool, self.holds, self.pages = Pool(), [None] * BLOCKS, {}
         self.waiting, self.running, self.loading, self.steps = [], [], [], deque()
         self.copying = []
+        self.preempted = []
+        """Since the last step was planned, also by a failed load or a reset: vLLM tells of all."""
         self.rows = deque(maxlen=40)
         self.failed, self.count, self.epoch = 0, 0, 0
         self.seen = dict.fromkeys(("loaded", "load failed", "stored", "preempted", "again", "put off", "lost"), 0)
@@ -210,29 +212,33 @@ class Engine:
             )
         )
 
-    def register(self):
-        """Both members come, or come back: with what was said before it is over, and copies have ended."""
-        self.said.clear()
-        self.copying = [(copy, True) for copy, _ in self.copying]
-        members = {}
-        for role in ("scheduler", "worker"):
+    def register(self, roles=("scheduler", "worker")):
+        """Members come, or come back: with what was said before it is over, and copies have ended."""
+        for role in roles:
             came = wire.Register("e", role, BLOCK, PAGE * BLOCK // CHUNK, drained_epoch=self.epoch)
             registered = self.service.handle(came)
             self.service.here(registered.member, os.getpid())
-            members[role] = registered
-        self.worker, self.epoch = members["worker"], registered.epoch
-        self.client._presence.session = Session(members["scheduler"])
+            if role == "scheduler":
+                self.client._presence.session = Session(registered)
+            else:
+                self.said.clear()
+                self.copying = [(copy, True) for copy, _ in self.copying]
+                self.worker, self.epoch = registered, registered.epoch
 
     def lose_server(self):
-        self.client._presence.session = None
-        self.worker = None
+        """Both members, or one that had no answer for too long."""
+        lost = self.rng.choice(["scheduler", "worker", "both"])
+        if lost != "worker":
+            self.client._presence.session = None
+        if lost != "scheduler":
+            self.worker = None
         self.seen["lost"] += 1
 
     def server_comes(self):
-        if self.client._presence.session is None:
-            if self.rng.random() < 0.5:
-                self.start_server()
-            self.register()
+        away = {"scheduler": self.client._presence.session is None, "worker": self.worker is None}
+        if all(away.values()) and self.rng.random() < 0.5:
+            self.start_server()
+        self.register([role for role, gone in away.items() if gone])
 
     def clear(self):
         self.service.handle(wire.Clear(None))
@@ -297,15 +303,16 @@ class Engine:
         one.num_output_placeholders = 0
         one.num_preemptions += 1
         self.waiting.insert(0, one)
+        self.preempted.append(one.request_id)
         self.seen["preempted"] += 1
 
     def plan(self):
         """One step of the scheduler's."""
-        budget, rows, preempted = self.rng.choice([8, 24, 64]), [], []
+        budget, rows, before = self.rng.choice([8, 24, 64]), [], len(self.preempted)
         for one in list(self.running):
             if one in self.running:
-                budget -= self.grow(one, budget, rows, preempted)
-        if not preempted:
+                budget -= self.grow(one, budget, rows)
+        if len(self.preempted) == before:
             while self.waiting and budget > 0 and len(self.running) + len(self.loading) < MOST_RUNNING:
                 if (used := self.take_up(self.waiting[0], budget, rows)) is None:
                     break
@@ -318,14 +325,15 @@ class Engine:
                 for one, kind, table, start, todo in rows
                 if kind != "new"
             ],
-            preempted=[one.request_id for one in preempted],
+            preempted=self.preempted,
         )
+        self.preempted = []
         self.seen["put off"] += len(self.side._put_off)
         plan = self.side.plan(output)
         computed = [(one, one.lives, start, todo, list(one.table)) for one, _, _, start, todo in rows]
         self.steps.append((plan, computed, self.weights))
 
-    def grow(self, one, budget, rows, preempted):
+    def grow(self, one, budget, rows):
         """Schedule a running request; return its tokens."""
         left = one.num_prompt_tokens + one.max_tokens - 1 - one.done
         todo = min(budget, left if one.done >= one.num_prompt_tokens else one.num_prompt_tokens - one.done)
@@ -337,7 +345,6 @@ class Engine:
         while lacks > self.pool.room():
             last = self.running[-1]
             self.preempt(last)
-            preempted.append(last)
             if last is one:
                 return 0
         new = self.pool.take(max(0, lacks))
@@ -393,6 +400,8 @@ class Engine:
     def run(self):
         """The oldest step that is planned runs, and its outcome is known."""
         plan, computed, weights = self.steps.popleft()
+        if plan.grants_lost and self.worker is not None:
+            self.register(["worker"])
         invalid, received = set(), set()
         failed_before = self.failed
         for copy in plan.loads:

@@ -486,3 +486,17 @@ def test_a_request_whose_load_failed_in_its_step_starts_anew_without_one():
     side.plan(step(preempted=["a"]))
     assert side.matched(request, 0) == (0, False)
     assert len(line.named("lookup")) == 1
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_workers_are_told_of_grants_that_a_lost_server_may_have_made(asked):
+    """Once it is back: before that it may still make some."""
+    line, side = make()
+    line.at_once = False
+    request = EngineRequest("a", prompt(200))
+    line.resident.update(() if asked else names(request))
+    admit(side, request)
+    line.registered = None
+    assert not side.plan(step()).grants_lost
+    line.registered = registered(epoch=2)
+    assert [side.plan(step()).grants_lost for _ in range(2)] == [asked, False]

@@ -54,6 +54,9 @@ class Line:
     def load_failed(self, request, chunks, **counts):
         self.said.append(("load_failed", request, tuple(chunks), counts))
 
+    def register_again(self):
+        self.said.append(("register_again",))
+
     def leave(self):
         self.said.append(("leave",))
 
@@ -254,6 +257,14 @@ def test_store_into_pages_that_were_given_away_is_aborted(rig):
     rig.step(StepPlan(stores=[store]))
     assert rig.said("aborted")
     assert not rig.said("committed")
+
+
+def test_a_scheduler_that_lost_its_grants_has_every_worker_register_anew(rig):
+    copy = rig.copy([0, 1, 2, 3])
+    rig.step(StepPlan(stores=[copy]))
+    rig.step(StepPlan(loads=[copy], grants_lost=True))
+    rig.step(StepPlan())
+    assert [said[0] for said in rig.line.said] == ["committed", "register_again", "loaded"]
 
 
 def test_server_away_fails_loads_and_aborts_stores(rig):
