@@ -61,8 +61,6 @@ class Request(EngineRequest):
     state: str = "waiting"
     num_output_placeholders: int = 0
     lives: int = 0
-    arrived: bool = False
-    """Its asynchronous load is over."""
 
     @property
     def block_hashes(self):
@@ -313,10 +311,9 @@ class Engine:
             if one in self.running:
                 budget -= self.grow(one, budget, rows)
         if len(self.preempted) == before:
-            while self.waiting and budget > 0 and len(self.running) + len(self.loading) < MOST_RUNNING:
-                if (used := self.take_up(self.waiting[0], budget, rows)) is None:
-                    break
-                budget -= used
+            for one in list(self.waiting):
+                if budget > 0 and len(self.running) + len(self.loading) < MOST_RUNNING:
+                    budget -= self.take_up(one, budget, rows)
         rows = [row for row in rows if row[0].state == "running"]
         output = step(
             new=[(one.request_id, table, start, todo) for one, kind, table, start, todo in rows if kind == "new"],
@@ -360,7 +357,7 @@ class Engine:
             one.num_output_placeholders += 1
 
     def take_up(self, one, budget, rows):
-        """Take up a request that waits; return its tokens in this step, None where it goes on waiting."""
+        """Take up a request that waits; return its tokens in this step, all where there is no room for it."""
         hits, external, asynchronous = [], 0, False
         if one.state == "loaded":
             start = one.done
@@ -373,19 +370,19 @@ class Engine:
             hits = self.pool.hits(one)
             external, asynchronous = self.side.matched(one, len(hits) * BLOCK)
             if external is None:
-                return None
+                return 0
             start = len(hits) * BLOCK + external
             assert start < one.num_tokens or (asynchronous and start == one.num_tokens)
         todo = 0 if asynchronous else min(budget, max(1, one.num_prompt_tokens - start))
         lacks = -(-(start + todo) // BLOCK) - len(hits) - len(one.table)
         if lacks > self.pool.room(hits):
-            return None
+            return budget
         one.table += self.pool.take(max(0, lacks), hits)
         self.side.allocated(one, one.table, external)
         self.waiting.remove(one)
         one.done = start
         if asynchronous:
-            one.state, one.arrived = "loading", False
+            one.state = "loading"
             self.loading.append(one)
             return 0
         self.running.append(one)
@@ -454,7 +451,7 @@ class Engine:
                 self.holds[table[at]] = BAD
             elif not all(below) or not {(weights, "begun"), (weights, hashes[at])}.issuperset(written):
                 self.holds[table[at]] = MIXED
-            else:
+            elif self.holds[table[at]] != (weights, hashes[at]):  # the same is written again where requests share it
                 self.holds[table[at]] = weights, hashes[at] if (at + 1) * BLOCK <= start + todo else "begun"
 
     def store(self, copy, failures_seen):
