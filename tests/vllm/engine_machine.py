@@ -22,6 +22,7 @@ from kvcore.live.arena import Arena, ArenaPaths
 from kvcore.live.members import RefusedError, UnknownMemberError
 from kvcore.live.service import MonotonicClock, Parts, Service
 from kvcore.live.settings import load
+from kvcore.live.stores.pool import Completion, Outcome
 from kvcore.live.takeover import State
 from kvcore.policy.hashing import Namespace, chunk_names
 from kvcore.vllm.jobs import StepReport
@@ -103,6 +104,52 @@ class Session:
     registered: wire.Registered
 
 
+class L2:
+    """A store below L1, in the place of `StorePool`: it does what it is asked when it is let, or fails to."""
+
+    def __init__(self, rng):
+        self.rng, self.held = rng, {}
+        self.writes, self.reads, self.done = deque(), [], []
+
+    def submit_put(self, token, chunk, parts):
+        self.writes.append((token, chunk, parts))
+        return True
+
+    def submit_delete(self, chunks):
+        self.writes.extend((None, chunk, None) for chunk in chunks)
+
+    def submit_get(self, token, chunk, parts):
+        self.reads.append((token, chunk, parts))
+        return True
+
+    def work(self):
+        """Writes keep their order, and reads none."""
+        if self.writes and self.rng.random() < 0.5:
+            token, chunk, parts = self.writes.popleft()
+            if parts is None:
+                self.held.pop(chunk, None)
+            else:
+                well = self.rng.random() > 0.1
+                if well:
+                    self.held[chunk] = b"".join(parts)
+                self.end(token, "put", Outcome.DONE if well else Outcome.FAILED)
+        elif self.reads:
+            token, chunk, (part,) = self.reads.pop(self.rng.randrange(len(self.reads)))
+            outcome = Outcome.DONE if chunk in self.held else Outcome.MISS
+            if self.rng.random() < 0.1:
+                outcome = Outcome.FAILED
+            if outcome is Outcome.DONE:
+                part[:] = self.held[chunk]
+            self.end(token, "get", outcome)
+
+    def end(self, token, operation, outcome):
+        self.done.append(Completion(token=token, operation=operation, outcome=outcome, size_bytes=PAGE, duration_ns=1))
+
+    def drain(self):
+        done, self.done = self.done, []
+        return done
+
+
 class Pool:
     """The engine's blocks, which keep what they hold until they are handed out again."""
 
@@ -156,7 +203,7 @@ class Engine:
         self.ahead = self.rng.random() < 0.7
         mode = self.rng.choice(["sync", "async", "auto"])
         self.folder = Path(tempfile.mkdtemp(prefix="kvm-", dir="/dev/shm"))
-        self.arena = None
+        self.arena, self.with_l2 = None, self.rng.random() < 0.5
         self.sent, self.said = deque(), deque()
         self.start_server()
         monkeypatch.setattr(client, "Connection", lambda *_: Connection(self))
@@ -169,14 +216,15 @@ class Engine:
             block_tokens=BLOCK, load_mode=mode, copies_in_step=False, grant_wait_s=0.0, plans_ahead=self.ahead
         )
         self.side = SchedulerSide(self.client, Hasher(NAMESPACE, engine_hashes=True), options)
-        self.pool, self.holds, self.pages = Pool(), [None] * BLOCKS, {}
+        self.pool, self.holds = Pool(), [None] * BLOCKS
         self.waiting, self.running, self.loading, self.steps = [], [], [], deque()
         self.copying = []
         self.preempted = []
         """Since the last step was planned, also by a failed load or a reset: vLLM tells of all."""
         self.rows = deque(maxlen=40)
         self.failed, self.count, self.epoch = 0, 0, 0
-        self.seen = dict.fromkeys(("loaded", "load failed", "stored", "preempted", "again", "put off", "lost"), 0)
+        situations = ("loaded", "load failed", "stored", "preempted", "again", "put off", "lost", "from l2")
+        self.seen = dict.fromkeys(situations, 0)
         self.weights = 0
         self.wanted = {}
         """What the blocks of a chunk hold, by its name."""
@@ -195,9 +243,12 @@ class Engine:
     def start_server(self):
         if self.arena is not None:
             self.arena.close(unlink=False)
-        settings = load({"l1_size_gb": PAGES * PAGE / 2**30, "page_size": str(PAGE), "chunk_size": CHUNK}, {})
+        pages = PAGES // 2 if self.with_l2 else PAGES
+        below = {"l2": f"files:{self.folder}/l2", "l2_size_gb": PAGES * PAGE / 2**30} if self.with_l2 else {}
+        sizes = {"l1_size_gb": pages * PAGE / 2**30, "page_size": str(PAGE), "chunk_size": CHUNK}
+        settings = load({**sizes, **below}, {})
         paths = ArenaPaths(self.folder, "m")
-        self.arena = Arena.open(paths, size_bytes=PAGES * PAGE, page_bytes=PAGE)
+        self.arena = Arena.open(paths, size_bytes=pages * PAGE, page_bytes=PAGE)
         state = State.empty(settings.core_config())
         self.service = Service(
             Parts(
@@ -207,6 +258,7 @@ class Engine:
                 state=state,
                 clock=MonotonicClock(),
                 liveness_path="",
+                pool=L2(self.rng) if self.with_l2 else None,
             )
         )
 
@@ -237,6 +289,11 @@ class Engine:
         if all(away.values()) and self.rng.random() < 0.5:
             self.start_server()
         self.register([role for role, gone in away.items() if gone])
+
+    def l2_works(self):
+        if self.with_l2:
+            self.service.parts.pool.work()
+            self.service.collect()
 
     def clear(self):
         self.service.handle(wire.Clear(None))
@@ -421,6 +478,10 @@ class Engine:
         report = StepReport(failures={0: self.failed}) if self.failed > failed_before else None
         self.take_in(computed, report, invalid, received)
 
+    def bytes_of(self, page):
+        """The first bytes of a page, which stand for all: those of a chunk hold its name."""
+        return memoryview(self.arena.data)[page * PAGE : page * PAGE + 32]
+
     def load(self, copy, fails=False):
         """Copy from the arena, or fail; return the blocks that were not loaded."""
         theirs = self.arena.generations[copy.pages]
@@ -430,13 +491,14 @@ class Engine:
         for chunk, pages, blocks, good in zip(
             copy.chunks, copy.pages.tolist(), copy.blocks.tolist(), same, strict=True
         ):
-            assert not good or self.pages[pages[0]] == chunk, "another chunk's bytes"
+            assert not good or self.bytes_of(pages[0]) == chunk, "another chunk's bytes"
             for block, name in zip(blocks, self.wanted[chunk], strict=True):
                 if block >= 0:
                     self.holds[block] = name if good else BAD
                     bad |= set() if good else {block}
         self.tell(copy, same, wire.Loaded, wire.LoadFailed)
         self.seen["loaded"] += int(same.sum())
+        self.seen["from l2"] += len(copy.tiers) == 2 and copy.tiers[1] > 0
         self.seen["load failed"] += int((~same).sum())
         return bad
 
@@ -465,7 +527,7 @@ class Engine:
                 assert [self.holds[block] for block in blocks] == self.wanted[chunk], (
                     f"{copy.name} stores what is wrong"
                 )
-                self.pages[pages[0]] = chunk
+                self.bytes_of(pages[0])[:] = chunk
         self.tell(copy, good, wire.Committed, wire.Aborted)
         self.seen["stored"] += int(good.sum())
 
@@ -531,6 +593,8 @@ class Engine:
             self.turn()
             while self.sent or self.said:
                 self.deliver()
+            for _ in range(20):
+                self.l2_works()
         self.service.sweep()
         side, service = self.side, self.service
         left = (side._tracked, side._asking, side._late, side._abandoned, side._put_off, side._loading)

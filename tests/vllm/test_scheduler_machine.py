@@ -12,6 +12,7 @@ from engine_machine import Engine
 OPERATIONS = {
     Engine.turn: 40,
     Engine.deliver: 120,
+    Engine.l2_works: 60,
     Engine.add: 16,
     Engine.abort: 3,
     Engine.clear: 0.5,
