@@ -49,8 +49,8 @@ class StepPlan:
     computes: bool = True
     """Whether the step runs the model. vLLM 0.26 does not call `wait_for_save` in one that does not."""
     grants_lost: bool = False
-    """The scheduler lost the server while its asks were under way, and is back. Nobody knows what was granted to it, so
-    workers register anew, which gives it back."""
+    """The scheduler lost a server that lives, and is back. Answers to its asks may be lost, or what it said of them, so
+    pages may be taken that nobody knows of. Workers register anew, which gives them back."""
     failures_seen: dict[int, int] = field(default_factory=dict)
     """How many failed loads of each rank the scheduler knew of. What was computed before it knew of one may rest on
     blocks that were not loaded, so a rank that has had more does not store."""

@@ -86,7 +86,8 @@ class SchedulerSide:
         self._waiting_first: dict[str, Tracked] = {}
         self._plan = StepPlan()
         self._failures: dict[int, int] = {}
-        self._grants_lost = False
+        self._session: Registered | None = None
+        """The last one in which a step was planned."""
         self.counters = Counters()
 
     # Called by the scheduler, in this order, for a request that waits
@@ -166,11 +167,16 @@ class SchedulerSide:
         zeroed = bool(getattr(output, "new_block_ids_to_zero", None))
         plan.load_at_once = not zeroed and any(not copy.asynchronous for copy in plan.loads)
         plan.failures_seen = dict(self._failures)
-        if (
-            self._link.registered is not None
-        ):  # the server has given up the session before, which can be granted no more
-            plan.grants_lost, self._grants_lost = self._grants_lost, False
+        plan.grants_lost = self._came_back()
         return plan
+
+    def _came_back(self) -> bool:
+        """Return whether this is the first step in another session with the same server."""
+        before, session = self._session, self._link.registered
+        if session is None:
+            return False
+        self._session = session
+        return before is not None and session is not before and session.epoch == before.epoch
 
     def reported(self, report: StepReport | None, invalid_blocks: Iterable[int], received: Iterable[str]) -> None:
         """Take in what workers said after a step: its stalls, blocks that were not loaded, ended async loads."""
@@ -465,7 +471,6 @@ class SchedulerSide:
         session = self._link.registered
         for name, (_, life) in list(self._asking.items()):
             if life.session is not session:  # no answer will come: one of a server that is there always does
-                self._grants_lost = True
                 life.asks.clear()
                 del self._asking[name]
 

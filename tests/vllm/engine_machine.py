@@ -9,12 +9,30 @@ import os
 import random
 import shutil
 import tempfile
-from collections import deque
-from dataclasses import dataclass, field
+from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
-from engine_double import EngineRequest, engine_hashes, step
+from engine_double import step
+from machine_parts import (
+    BAD,
+    BLOCK,
+    BLOCKS,
+    CHUNK,
+    L2,
+    MIXED,
+    MOST_RUNNING,
+    NAMESPACE,
+    PAGE,
+    PAGES,
+    PROMPTS,
+    Connection,
+    Pool,
+    Presence,
+    Request,
+    Session,
+)
+from machine_worker import Worker
 
 from kvcore.live import client, wire
 from kvcore.live.allocator import PageAllocator
@@ -22,177 +40,11 @@ from kvcore.live.arena import Arena, ArenaPaths
 from kvcore.live.members import RefusedError, UnknownMemberError
 from kvcore.live.service import MonotonicClock, Parts, Service
 from kvcore.live.settings import load
-from kvcore.live.stores.pool import Completion, Outcome
 from kvcore.live.takeover import State
-from kvcore.policy.hashing import Namespace, chunk_names
+from kvcore.policy.hashing import chunk_names
 from kvcore.vllm.jobs import StepReport
 from kvcore.vllm.namespace import Hasher
 from kvcore.vllm.scheduler import Options, SchedulerSide
-
-BLOCK, CHUNK = 4, 16
-PAGE, PAGES = 4096, 16
-BLOCKS = 32
-MOST_RUNNING = 8
-NAMESPACE = Namespace(model="m", kv_dtype="float32", layout="x", block_tokens=BLOCK)
-BAD, MIXED = "bad", "mixed"
-"""What a block holds that was not loaded or rests on such, and one that rests on blocks of earlier weights."""
-
-
-def prompts():
-    """Of a tree of prefixes, some long enough for their lookup to be put off."""
-    tokens = random.Random(1).choices(range(1000), k=400)
-    stems = [tokens[at : at + 80] for at in (0, 80)]
-    return [
-        stem[:shared] + tokens[200 + 20 * at : 200 + 20 * at + more]
-        for stem in stems
-        for shared in (6, 16, 31, 32, 48, 80)
-        for at, more in enumerate((0, 1, 4, 19))
-    ]
-
-
-PROMPTS = prompts()
-
-
-@dataclass(eq=False)
-class Request(EngineRequest):
-    """A request in the engine. `done` counts its tokens that are computed when all steps planned have run."""
-
-    table: list = field(default_factory=list)
-    done: int = 0
-    state: str = "waiting"
-    num_output_placeholders: int = 0
-    lives: int = 0
-
-    @property
-    def block_hashes(self):
-        return engine_hashes(self.prompt_token_ids + [0] * self.num_output_tokens, block=BLOCK)
-
-    @property
-    def hashes(self):
-        """Of the prompt's full blocks: what they hold when they are right."""
-        return self.block_hashes[: self.num_prompt_tokens // BLOCK]
-
-
-class Connection:
-    """A client's connection: what is sent arrives in order and some time, and so do the answers."""
-
-    def __init__(self, engine):
-        self.engine, self.count, self.replies, self.closed = engine, 0, deque(), False
-
-    def send(self, message):
-        self.count += 1
-        self.engine.sent.append((self, self.count, message))
-        return self.count
-
-    def receive(self, _):
-        here = self.engine.rng.randint(0, len(self.replies))
-        return [self.replies.popleft() for _ in range(here)]
-
-    def close(self):
-        self.closed = True
-
-
-class Presence:
-    session = None
-
-    def lost(self, *_):
-        self.session = None
-
-
-@dataclass(eq=False)
-class Session:
-    registered: wire.Registered
-
-
-class L2:
-    """A store below L1, in the place of `StorePool`: it does what it is asked when it is let, or fails to."""
-
-    def __init__(self, rng):
-        self.rng, self.held = rng, {}
-        self.writes, self.reads, self.done = deque(), [], []
-
-    def submit_put(self, token, chunk, parts):
-        self.writes.append((token, chunk, parts))
-        return True
-
-    def submit_delete(self, chunks):
-        self.writes.extend((None, chunk, None) for chunk in chunks)
-
-    def submit_get(self, token, chunk, parts):
-        self.reads.append((token, chunk, parts))
-        return True
-
-    def work(self):
-        """Writes keep their order, and reads none."""
-        if self.writes and self.rng.random() < 0.5:
-            token, chunk, parts = self.writes.popleft()
-            if parts is None:
-                self.held.pop(chunk, None)
-            else:
-                well = self.rng.random() > 0.1
-                if well:
-                    self.held[chunk] = b"".join(parts)
-                self.end(token, "put", Outcome.DONE if well else Outcome.FAILED)
-        elif self.reads:
-            token, chunk, (part,) = self.reads.pop(self.rng.randrange(len(self.reads)))
-            outcome = Outcome.DONE if chunk in self.held else Outcome.MISS
-            if self.rng.random() < 0.1:
-                outcome = Outcome.FAILED
-            if outcome is Outcome.DONE:
-                part[:] = self.held[chunk]
-            self.end(token, "get", outcome)
-
-    def end(self, token, operation, outcome):
-        self.done.append(Completion(token=token, operation=operation, outcome=outcome, size_bytes=PAGE, duration_ns=1))
-
-    def drain(self):
-        done, self.done = self.done, []
-        return done
-
-
-class Pool:
-    """The engine's blocks, which keep what they hold until they are handed out again."""
-
-    def __init__(self):
-        self.refs = [0] * BLOCKS
-        self.free = list(range(BLOCKS))
-        self.cached = {}
-
-    def hits(self, request):
-        """The blocks of its head that are cached, but for the last token's."""
-        found = []
-        for name in request.hashes[: (request.num_tokens - 1) // BLOCK]:
-            if name not in self.cached:
-                break
-            found.append(self.cached[name])
-        return found
-
-    def room(self, hits=()):
-        return len(self.free) - sum(self.refs[block] == 0 for block in hits)
-
-    def take(self, count, hits=()):
-        for block in hits:
-            if self.refs[block] == 0:
-                self.free.remove(block)
-            self.refs[block] += 1
-        new = [self.free.pop(0) for _ in range(count)]
-        for block in new:
-            self.refs[block] = 1
-            self.evict([block])
-        return [*hits, *new]
-
-    def release(self, table):
-        for block in reversed(table):
-            self.refs[block] -= 1
-            if self.refs[block] == 0:
-                self.free.append(block)
-
-    def cache(self, request, upto):
-        for name, block in zip(request.hashes[: upto // BLOCK], request.table, strict=False):
-            self.cached.setdefault(name, block)
-
-    def evict(self, blocks):
-        self.cached = {name: block for name, block in self.cached.items() if block not in blocks}
 
 
 class Engine:
@@ -204,32 +56,34 @@ class Engine:
         mode = self.rng.choice(["sync", "async", "auto"])
         self.folder = Path(tempfile.mkdtemp(prefix="kvm-", dir="/dev/shm"))
         self.arena, self.with_l2 = None, self.rng.random() < 0.5
-        self.sent, self.said = deque(), deque()
+        self.world = self.rng.choice([1, 1, 2])
+        self.workers = [Worker(self, rank) for rank in range(self.world)]
+        self.sent = deque()
         self.start_server()
         monkeypatch.setattr(client, "Connection", lambda *_: Connection(self))
         monkeypatch.setattr(client, "_PATIENCE_S", 0.0)
         monkeypatch.setattr("kvcore.vllm.namespace._LONG", 16)
-        register = wire.Register("e", "scheduler", BLOCK, PAGE * BLOCK // CHUNK)
-        self.client = client.SchedulerClient("", register, deadline_s=1e9, wait_s=0.0)
+        self.client = client.SchedulerClient("", self.member("scheduler"), deadline_s=1e9, wait_s=0.0)
         self.client._presence = Presence()
         options = Options(
             block_tokens=BLOCK, load_mode=mode, copies_in_step=False, grant_wait_s=0.0, plans_ahead=self.ahead
         )
         self.side = SchedulerSide(self.client, Hasher(NAMESPACE, engine_hashes=True), options)
-        self.pool, self.holds = Pool(), [None] * BLOCKS
+        self.pool = Pool()
         self.waiting, self.running, self.loading, self.steps = [], [], [], deque()
-        self.copying = []
+        self.over = Counter()
+        """Ranks whose part of a request's asynchronous load is over."""
         self.preempted = []
         """Since the last step was planned, also by a failed load or a reset: vLLM tells of all."""
         self.rows = deque(maxlen=40)
-        self.failed, self.count, self.epoch = 0, 0, 0
+        self.count = 0
         situations = ("loaded", "load failed", "stored", "preempted", "again", "put off", "lost", "from l2")
         self.seen = dict.fromkeys(situations, 0)
         self.weights = 0
         self.wanted = {}
         """What the blocks of a chunk hold, by its name."""
         self.learn_names()
-        self.register()
+        self.server_comes()
 
     def learn_names(self):
         for prompt in PROMPTS:
@@ -262,33 +116,36 @@ class Engine:
             )
         )
 
-    def register(self, roles=("scheduler", "worker")):
-        """Members come, or come back: with what was said before it is over, and copies have ended."""
-        for role in roles:
-            came = wire.Register("e", role, BLOCK, PAGE * BLOCK // CHUNK, drained_epoch=self.epoch)
-            registered = self.service.handle(came)
-            self.service.here(registered.member, os.getpid())
-            if role == "scheduler":
-                self.client._presence.session = Session(registered)
-            else:
-                self.said.clear()
-                self.copying = [(copy, True) for copy, _ in self.copying]
-                self.worker, self.epoch = registered, registered.epoch
+    def member(self, role, rank=0, epoch=0):
+        size = PAGE * BLOCK // CHUNK // self.world
+        return wire.Register("e", role, BLOCK, size, rank, self.world, self.world, drained_epoch=epoch)
+
+    def enter(self, role, rank=0, epoch=0):
+        """Register a member, which was here before or not."""
+        registered = self.service.handle(self.member(role, rank, epoch))
+        self.service.here(registered.member, os.getpid())
+        return registered
 
     def lose_server(self):
-        """Both members, or one that had no answer for too long."""
-        lost = self.rng.choice(["scheduler", "worker", "both"])
-        if lost != "worker":
+        """All members, or one that had no answer for too long."""
+        lost = self.rng.choice(["all", "scheduler", *self.workers])
+        if lost in ("all", "scheduler"):
             self.client._presence.session = None
-        if lost != "scheduler":
-            self.worker = None
+        for worker in self.workers:
+            if lost in ("all", worker):
+                worker.registered = None
         self.seen["lost"] += 1
 
     def server_comes(self):
-        away = {"scheduler": self.client._presence.session is None, "worker": self.worker is None}
-        if all(away.values()) and self.rng.random() < 0.5:
+        """Those that lost it find it again: another one, perhaps, where all did."""
+        lost = [worker for worker in self.workers if worker.registered is None]
+        alone = self.client._presence.session is None
+        if alone and len(lost) == self.world and self.rng.random() < 0.5:
             self.start_server()
-        self.register([role for role, gone in away.items() if gone])
+        if alone:
+            self.client._presence.session = Session(self.enter("scheduler"))
+        for worker in lost:
+            worker.register()
 
     def l2_works(self):
         if self.with_l2:
@@ -299,12 +156,12 @@ class Engine:
         self.service.handle(wire.Clear(None))
 
     def deliver(self):
-        """A message arrives: the scheduler's next, or the worker's."""
-        queue = self.rng.choice([queue for queue in (self.sent, self.said) if queue] or [None])
-        if queue is self.said and queue:
-            if self.worker is not None:
-                self.service.handle(queue.popleft())
-        elif queue:
+        """A message arrives: the scheduler's next, or a worker's."""
+        ways = [way for way in (self.sent, *(worker.said for worker in self.workers if worker.registered)) if way]
+        queue = self.rng.choice(ways or [None])
+        if queue is not None and queue is not self.sent:
+            self.service.handle(queue.popleft())
+        elif queue is self.sent:
             connection, count, message = queue.popleft()
             if connection.closed:
                 return
@@ -449,96 +306,53 @@ class Engine:
         self.count_step(one, todo)
         return todo
 
-    # The worker, and what comes of a step
+    # The workers, and what comes of a step
 
     def run(self):
         """The oldest step that is planned runs, and its outcome is known."""
         plan, computed, weights = self.steps.popleft()
-        if plan.grants_lost and self.worker is not None:
-            self.register(["worker"])
-        invalid, received = set(), set()
-        failed_before = self.failed
-        for copy in plan.loads:
-            if copy.asynchronous:
-                self.copying.append((copy, False))
-            elif bad := self.load(copy):
+        invalid, received, report = set(), set(), StepReport()
+        for worker in self.workers:
+            if bad := worker.begin(plan):
                 invalid |= bad
-                self.failed += 1
+                report.failures[worker.rank] = worker.failed
         for row in computed:
             self.compute(*row, weights)
         for copy in plan.stores:
-            self.store(copy, plan.failures_seen.get(0, 0))
-        copying, self.copying = self.copying, []
-        for copy, ended in copying:
-            if ended or self.rng.random() < 0.4:
-                invalid |= self.load(copy, fails=ended)
-                received.add(copy.request)
-            else:
-                self.copying.append((copy, False))
-        report = StepReport(failures={0: self.failed}) if self.failed > failed_before else None
+            self.store(copy, plan.failures_seen)
+        for worker in self.workers:
+            bad, over = worker.arrive()
+            invalid |= bad
+            self.over.update(over)
+        for request in [request for request, ranks in self.over.items() if ranks == self.world]:
+            received.add(request)
+            del self.over[request]
         self.take_in(computed, report, invalid, received)
-
-    def bytes_of(self, page):
-        """The first bytes of a page, which stand for all: those of a chunk hold its name."""
-        return memoryview(self.arena.data)[page * PAGE : page * PAGE + 32]
-
-    def load(self, copy, fails=False):
-        """Copy from the arena, or fail; return the blocks that were not loaded."""
-        theirs = self.arena.generations[copy.pages]
-        here = self.worker is not None and copy.epoch == self.worker.epoch
-        same = (theirs == copy.generations).all(axis=1) & here & (self.rng.random() > 0.1) & (not fails)
-        bad = set()
-        for chunk, pages, blocks, good in zip(
-            copy.chunks, copy.pages.tolist(), copy.blocks.tolist(), same, strict=True
-        ):
-            assert not good or self.bytes_of(pages[0]) == chunk, "another chunk's bytes"
-            for block, name in zip(blocks, self.wanted[chunk], strict=True):
-                if block >= 0:
-                    self.holds[block] = name if good else BAD
-                    bad |= set() if good else {block}
-        self.tell(copy, same, wire.Loaded, wire.LoadFailed)
-        self.seen["loaded"] += int(same.sum())
-        self.seen["from l2"] += len(copy.tiers) == 2 and copy.tiers[1] > 0
-        self.seen["load failed"] += int((~same).sum())
-        return bad
 
     def compute(self, one, _, start, todo, table, weights):
         """A row of the step: it writes its blocks, whatever has become of its request since it was planned."""
         hashes = one.hashes
         for at in range(start // BLOCK, min(len(hashes), -(-(start + todo) // BLOCK))):
-            below = [self.holds[block] == (weights, name) for block, name in zip(table[:at], hashes, strict=False)]
-            written = [self.holds[table[at]]] if at * BLOCK < start else []
-            rests = [*(self.holds[block] for block in table[:at]), *written]
-            if BAD in rests:
-                self.holds[table[at]] = BAD
-            elif not all(below) or not {(weights, "begun"), (weights, hashes[at])}.issuperset(written):
-                self.holds[table[at]] = MIXED
-            elif self.holds[table[at]] != (weights, hashes[at]):  # the same is written again where requests share it
-                self.holds[table[at]] = weights, hashes[at] if (at + 1) * BLOCK <= start + todo else "begun"
+            block, begun = table[at], at * BLOCK < start
+            whole, part = (weights, hashes[at]), (weights, "begun")
+            rests = table[: at + begun]
+            bad = any(worker.holds[one] == BAD for worker in self.workers for one in rests)
+            for holds in (worker.holds for worker in self.workers):
+                right = [holds[one] for one in table[:at]] == [(weights, name) for name in hashes[:at]]
+                if bad:
+                    holds[block] = BAD
+                elif not right or (begun and holds[block] not in (whole, part)):
+                    holds[block] = MIXED
+                elif holds[block] != whole:  # the same is written again where requests share it
+                    holds[block] = whole if (at + 1) * BLOCK <= start + todo else part
 
     def store(self, copy, failures_seen):
-        theirs = self.arena.generations[copy.pages]
-        here = self.worker is not None and copy.epoch == self.worker.epoch and failures_seen >= self.failed
-        good = (theirs == copy.generations).all(axis=1) & here & (self.rng.random() > 0.1)
-        for chunk, pages, blocks, kept in zip(
-            copy.chunks, copy.pages.tolist(), copy.blocks.tolist(), good, strict=True
-        ):
-            if kept:
-                assert [self.holds[block] for block in blocks] == self.wanted[chunk], (
-                    f"{copy.name} stores what is wrong"
-                )
-                self.bytes_of(pages[0])[:] = chunk
-        self.tell(copy, good, wire.Committed, wire.Aborted)
-        self.seen["stored"] += int(good.sum())
-
-    def tell(self, copy, good, well, badly):
-        """Acknowledge a copy, to the server that told of it."""
-        if self.worker is None or copy.epoch != self.worker.epoch:
-            return
-        for kind, which in ((well, good), (badly, ~good)):
-            if which.any():
-                chunks = tuple(chunk for chunk, one in zip(copy.chunks, which, strict=True) if one)
-                self.said.append(kind(self.worker.member, copy.name, 0, chunks))
+        """A chunk is stored when all ranks have: it must be right in all of them."""
+        kept = np.all([worker.store(copy, failures_seen.get(worker.rank, 0)) for worker in self.workers], axis=0)
+        self.seen["stored"] += int(kept.sum())
+        for chunk, blocks, whole in zip(copy.chunks, copy.blocks.tolist(), kept, strict=True):
+            for worker in self.workers if whole else ():
+                assert [worker.holds[block] for block in blocks] == self.wanted[chunk], f"{copy.name} stores it wrong"
 
     def take_in(self, computed, report, invalid, received):
         """What vLLM's scheduler does with a step's outcome, and `recompute_by_preemption`."""
@@ -555,13 +369,7 @@ class Engine:
                 one.done = min(one.done, first * BLOCK)
         for one, lives, start, todo, table in computed:
             if one.lives == lives and start + todo >= one.num_prompt_tokens:
-                for block, name in zip(table, one.hashes, strict=False):
-                    held = self.holds[block]
-                    assert held == MIXED or held[1] == name, f"{one.request_id} is answered from what is wrong"
-                one.num_output_placeholders -= 1
-                one.num_output_tokens += 1
-                if one.num_output_tokens == one.max_tokens:
-                    self.end(one)
+                self.answer(one, table)
         self.side.reported(report, invalid, received)
         for one in [one for one in self.loading if one.request_id in received]:
             self.loading.remove(one)
@@ -571,6 +379,16 @@ class Engine:
                 one.state = "loaded"
                 self.pool.cache(one, one.done)
                 self.waiting.insert(0, one)
+
+    def answer(self, one, table):
+        """A request has its next token."""
+        for block, name in zip(table, one.hashes, strict=False):
+            for held in (worker.holds[block] for worker in self.workers):
+                assert held == MIXED or held[1] == name, f"{one.request_id} is answered from what is wrong"
+        one.num_output_placeholders -= 1
+        one.num_output_tokens += 1
+        if one.num_output_tokens == one.max_tokens:
+            self.end(one)
 
     def turn(self):
         """A step is planned, and run: at once, or behind the next one's planning."""
@@ -591,7 +409,7 @@ class Engine:
             self.end(one)
         for _ in range(30):
             self.turn()
-            while self.sent or self.said:
+            while self.sent or any(worker.said for worker in self.workers):
                 self.deliver()
             for _ in range(20):
                 self.l2_works()
