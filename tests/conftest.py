@@ -2,8 +2,9 @@
 
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,26 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared traces are not here (../shared or $KVCORE_SHARED)")
     return folder
+
+
+@pytest.fixture
+def operate() -> Callable[[Any, int, Mapping[Callable[[Any], object], float], int], None]:
+    """What drives a machine: operations drawn by its `rng`, by weight, a check behind each, and its end."""
+
+    def drive(machine: Any, seed: int, operations: Mapping[Callable[[Any], object], float], count: int) -> None:
+        done: list[str] = []
+        try:
+            for _ in range(count):
+                (operation,) = machine.rng.choices([*operations], [*operations.values()])
+                done.append(operation.__name__)
+                operation(machine)
+                machine.check()
+            machine.close()
+        except Exception as error:
+            error.add_note(f"seed {seed}, after {len(done)} operations, the last: {done[-12:]}")
+            raise
+
+    return drive
 
 
 def pytest_configure(config: pytest.Config) -> None:

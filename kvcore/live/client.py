@@ -455,7 +455,7 @@ class WorkerClient:
     def register_again(self) -> None:
         """Register anew, in the background, so that the server takes back what was granted and is not being written.
 
-        For a scheduler that lost answers to `ask`. Until it is done, the server is away.
+        For an instance whose scheduler has come back. Until it is done, the server is away.
         """
         if (session := self._presence.session) is not None:
             self._presence.register_again(session)

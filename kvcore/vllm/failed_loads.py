@@ -15,7 +15,7 @@ This wraps methods of vLLM's that are not public; `tests/vllm/test_ahead.py` and
 
 import time
 from collections import deque
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -97,7 +97,7 @@ def _rewind_loading(scheduler: Any, invalid: Set[int]) -> None:
         if request.status.name != "WAITING_FOR_REMOTE_KVS":
             continue
         (blocks,) = scheduler.kv_cache_manager.get_block_ids(request.request_id)
-        right = next((i for i, block in enumerate(blocks) if block in invalid), len(blocks)) * scheduler.block_size
+        right = _right(blocks, invalid) * scheduler.block_size
         if right < request.num_computed_tokens:
             request.num_computed_tokens = right
             scheduler.failed_recving_kv_req_ids.add(request.request_id)
@@ -125,8 +125,12 @@ def _waits_since(request: Any, freed: _Freed) -> bool:
 
 def _evict(scheduler: Any, blocks: list[int], invalid: Set[int]) -> None:
     """Take the first block that was not loaded and all behind it from the prefix cache: they would be matched."""
-    first = next(i for i, block in enumerate(blocks) if block in invalid)
-    scheduler.kv_cache_manager.evict_blocks(set(blocks[first:]))
+    scheduler.kv_cache_manager.evict_blocks(set(blocks[_right(blocks, invalid) :]))
+
+
+def _right(blocks: Sequence[int], invalid: Set[int]) -> int:
+    """Return how many blocks lie in front of the first that was not loaded."""
+    return next((i for i, block in enumerate(blocks) if block in invalid), len(blocks))
 
 
 def _leave_out(request: Any, done: int, *, drops: bool) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from kvcore.live import wire
 from kvcore.live.arena import Arena, Reader, Writer
+from kvcore.live.client import Register, SchedulerClient, WorkerClient
 from kvcore.live.connection import Client, ServerAwayError
 from kvcore.live.presence import connect_liveness
 
@@ -227,3 +229,17 @@ class SyncEngine:
                     self.committed(request, placed, rank, tokens=256 * len(placed))
         self.end(request)
         return found, granted
+
+
+@contextmanager
+def clients(server, **scheduling):
+    """The clients of an engine of one rank; both leave in the end."""
+    scheduler = SchedulerClient(server.endpoint, Register("e", "scheduler", 16, 256), **scheduling)
+    worker = WorkerClient(server.endpoint, Register("e", "worker", 16, 256))
+    try:
+        assert scheduler.register() is not None
+        assert worker.register() is not None
+        yield scheduler, worker
+    finally:
+        worker.leave()
+        scheduler.leave()

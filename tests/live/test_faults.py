@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from live_fakes import SyncEngine, chain, environment, wait_for
+from live_fakes import SyncEngine, chain, clients, environment, wait_for
 
 from kvcore.live import wire
 from kvcore.live.client import MISS, NOT_YET, Client, Register, RemoteError, SchedulerClient, WorkerClient
@@ -196,19 +196,6 @@ def test_a_journal_whose_next_segment_cannot_be_made_is_given_up(start, folder):
 
 
 # Clients, when the server is away
-
-
-@contextmanager
-def clients(server, **options):
-    scheduler = SchedulerClient(server.endpoint, Register("e", "scheduler", 16, 256), **options)
-    worker = WorkerClient(server.endpoint, Register("e", "worker", 16, 256), **options)
-    scheduler.register()
-    worker.register()
-    try:
-        yield scheduler, worker
-    finally:
-        worker.leave()
-        scheduler.leave()
 
 
 def lookup(scheduler, request, prompt):

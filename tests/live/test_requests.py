@@ -4,7 +4,7 @@ import signal
 import time
 
 import numpy as np
-from live_fakes import SyncEngine, chain, wait_for
+from live_fakes import SyncEngine, chain, clients, wait_for
 
 from kvcore.live import wire
 from kvcore.live.client import NOT_YET, Register, SchedulerClient, WorkerClient
@@ -47,57 +47,42 @@ def test_a_patient_lookup_waits_for_its_answer(start):
 def test_a_lookup_that_is_not_waited_for_is_answered_when_it_is_asked_for_again(start):
     server = start()
     prompt = chain("a", 3)
-    client = SchedulerClient(server.endpoint, Register("i", "scheduler", 16, 256), wait_s=10.0)
-    worker = WorkerClient(server.endpoint, Register("i", "worker", 16, 256))
-    assert client.register() is not None
-    assert worker.register() is not None
-    with SyncEngine(server.endpoint) as engine:
-        engine.serve("1", prompt)
-    server.process.send_signal(signal.SIGSTOP)  # no answer can be here yet
-    for _ in range(3):
-        began = time.monotonic()
-        assert client.lookup("2", prompt, computed_chunks=3, patient=True, wait=False) is NOT_YET
-        assert time.monotonic() - began < 1
-    server.process.send_signal(signal.SIGCONT)
-    found = client.lookup("2", prompt, computed_chunks=3)
-    assert (found.hits, found.load_chunks) == ((3,), 0)
-    assert server.counters()["kvcore_requests"] == 2
-    worker.leave()
-    client.leave()
+    with clients(server, wait_s=10.0) as (client, _):
+        with SyncEngine(server.endpoint) as engine:
+            engine.serve("1", prompt)
+        server.process.send_signal(signal.SIGSTOP)  # no answer can be here yet
+        for _ in range(3):
+            began = time.monotonic()
+            assert client.lookup("2", prompt, computed_chunks=3, patient=True, wait=False) is NOT_YET
+            assert time.monotonic() - began < 1
+        server.process.send_signal(signal.SIGCONT)
+        found = client.lookup("2", prompt, computed_chunks=3)
+        assert (found.hits, found.load_chunks) == ((3,), 0)
+        assert server.counters()["kvcore_requests"] == 2
 
 
 def test_answers_that_come_with_anothers_are_taken(start):
     server = start()
     prompt = chain("a", 3)
-    client = SchedulerClient(server.endpoint, Register("i", "scheduler", 16, 256), wait_s=0.0)
-    worker = WorkerClient(server.endpoint, Register("i", "worker", 16, 256))
-    assert client.register() is not None
-    assert worker.register() is not None
-    for name in "abc":
-        client.lookup(name, prompt)
-    wait_for(lambda: client.granted() or len(client._pending) == 0)
-    assert [client.lookup(name, prompt, wait=False).hits for name in "abc"] == [(0,)] * 3
-    assert not client._lookups
-    worker.leave()
-    client.leave()
+    with clients(server, wait_s=0.0) as (client, _):
+        for name in "abc":
+            client.lookup(name, prompt)
+        wait_for(lambda: client.granted() or len(client._pending) == 0)
+        assert [client.lookup(name, prompt, wait=False).hits for name in "abc"] == [(0,)] * 3
+        assert not client._lookups
 
 
 def test_an_ask_that_is_refused_as_a_whole_is_answered_too(start):
     """The answers to a request's asks are told apart by their order."""
     server = start()
     prompt = chain("a", 3)
-    client = SchedulerClient(server.endpoint, Register("i", "scheduler", 16, 256), wait_s=1.0)
-    worker = WorkerClient(server.endpoint, Register("i", "worker", 16, 256))
-    assert client.register() is not None
-    assert worker.register() is not None
-    assert client.lookup("1", prompt).hits == (0,)
-    client.ask("1", [prompt[0], prompt[0]])
-    client.ask("1", prompt)
-    answers = []
-    wait_for(lambda: answers.extend(client.granted()) or len(answers) == 2)
-    assert [(name, granted.chunks) for name, granted in answers] == [("1", ()), ("1", (0, 1, 2))]
-    worker.leave()
-    client.leave()
+    with clients(server, wait_s=1.0) as (client, _):
+        assert client.lookup("1", prompt).hits == (0,)
+        client.ask("1", [prompt[0], prompt[0]])
+        client.ask("1", prompt)
+        answers = []
+        wait_for(lambda: answers.extend(client.granted()) or len(answers) == 2)
+        assert [(name, granted.chunks) for name, granted in answers] == [("1", ()), ("1", (0, 1, 2))]
 
 
 def test_whether_a_chunk_is_held_is_told_and_changes_nothing(start):

@@ -31,6 +31,7 @@ from machine_parts import (
     Presence,
     Request,
     Session,
+    loaded,
 )
 from machine_worker import Worker
 
@@ -246,10 +247,8 @@ class Engine:
 
     def grow(self, one, budget, rows):
         """Schedule a running request; return its tokens."""
-        left = one.num_prompt_tokens + one.max_tokens - 1 - one.done
-        todo = min(budget, left if one.done >= one.num_prompt_tokens else one.num_prompt_tokens - one.done)
-        if one.done >= one.num_prompt_tokens:
-            todo = min(todo, 1)
+        prompt = one.num_prompt_tokens - one.done
+        todo = min(budget, prompt if prompt > 0 else min(1, prompt + one.max_tokens - 1))
         if todo <= 0:
             return 0
         lacks = -(-(one.done + todo) // BLOCK) - len(one.table)
@@ -359,14 +358,11 @@ class Engine:
         self.rows.extend(computed)
         tables = [row[-1] for row in self.rows] + [row[-1] for _, rows, _ in self.steps for row in rows]
         for table in [*tables, *(one.table for one in self.running)]:
-            if not invalid.isdisjoint(table):
-                self.pool.evict(table[next(i for i, block in enumerate(table) if block in invalid) :])
+            self.pool.evict(table[loaded(table, invalid) :])
         for one in [one for one in self.running if not invalid.isdisjoint(one.table)]:
             self.preempt(one)
         for one in self.loading:
-            if not invalid.isdisjoint(one.table):
-                first = next(i for i, block in enumerate(one.table) if block in invalid)
-                one.done = min(one.done, first * BLOCK)
+            one.done = min(one.done, loaded(one.table, invalid) * BLOCK)
         for one, lives, start, todo, table in computed:
             if one.lives == lives and start + todo >= one.num_prompt_tokens:
                 self.answer(one, table)

@@ -85,6 +85,11 @@ class Session:
     registered: wire.Registered
 
 
+def loaded(table, invalid):
+    """How many blocks lie in front of the first that was not loaded."""
+    return next((i for i, block in enumerate(table) if block in invalid), len(table))
+
+
 class L2:
     """A store below L1, in the place of `StorePool`: it does what it is asked when it is let, or fails to."""
 

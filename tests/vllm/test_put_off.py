@@ -184,12 +184,18 @@ def test_a_request_aborted_behind_its_first_step_leaves_nothing_behind(pending):
     assert not side._abandoned
 
 
-def test_a_request_preempted_while_its_answer_is_under_way_gives_back_what_it_finds():
+def preempted_behind_its_first_step(pending):
+    """A request whose answer takes so many calls yet; the next step is to tell of it."""
     line, side = make()
     one = request()
     first_step(side, one, 300)
-    line.pending = 1
+    line.pending = pending
     one.num_preemptions = 1
+    return line, side, one
+
+
+def test_a_request_preempted_while_its_answer_is_under_way_gives_back_what_it_finds():
+    line, side, one = preempted_behind_its_first_step(pending=1)
     line.resident.update(names(one)[:2])
     side.plan(step(preempted=["a"]))
     assert line.named("drop_load") == [("drop_load", "a", 2)]
@@ -201,11 +207,7 @@ def test_a_request_preempted_while_its_answer_is_under_way_gives_back_what_it_fi
 
 def test_a_request_preempted_and_asked_about_anew_is_not_forgotten_meanwhile():
     """Its next lookup is under way when a step is planned without it; what that finds is pinned until it ends."""
-    line, side = make()
-    one = request()
-    first_step(side, one, 300)
-    line.pending = 3
-    one.num_preemptions = 1
+    line, side, one = preempted_behind_its_first_step(pending=3)
     side.plan(step(preempted=["a"]))
     assert side.matched(one, 0) == (None, False)
     side.plan(step())

@@ -23,30 +23,28 @@ OPERATIONS = {
 }
 
 
-def run(seed, monkeypatch):
-    engine, done = Engine(seed, monkeypatch), []
-    try:
-        for _ in range(1000):
-            (operation,) = engine.rng.choices([*OPERATIONS], [*OPERATIONS.values()])
-            done.append(operation.__name__)
-            operation(engine)
-            engine.check()
-        engine.close()
-    except Exception as error:
-        error.add_note(f"seed {seed}, after {len(done)} operations, the last: {done[-12:]}")
-        raise
-    finally:
-        engine.remove()
-    return engine.seen
+@pytest.fixture
+def run(operate, monkeypatch):
+    """Run the engine of a seed; return how often it was where."""
+
+    def run(seed):
+        engine = Engine(seed, monkeypatch)
+        try:
+            operate(engine, seed, OPERATIONS, 1000)
+        finally:
+            engine.remove()
+        return engine.seen
+
+    return run
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("KVCORE_TEST_SEEDS", "60"))))
-def test_nothing_wrong_is_given_out_or_stored_and_nothing_is_left_behind(seed, monkeypatch):
-    run(seed, monkeypatch)
+def test_nothing_wrong_is_given_out_or_stored_and_nothing_is_left_behind(run, seed):
+    run(seed)
 
 
-def test_the_machine_comes_everywhere(monkeypatch):
+def test_the_machine_comes_everywhere(run):
     seen = Counter()
     for seed in range(20):
-        seen.update(run(seed, monkeypatch))
+        seen.update(run(seed))
     assert min(seen.values()) > 10, seen

@@ -401,20 +401,11 @@ OPERATIONS |= {requests_well: 20, requests: 20, acknowledges_stores: 20, acknowl
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_nothing_wrong_is_read_and_nothing_is_lost(seed):
+def test_nothing_wrong_is_read_and_nothing_is_lost(operate, seed):
     world = World(seed)
-    done = []
     try:
         world.engine_comes()
-        for _ in range(300):
-            (operation,) = world.rng.choices([*OPERATIONS], [*OPERATIONS.values()])
-            done.append(operation.__name__)
-            operation(world)
-            world.check()
-        world.close()
-    except Exception as error:
-        error.add_note(f"seed {seed}, after {len(done)} operations, the last: {done[-12:]}")
-        raise
+        operate(world, seed, OPERATIONS, 300)
     finally:
         shutil.rmtree(world.folder)
 
