@@ -25,7 +25,7 @@ from kvcore.live.client import Client, ServerAwayError
 def start_server(folder: Path) -> tuple[str, subprocess.Popen[bytes]]:
     """Start a small server and wait until it answers; return its endpoint and its process."""
     endpoint = f"ipc://{folder}/kvcore.ipc"
-    command = [sys.executable, "-m", "kvcore.live.cli", "serve", "--l1-size-gb", "0.5", "--http", "off"]
+    command = [sys.executable, "-m", "kvcore", "serve", "--l1-size-gb", "0.5", "--http", "off"]
     server = subprocess.Popen([*command, "--bind", endpoint, "--arena-dir", str(folder)])
     for _ in range(100):
         with Client(endpoint) as client:

@@ -72,7 +72,7 @@ def own_server(load: Load) -> Iterator[tuple[str, bool]]:
         "--journal": str(folder / "journal"),
         "--log-level": "warning",
     }
-    command = [sys.executable, "-m", "kvcore.live.cli", "serve", *(part for pair in flags.items() for part in pair)]
+    command = [sys.executable, "-m", "kvcore", "serve", *(part for pair in flags.items() for part in pair)]
     process = subprocess.Popen(command)  # noqa: S603 - this very program
     try:
         _wait_for(endpoint, process)

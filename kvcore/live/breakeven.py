@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from kvcore.live import wire
-from kvcore.live.hittest import Row, base_of, first_model, timed
+from kvcore.live.hittest import Row, asked, base_of, timed
 from kvcore.live.tools import report
 from kvcore.policy import LoadCost
 from kvcore.policy.fit import non_negative
@@ -92,7 +92,7 @@ def links_of(metrics: dict[str, Any], chunk_bytes: int, *, threads: int | None) 
 def prefill_points(vllm_url: str, model: str, prompt_tokens: int) -> list[Point]:
     """Measure fresh prompts of a block, and of an eighth to all of `prompt_tokens`: the faster of two, as vLLM says."""
     base = base_of(vllm_url)
-    model = model or first_model(base)
+    model, prompt_tokens = asked(base, model, prompt_tokens)
     random = np.random.default_rng()
     found = []
     for tokens in sorted({_BLOCK, *(max(_BLOCK, prompt_tokens >> halvings) for halvings in range(4))}):

@@ -210,7 +210,9 @@ def doctor(
     server: Endpoint = "",
     vllm: Annotated[str, typer.Option(help="URL of a vLLM server, for the two-request hit test.")] = "",
     model: Annotated[str, typer.Option(help="Model to ask for; the first that vLLM serves by default.")] = "",
-    prompt_tokens: Annotated[int, typer.Option(min=16, help="Length of the longest prompt that it is asked.")] = 4096,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=16, help="Length of the longest prompt, if the model takes it.")
+    ] = 4096,
     write_load_cost: Annotated[
         Path | None, typer.Option(help="Write what loading and computing cost, for kvcore serve --load-cost.")
     ] = None,
@@ -312,7 +314,3 @@ def show(data: dict[str, Any], as_json: bool, *, title: str) -> None:
 def main() -> None:
     """Run the command line."""
     app()
-
-
-if __name__ == "__main__":
-    main()

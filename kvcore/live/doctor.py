@@ -61,7 +61,7 @@ def examine(
         endpoint: Of the server.
         vllm_url: A vLLM server that uses it, for the hit test through a real engine.
         model: What to ask that vLLM for; by default the first model it serves.
-        prompt_tokens: Length of the hit test's prompt.
+        prompt_tokens: Length of the longest prompt, if the model takes it.
         write_load_cost: A file for what loading and computing cost, for `kvcore serve --load-cost`.
     """
     checks = [*_versions(), _hashing(), *_system()]
@@ -91,7 +91,7 @@ def _guard(name: str, call: Callable[[], list[tuple[str, Result, str, str]]]) ->
     try:
         return [Check(*row) for row in call()]
     except (OSError, ValueError, KeyError, ServerAwayError, RemoteError) as error:
-        return [Check(name, "fail", f"{type(error).__name__}: {error}", "see that it is reachable and serves")]
+        return [Check(name, "fail", f"{type(error).__name__}: {error}", "see that it is reachable and serves this")]
 
 
 def _versions() -> Iterator[Check]:

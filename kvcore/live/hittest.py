@@ -3,6 +3,7 @@
 import json
 import re
 import time
+import urllib.error
 import urllib.request
 from typing import Any, Literal, TypeAlias
 
@@ -21,7 +22,7 @@ def hit_test(endpoint: str, vllm_url: str, model: str, prompt_tokens: int) -> li
     Raises OSError where vLLM is not reachable, ValueError or KeyError for an answer that is none of its API's.
     """
     base = base_of(vllm_url)
-    model = model or first_model(base)
+    model, prompt_tokens = asked(base, model, prompt_tokens)
     random = np.random.default_rng()
     warm, prompt, fresh = (random.integers(100, 1000, prompt_tokens).tolist() for _ in range(3))
     _first_token(base, model, warm)  # the first request of a length may compile
@@ -60,9 +61,17 @@ def base_of(vllm_url: str) -> str:
     return base
 
 
-def first_model(base: str) -> str:
-    """Return the first model that a vLLM serves."""
-    return str(_json(f"{base}/v1/models")["data"][0]["id"])
+def asked(base: str, model: str, prompt_tokens: int) -> tuple[str, int]:
+    """Return the model to ask a vLLM for, by default its first, and the prompt's length, at most what the model takes.
+
+    Raises ValueError where it does not serve that model.
+    """
+    served = {str(one["id"]): one.get("max_model_len") for one in _json(f"{base}/v1/models")["data"]}
+    model = model or next(iter(served), "")
+    if model not in served:
+        raise ValueError(f"{base} serves {', '.join(served) or 'no model'}, not {model or 'any'}")
+    longest = served[model]
+    return model, prompt_tokens if longest is None else min(prompt_tokens, longest - 1)
 
 
 def _json(url: str, body: dict[str, Any] | None = None) -> Any:
@@ -73,7 +82,19 @@ def _json(url: str, body: dict[str, Any] | None = None) -> Any:
 def _open(url: str, body: dict[str, Any] | None = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 - http(s) only
-    return urllib.request.urlopen(request, timeout=_TIMEOUT_S)  # noqa: S310
+    try:
+        return urllib.request.urlopen(request, timeout=_TIMEOUT_S)  # noqa: S310
+    except urllib.error.HTTPError as error:
+        raise OSError(f"{url} answers {error.code}: {_reason(error)}") from error
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """Return what an answer says went wrong: `error.message` of OpenAI's API, else its text."""
+    text = error.read().decode(errors="replace")
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return text.strip()[:300] or error.reason
 
 
 def _first_token(base: str, model: str, prompt: list[int]) -> float:

@@ -52,7 +52,7 @@ class ServerProcess:
         self.command = [
             sys.executable,
             "-m",
-            "kvcore.live.cli",
+            "kvcore",
             "serve",
             *("--bind", self.endpoint),
             *("--arena-dir", str(folder)),

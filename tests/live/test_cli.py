@@ -13,7 +13,7 @@ from live_fakes import SyncEngine, chain, environment
 
 def kvcore(*words, timeout=60, **extra):
     return subprocess.run(
-        [sys.executable, "-m", "kvcore.live.cli", *words],
+        [sys.executable, "-m", "kvcore", *words],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -64,7 +64,7 @@ def test_a_server_that_cannot_start_says_why_in_one_line_and_leaves_nothing(star
 def test_settings_come_from_flags_then_environment_then_file(start, folder):
     (folder / "kvcore.toml").write_text('eviction-policy = "fifo"\nchunk_size = 512\nttl-s = 60\n')
     endpoint = f"ipc://{folder}/c.ipc"
-    command = [sys.executable, "-m", "kvcore.live.cli", "serve", "--config", str(folder / "kvcore.toml")]
+    command = [sys.executable, "-m", "kvcore", "serve", "--config", str(folder / "kvcore.toml")]
     more = {"KVCORE_CHUNK_SIZE": "128", "KVCORE_EVICTION_POLICY": "sieve", "KVCORE_PRETOUCH": "false"}
     flags = ["--chunk-size", "64", "--bind", endpoint, "--arena-dir", str(folder), "--http", "off"]
     process = subprocess.Popen(

@@ -159,7 +159,7 @@ def test_a_journal_that_cannot_be_written_is_given_up_and_not_believed(start, fo
             assert engine.serve(f"new-{at}", chain(f"new-{at}", 3))[1].chunks == (0, 1, 2)
         assert "File too large" in server.status()["journal"]["failed"]
         assert server.counters()["kvcore_journal_failed"] == 1
-        command = [sys.executable, "-m", "kvcore.live.cli", "status", "--server", server.endpoint]
+        command = [sys.executable, "-m", "kvcore", "status", "--server", server.endpoint]
         shown = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(), check=True)
         assert "given up" in shown.stdout
         server.kill()

@@ -22,12 +22,15 @@ class StandIn:
         self.engine, self.connected = engine, connected
         self.hits = self.prefill_s = 0.0
         self.requests = 0
+        self.longest, self.takes = None, 10_000
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 if self.path == "/v1/models":
-                    self.reply(json.dumps({"data": [{"id": "tiny"}]}))
+                    self.reply(json.dumps({"data": [{"id": "tiny", "max_model_len": stand_in.longest}]}))
+                elif self.path != "/metrics":
+                    self.send_error(404)
                 else:
                     self.reply(
                         f'vllm:external_prefix_cache_hits_total{{engine="0"}} {stand_in.hits}\n'
@@ -40,11 +43,14 @@ class StandIn:
                     self.send_error(404)
                     return
                 assert body["model"] == "tiny"
+                if len(body["prompt"]) >= stand_in.takes:
+                    self.reply(json.dumps({"error": {"message": "the prompt is too long", "code": 400}}), 400)
+                    return
                 stand_in.serve(body["prompt"])
                 self.reply('data: {"choices": [{"text": "a"}]}\n\ndata: [DONE]\n\n')
 
-            def reply(self, text):
-                self.send_response(200)
+            def reply(self, text, code=200):
+                self.send_response(code)
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 self.wfile.write(text.encode())
@@ -89,6 +95,26 @@ def test_it_tells_a_hit_from_none(start, connected):
         assert "matched 2048 of 2100 tokens, vLLM loaded 2048" in found[2]
         assert timing[1] == "ok"
         assert "0.210, 0.005, 0.210 s" in timing[2], "prefill apart"
+
+
+def test_prompts_are_as_long_as_the_model_takes_and_a_refusal_is_told(start):
+    server = start()
+    with SyncEngine(server.endpoint) as engine:
+        vllm = StandIn(engine, connected=True)
+        vllm.longest = vllm.takes = 1500
+        try:
+            (found, _) = hit_test(server.endpoint, vllm.url, "", 4096)
+            assert "matched 1280 of 1499 tokens" in found[2]
+            assert prefill_points(vllm.url, "", 4096)[-1][0] == 1499
+            vllm.takes = 1000
+            with pytest.raises(OSError, match="/v1/completions answers 400: the prompt is too long"):
+                hit_test(server.endpoint, vllm.url, "", 4096)
+            with pytest.raises(OSError, match="answers 404: "):
+                hit_test(server.endpoint, vllm.url + "none", "", 4096)
+            with pytest.raises(ValueError, match="serves tiny, not large"):
+                hit_test(server.endpoint, vllm.url, "large", 4096)
+        finally:
+            vllm.close()
 
 
 @contextmanager

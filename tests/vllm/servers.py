@@ -37,7 +37,7 @@ class ServerProcess:
         self.folder = Path(folder)
         self.endpoint = f"ipc://{folder}/kvcore.ipc"
         self._command = [
-            sys.executable, "-m", "kvcore.live.cli", "serve", "--bind", self.endpoint, "--arena-dir", str(folder),
+            sys.executable, "-m", "kvcore", "serve", "--bind", self.endpoint, "--arena-dir", str(folder),
             "--http", "off", "--no-pretouch", *flags,
         ]  # fmt: skip
         self.start()

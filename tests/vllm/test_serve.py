@@ -141,17 +141,17 @@ def test_two_instances_share_one_server(tiny_model, server, tmp_path):
 def check_doctor(serve, server, costs):
     """Whether a hit is worth its copy is told by what this vLLM and this server have measured, and can be written."""
     url = f"http://127.0.0.1:{serve.port}"
-    command = [sys.executable, "-m", "kvcore.live.cli", "doctor", "--server", server.endpoint, "--vllm", url]
-    command += ["--prompt-tokens", "1024", "--write-load-cost", str(costs), "--json"]
+    command = [sys.executable, "-m", "kvcore", "doctor", "--server", server.endpoint, "--vllm", url]
+    command += ["--prompt-tokens", "8192", "--write-load-cost", str(costs), "--json"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     checks = {check["name"]: check for check in json.loads(done.stdout)}
     row = checks["load or recompute"]
     assert row["result"] in ("ok", "warn"), row
-    assert "1,024 in " in row["seen"]
+    assert "3,071 in " in row["seen"], "what --max-model-len takes"
     cost = msgspec.json.decode(costs.read_bytes(), type=LoadCost)
     assert cost.chunk_tokens == CHUNK
     assert len(cost.bytes_per_s) == 1
-    assert cost.prefill_ns(1024, 0) > cost.prefill_ns(1, 0) > 0
+    assert cost.prefill_ns(3071, 0) > cost.prefill_ns(1, 0) > 0
     assert Settings(load_cost=str(costs)).core_config().load_cost == cost
 
 

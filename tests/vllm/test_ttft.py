@@ -24,7 +24,7 @@ SMALL = [
 def bench(model, folder, *flags):
     env = environment() | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     env.pop("CUDA_VISIBLE_DEVICES", None)
-    command = [sys.executable, "-m", "kvcore.live.cli", "bench", "ttft", "--model", str(model), *SMALL, *flags]
+    command = [sys.executable, "-m", "kvcore", "bench", "ttft", "--model", str(model), *SMALL, *flags]
     done = subprocess.run(
         [*command, "--out", str(folder / "ttft.json"), "--logs", str(folder / "logs"), "--json"],
         env=env, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,

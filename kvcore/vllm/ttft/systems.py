@@ -190,7 +190,7 @@ def kvcore_server(folder: Path, **flags: Any) -> Iterator[str]:
     endpoint = f"ipc://{folder}/kvcore.ipc"
     given = {"bind": endpoint, "http": "off", "name": f"bench-{os.getpid()}-{time.monotonic_ns()}", **flags}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "kvcore.live.cli", "serve", *words]
+    command = [sys.executable, "-m", "kvcore", "serve", *words]
     with process(command, folder / "kvcore-serve.log", lambda: _answers(endpoint)):
         yield endpoint
 

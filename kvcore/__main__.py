@@ -1,0 +1,5 @@
+"""`python -m kvcore`."""
+
+from kvcore.live.cli import main
+
+main()
