@@ -1,7 +1,7 @@
 """Real vLLM engines in this process, one at a time; what they answer, and how it is compared.
 
-On the CPU in CI. Where there is a CUDA device they run there, and `test_ahead.py`, `test_faults.py`, `test_random.py`
-and `test_reuse.py` are of use.
+On the CPU in CI. Where there is a CUDA device they run there, and `test_ahead.py`, `test_faults.py`, `test_random.py`,
+`test_reuse.py` and, with two of them, `test_ranks.py` are of use.
 """
 
 # ruff: noqa: PLC0415 - vLLM reads the environment when it is imported

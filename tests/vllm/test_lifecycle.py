@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from harness import BLOCK, CHUNK, assert_same, generate, metrics
-from servers import ServerInThread, counters, environment, status, wait_for
+from servers import ServerInThread, counters, environment, wait_for
 from tiny_model import build_mixed_model, build_sliding_model
 
 from kvcore.live.client import RegistrationRefused
@@ -163,25 +163,6 @@ def test_model_that_mixes_sliding_and_full_attention(tmp_path):
         assert llm.reset_prefix_cache()
         assert_same(generate(llm, [FIRST]), expected)
         assert metrics(llm)["vllm:external_prefix_cache_hits"] == 5 * CHUNK
-    server.stop()
-
-
-def test_two_tensor_parallel_ranks_keep_a_shard_each(tiny_model, reference, tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
-    server = ServerInThread(tmp_path, **SMALL)
-    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    with harness.engine(tiny_model, mp(server.endpoint), **options) as llm:
-        assert_same(generate(llm, [FIRST]), reference[:1])
-        assert llm.reset_prefix_cache()
-        assert_same(generate(llm, [FIRST]), reference[:1])
-        ours = metrics(llm)
-        assert ours["vllm:external_prefix_cache_hits"] == 5 * CHUNK
-        assert ours["vllm:kvcore_loaded_tokens"] == ours["vllm:kvcore_stored_tokens"] == 5 * CHUNK
-        chunk_bytes = status(server.endpoint)["instances"][0]["chunk_bytes"]
-        assert ours["vllm:kvcore_loaded_bytes"] == 5 * chunk_bytes
-        served = counters(server.endpoint)
-        assert served["loaded_tokens"] == served["stored_tokens"] == 5 * CHUNK
     server.stop()
 
 
