@@ -1,6 +1,5 @@
 """From measured points to grids: the server's own time, the fitted forms, the points that could not be measured."""
 
-import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -81,7 +80,7 @@ def _grid(points: Points, form: Form) -> Grid:
     return Grid(tuple(x), tuple(y), tuple(rows))
 
 
-def spread(repeats: Mapping[tuple[str, int, int], list[float]]) -> float:
-    """Return the median over points of (largest - smallest) / median of their repeats; NaN without repeats."""
+def spread(repeats: Mapping[tuple[str, int, int], list[float]]) -> float | None:
+    """Return the median over points of (largest - smallest) / median of their repeats; None without repeats."""
     shares = [(max(values) - min(values)) / float(np.median(values)) for values in repeats.values() if len(values) > 1]
-    return float(np.median(shares)) if shares else math.nan
+    return float(np.median(shares)) if shares else None

@@ -23,9 +23,6 @@ FIRST_ID = 100
 _MOST_REPEATS = 4
 _SUSTAINED: Point = ("sustained", 0, 0)
 _LEAST_SUSTAINED, _MOST_SUSTAINED = 5, 400
-_UNQUIET = 0.2
-"""Half of a profile's points differ by more between their repeats: one on a quiet host differs by 0.06, and by one of
-0.22 TTFT was predicted a fifth too long (benchmarks/results/predict-next-server-h100.json)."""
 _HOT_S = 0.02
 """A prefill that takes less is launching and handling, mostly, which warms no GPU."""
 _LARGEST_STEP = 8192
@@ -193,11 +190,6 @@ def _decode(endpoint: Endpoint, plan: Plan, prompts: _Prompts, kept: State, poin
         kept.fail(point, error)
 
 
-def _spread(share: float) -> str:
-    told = f"repeats of a point spread by {100 * share:.1f}% (median)"
-    return told if share < _UNQUIET else f"{told}: other work ran beside, so measure again before you rely on it"
-
-
 def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profile:
     ttft = {point[1:]: float(np.median(values)) for point, values in kept.seconds.items() if point[0] == "prefill"}
     decode = {point[1:]: float(np.median(values)) for point, values in kept.seconds.items() if point[0] == "decode"}
@@ -214,7 +206,7 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
     grid = prefill_grid(prefill, fit)
     misses = [abs(fit.at(n, c) / seconds - 1) for (n, c), seconds in prefill.items()]
     share = spread({point: seconds for point, seconds in kept.seconds.items() if point != _SUSTAINED})
-    told = "one measurement a point" if np.isnan(share) else _spread(share)
+    told = "one measurement a point" if share is None else f"repeats of a point spread by {100 * share:.1f}% (median)"
     today = dt.datetime.now(tz=dt.UTC).date().isoformat()
     source = f"kvsim calibrate, {endpoint.where}, {facts.model}, {today}"
     filled = len(grid.x) * len(grid.y) - len(prefill)
@@ -242,6 +234,7 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
                 kind="measured",
                 source=source,
                 error=f"{told}; {filled} points follow the fit",
+                spread=share,
             ),
             "prefill_fit": Part(
                 kind="fitted",

@@ -234,6 +234,7 @@ def _tell(profile: "Profile", out: Path, json: bool) -> None:
                 "handling_base_s": profile.handling_base_s,
                 "handling_token_s": profile.handling_token_s,
                 "sustained": profile.sustained,
+                "warnings": [*filter(None, [profile.doubt()])],
                 "provenance": {name: asdict(part) for name, part in profile.provenance.items()},
             }
         )
@@ -250,5 +251,6 @@ def _tell(profile: "Profile", out: Path, json: bool) -> None:
             ("the server's handling", seconds(profile.handling_s(longest))),
             ("prefills without rest", f"{100 * (profile.sustained - 1):.1f}% longer"),
             *((name, f"{part.kind}; error {part.error}") for name, part in profile.provenance.items()),
+            *(("beware", doubt) for doubt in filter(None, [profile.doubt()])),
         ],
     )

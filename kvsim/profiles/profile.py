@@ -12,6 +12,9 @@ from kvsim.profiles.costs import FloatArray, Grid, PrefillFit, TransferCurve
 
 DIRECTIONS = ("h2d", "d2h", "disk_read", "disk_write", "network_read", "network_write")
 """L1 to GPU, GPU to L1, and L1 from and to a lower tier on a local disk or across the network."""
+_UNQUIET = 0.2
+"""Half of a profile's points differ by more between their repeats: one on a quiet host differs by 0.06, and by one of
+0.22 TTFT was predicted a fifth too long (benchmarks/results/predict-next-server-h100.json)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,11 +25,14 @@ class Part:
         kind: `measured`, `tables` (composed from measured operators), `fitted` or `assumed`.
         source: Who measured what, with which versions.
         error: The stated error, in words.
+        spread: By how much the repeats of a point differ, largest less smallest over the median; the median over
+            points. None: unknown.
     """
 
     kind: str
     source: str
     error: str
+    spread: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +132,16 @@ class Profile:
         return (
             f"profile {self.name}: prefill of up to {new:,} new and {cached:,} cached tokens was asked for, "
             f"measured are {grid.x[0]:,} to {grid.x[-1]:,} new and {grid.y[0]:,} to {grid.y[-1]:,} cached: extrapolated"
+        )
+
+    def doubt(self) -> str | None:
+        """Return a warning where its prefills were measured beside other work, None where nothing says so."""
+        spread = self.provenance["prefill"].spread if "prefill" in self.provenance else None
+        if spread is None or spread < _UNQUIET:
+            return None
+        return (
+            f"profile {self.name}: repeats of a point spread by {100 * spread:.1f}% (median): other work ran beside, "
+            "so measure again before you rely on times"
         )
 
     def load_cost(self, chunk_tokens: int, lower: tuple[str, ...] = ()) -> LoadCost:

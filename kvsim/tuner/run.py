@@ -225,6 +225,7 @@ def _notes(evaluator: Evaluator, choice: Choice, unbounded: Point, settled: Sett
     if beyond:
         notes.append(beyond)
     if settled is None:
+        notes += filter(None, [costs.profile.doubt()])
         notes.append("TTFT is without a queue and without the engine's own prefix cache: kvsim run adds both")
     else:
         notes += _warnings(settled)

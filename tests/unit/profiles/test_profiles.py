@@ -1,11 +1,16 @@
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import kvsim
 from kvsim.profiles import Grid, PrefillFit, ProfileError, TransferCurve, available, load, lookup
 from kvsim.profiles.load import to_json
+from kvtraces import read
+
+CHAT = Path(__file__).resolve().parents[3] / "traces" / "data" / "chat.jsonl.gz"
 
 
 def grid() -> Grid:
@@ -193,6 +198,18 @@ def test_a_missing_field_a_missing_file_and_no_json_are_errors(tmp_path):
         load(path)
     with pytest.raises(ProfileError, match="nowhere"):
         load(tmp_path / "nowhere.json")
+
+
+def test_a_profile_of_a_busy_machine_warns_wherever_times_are_told():
+    """The shipped one of the small model is one, whose steps are launching mostly."""
+    log = read(CHAT)
+    for model, doubted in (("qwen3-1.7b", True), ("qwen3-8b", False)):
+        costs = kvsim.costs(model=model, gpu="h100")
+        settings = kvsim.RunSettings(profile=costs.run_profile, l1_gb=1.0, chunk_tokens=256)
+        ran = kvsim.run(log, settings, baseline=False)
+        tuned = kvsim.tune(log, costs, chunk_sizes=[256], l1_sizes_gb=[1.0])
+        for told in (ran.warnings, tuned.notes):
+            assert any("measure again" in one for one in told) == doubted
 
 
 def test_the_load_cost_of_the_core_is_the_fit():
