@@ -10,11 +10,12 @@ from kvkernels.errors import DeviceError, LayoutError, RequestError
 from kvkernels.layouts import PagedLayout, Plane, describe
 from kvkernels.packing import packable, packed_layout
 from kvkernels.slots import Piece, Slot, Slots
-from kvkernels.transfer import Handle, Measured, Transfer
+from kvkernels.transfer import DoneHandle, Handle, Measured, Transfer
 
 __all__ = [
     "Arena",
     "DeviceError",
+    "DoneHandle",
     "Handle",
     "HostArena",
     "LayoutError",

@@ -452,13 +452,14 @@ class WorkerClient:
         if (member := self._member(epoch)) is not None:
             self._presence.post(LoadFailed(member, request, self._rank, tuple(chunks)))
 
-    def register_again(self) -> None:
+    def register_again(self, after_s: float = 0.0) -> None:
         """Register anew, in the background, so that the server takes back what was granted and is not being written.
 
-        For an instance whose scheduler has come back. Until it is done, the server is away.
+        For an instance whose scheduler has come back, or, after some seconds, a worker that cannot use the arena. Until
+        it is done, the server is away.
         """
         if (session := self._presence.session) is not None:
-            self._presence.register_again(session)
+            self._presence.register_again(session, after_s)
 
     def flush(self, timeout_s: float = 5.0) -> bool:
         """Wait until everything said so far has been answered; return whether it has. For shutdown and tests."""

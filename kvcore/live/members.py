@@ -114,6 +114,8 @@ class Members:
 
     def size(self, register: Register) -> Instance:
         """Return a new instance of the sizes that a registration gives. Raises RefusedError where they do not fit."""
+        if "/" in register.instance:  # which ends it in the names of its requests
+            raise RefusedError(f"instance {register.instance!r}: a name has no slash")
         blocks, rest = divmod(self._chunk_tokens, register.block_tokens)
         if rest:
             raise RefusedError(

@@ -69,6 +69,7 @@ class Presence:
         self._queue: queue.SimpleQueue[Message | threading.Event | None] = queue.SimpleQueue()
         self._closing = False
         self._lost: Session | None = None
+        self._not_before = 0.0
         self._pending: dict[int, float] = {}
         self._refusal = ""
         self._thread: threading.Thread | None = None
@@ -103,9 +104,10 @@ class Presence:
             _LOG.warning("kvcore server is away (%s): lookups are misses until it is back", why)
             self.register_again(session)
 
-    def register_again(self, session: Session) -> None:
-        """Give a session up and register anew; no copy of it is under way then."""
+    def register_again(self, session: Session, after_s: float = 0.0) -> None:
+        """Give a session up and register anew, not before `after_s`; no copy of it is under way then."""
         if self._session is session:
+            self._not_before = time.monotonic() + after_s
             self._session = None
             self._lost = session
             self._queue.put(None)
@@ -202,6 +204,9 @@ class Presence:
         if self._drain is not None:
             self._drain()
         while not self._closing:
+            if (left := self._not_before - time.monotonic()) > 0:
+                self._sleep(left)
+                continue
             try:
                 session = self._try_to_register(1.0)
             except (ServerAwayError, OSError):

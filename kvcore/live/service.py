@@ -260,7 +260,7 @@ class Service:
 
     def _acknowledge_all(self, instance: Instance, rank: int) -> None:
         """Say in the name of a rank that is gone that it copies nothing any more."""
-        for name in self._stores.of(instance.prefix) if rank < instance.register.shards else ():  # others store nothing
+        for name in self._stores.of(instance.prefix):
             self._settle_stores(name, *self._stores.take(name, rank, None, copied=False))
         for name in self._loads.of(instance.prefix):
             self._settle_loads(name, *self._loads.take(name, rank, None, copied=False))
@@ -398,7 +398,8 @@ class Service:
         placed = answer.placed
         if not placed:
             return wire.Granted(refused=answer.refused, epoch=epoch)
-        self._stores.expect(name, placed, instance.register.shards)
+        # Of ranks that hold the same KV one writes it, but each may have computed on a load of its own that failed.
+        self._stores.expect(name, placed, instance.register.world)
         if placed == message.chunks[: len(placed)]:
             indices: tuple[int, ...] = tuple(range(len(placed)))
         else:

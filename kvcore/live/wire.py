@@ -76,7 +76,10 @@ class Register(Message, frozen=True, tag="register"):
     world: Annotated[int, Meta(ge=1, le=4096)] = 1
     """Workers of the instance, each of which loads."""
     shards: Annotated[int, Meta(ge=1, le=4096)] = 1
-    """Parts of a chunk, one a rank that stores: `world`, or 1 where every rank holds the same KV (MLA)."""
+    """Parts of a chunk: `world`, or 1 where every rank holds the same KV (MLA) and the first writes it.
+
+    Every rank acknowledges a store, those that write nothing once their loads before it have ended.
+    """
     namespace: dict[str, str] = {}
     """What the chunks' names were rooted in, to be shown; `model` is used as a label in /metrics."""
     pid: Count = 0

@@ -34,6 +34,7 @@ __all__ = [
     "UnsupportedModelError",
     "attention_spec",
     "block_ids",
+    "check_supported",
     "check_version",
     "copies_in_step",
     "engine_facts",
@@ -42,10 +43,12 @@ __all__ = [
     "isa",
     "kv_layout",
     "log_with_vllm",
+    "names_media",
     "packing",
     "plans_ahead",
     "runs_as_one_graph",
     "transfer_factory",
+    "waits_layer_by_layer",
     "worker_connector",
 ]
 
@@ -89,8 +92,12 @@ def attention_spec(kv_cache_config: Any) -> Any:
             f"groups ({', '.join(kinds)}). Start vLLM without --kv-transfer-config for it"
         )
     spec = groups[0].kv_cache_spec
-    specs = list(spec.kv_cache_specs.values()) if hasattr(spec, "kv_cache_specs") else [spec]
-    for one in specs:
+    for one in _specs(spec):
+        if getattr(one, "non_causal", False):
+            raise UnsupportedModelError(
+                "kvcore reuses KV by prefix; this model's layers attend to later tokens of the prompt, too. Start vLLM "
+                "without --kv-transfer-config for it"
+            )
         if not isinstance(one, FullAttentionSpec) or type(one).__name__ in _PARTIAL:
             raise UnsupportedModelError(
                 f"kvcore reuses KV of full attention and MLA; this model's layers keep a {type(one).__name__}, which "
@@ -102,16 +109,55 @@ def attention_spec(kv_cache_config: Any) -> Any:
 _PARTIAL = frozenset({"RSWASpec", "SinkFullAttentionSpec", "HiddenStateCacheSpec"})
 
 
+def _specs(spec: Any) -> list[Any]:
+    """Return the specs of the layers, each kind once or layer by layer."""
+    return list(spec.kv_cache_specs.values()) if hasattr(spec, "kv_cache_specs") else [spec]
+
+
+def check_supported(vllm_config: Any, spec: Any) -> None:
+    """Raise UnsupportedModelError for a setting with which KV cannot be reused by prefix, or not by kvcore."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    for kind in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, kind, 1) > 1:
+            raise UnsupportedModelError(f"kvcore does not handle {kind} > 1: a block's tokens lie on several ranks")
+    if is_mla(spec) and parallel.pipeline_parallel_size > 1:
+        raise UnsupportedModelError("kvcore does not handle MLA with pipeline_parallel_size > 1: use tensor parallel")
+    if not model.is_prefix_caching_supported:
+        raise UnsupportedModelError(
+            "vLLM says that this model, or its pooling, does not support prefix caching, nor can kvcore reuse its KV. "
+            "Start vLLM without --kv-transfer-config for it"
+        )
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        raise UnsupportedModelError(
+            "kvcore does not handle calculate_kv_scales: what fp8 KV means would hang on the first prompts of an engine"
+        )
+
+
 def is_mla(spec: Any) -> bool:
     """Return whether every tensor parallel rank holds the same KV."""
-    specs = list(spec.kv_cache_specs.values()) if hasattr(spec, "kv_cache_specs") else [spec]
-    return all(isinstance(one, MLAAttentionSpec) for one in specs)
+    return all(isinstance(one, MLAAttentionSpec) for one in _specs(spec))
+
+
+def waits_layer_by_layer(kv_cache_config: Any) -> bool:
+    """Return whether vLLM says of every layer that its KV is needed now.
+
+    It does so in attention alone; the indexer of sparse MLA comes before it, and reads a cache of its own.
+    """
+    return not any("indexer" in name for group in kv_cache_config.kv_cache_groups for name in group.layer_names)
+
+
+def names_media(vllm_config: Any) -> bool:
+    """Return whether vLLM names images and the like by their content, rather than by a counter of its own.
+
+    `_process_mm_uuids` in vllm/renderers/base.py.
+    """
+    media = vllm_config.model_config.multimodal_config
+    return media is None or media.mm_processor_cache_gb != 0 or bool(vllm_config.cache_config.enable_prefix_caching)
 
 
 def head_size(spec: Any) -> int | None:
-    """Return the size of an attention head, None where layers differ."""
-    specs = list(spec.kv_cache_specs.values()) if hasattr(spec, "kv_cache_specs") else [spec]
-    sizes = {one.head_size for one in specs if isinstance(one, AttentionSpec)}
+    """Return the size of an attention head in elements, None where layers differ."""
+    sizes = {one.head_size for one in _specs(spec) if isinstance(one, AttentionSpec)}
     return sizes.pop() if len(sizes) == 1 else None
 
 

@@ -66,8 +66,11 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
     """Reuses KV through a `kvcore serve` on the same host, which several vLLM instances can share.
 
     Raises, in the constructor or when the engine starts:
-        kvcore.vllm.compat.UnsupportedModelError: The model's KV cannot be reused by prefix.
+        kvcore.vllm.compat.UnsupportedModelError: The model's KV cannot be reused by prefix, or not with these settings.
+        kvkernels.LayoutError: Its cache lies in memory in a way that is not known.
         kvcore.live.client.RegistrationRefused: The server will not have this engine, and why.
+        kvcore.live.server.StartError: The server in this process cannot start (`KVCoreConnector`).
+        RuntimeError: This version of vLLM lacks what kvcore needs of it.
         ValueError: An unknown key in `kv_connector_extra_config`, or a value that does not fit.
     """
 
@@ -80,16 +83,11 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         super().__init__(vllm_config, role, kv_cache_config)
         compat.log_with_vllm()
         compat.check_version()
-        parallel = vllm_config.parallel_config
-        for kind in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-            if getattr(parallel, kind, 1) > 1:
-                raise compat.UnsupportedModelError(
-                    f"kvcore does not handle {kind} > 1: a block's tokens lie on several ranks"
-                )
         self._spec = compat.attention_spec(kv_cache_config)
+        compat.check_supported(vllm_config, self._spec)
         self._settings = read(self._kv_transfer_config.kv_connector_extra_config or {}, embedded=self._embedded)
         self._instance = str(self._kv_transfer_config.engine_id)
-        self._shards = 1 if compat.is_mla(self._spec) else parallel.world_size
+        self._shards = 1 if compat.is_mla(self._spec) else vllm_config.parallel_config.world_size
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._cache: Cache | None = None
@@ -157,7 +155,7 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             shards=self._shards,
             factory=compat.transfer_factory(config),
             in_step=compat.copies_in_step(config),
-            layerwise=self._settings.layerwise,
+            layerwise=self._settings.layerwise and compat.waits_layer_by_layer(self._kv_cache_config),
         )
 
     def get_handshake_metadata(self) -> KVCoreHandshake | None:
@@ -237,10 +235,10 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         """Take in what the workers' KV caches are like, and register with the server."""
         shakes = list(metadata.values())
         first: KVCoreHandshake = shakes[0]
-        if any(shake.block_bytes != first.block_bytes for shake in shakes):
-            raise compat.UnsupportedModelError(
-                f"kvcore needs equal KV on every rank; a block has {sorted({s.block_bytes for s in shakes})} bytes"
-            )
+        kinds = sorted({(shake.block_bytes, shake.fingerprint) for shake in shakes})
+        if len(kinds) > 1:
+            told = "; ".join(f"{size} bytes, {fingerprint}" for size, fingerprint in kinds)
+            raise compat.UnsupportedModelError(f"kvcore needs equal KV on every rank; a block has {told}")
         namespace = self._namespace(first.fingerprint)
         client = SchedulerClient(
             self._endpoint(),
@@ -261,7 +259,11 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
             grant_wait_s=self._settings.grant_wait_ms / 1000,
             plans_ahead=compat.plans_ahead(self._vllm_config),
         )
-        hasher = Hasher(namespace, engine_hashes=compat.hashes_by_sha256(self._vllm_config))
+        hasher = Hasher(
+            namespace,
+            engine_hashes=compat.hashes_by_sha256(self._vllm_config),
+            media=compat.names_media(self._vllm_config),
+        )
         self._scheduler = SchedulerSide(client, hasher, options)
         if self._server is not None and all(shake.attached for shake in shakes):
             self._server.hide()

@@ -4,7 +4,8 @@ import atexit
 import fcntl
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -33,26 +34,32 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what embedded servers left that were killed: nobody else would, for an engine's id is never used again."""
     for lock in folder.glob(f"kvcore-{_PREFIX}*.lock"):
         name = lock.stem.removeprefix("kvcore-")
-        if name.endswith(".ipc") or not _is_free(lock):
+        if name.endswith(".ipc"):
             continue
-        for suffix in (".arena", ".held", ".sock", ".ipc", ".ipc.lock", ".lock"):
-            (folder / f"kvcore-{name}{suffix}").unlink(missing_ok=True)
-        _LOG.info("removed what a killed engine had left: %s", lock.with_suffix(".*"))
+        with _taken(lock) as free:  # until its files are gone, lest they be a new server's
+            if free:
+                for suffix in (".arena", ".held", ".sock", ".ipc", ".ipc.lock", ".lock"):
+                    (folder / f"kvcore-{name}{suffix}").unlink(missing_ok=True)
+                _LOG.info("removed what a killed engine had left: %s", lock.with_suffix(".*"))
 
 
-def _is_free(lock: Path) -> bool:
-    """Return whether the server that held a lock is gone."""
+@contextmanager
+def _taken(lock: Path) -> Iterator[bool]:
+    """Hold a lock, and say whether it is held: it is not where its server lives, or it is another user's."""
     try:
         fd = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:  # another user's, or gone meanwhile
-        return False
+        yield False
+        return
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
     finally:
         os.close(fd)
-    return True
 
 
 class EmbeddedServer:

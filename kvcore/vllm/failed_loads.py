@@ -34,16 +34,30 @@ class _Freed(NamedTuple):
 
 
 def recompute_by_preemption() -> None:
-    """Have vLLM's scheduler do so in this process; once is enough."""
-    from vllm.v1.core.sched.scheduler import Scheduler  # noqa: PLC0415 - the scheduler's process alone needs it
+    """Have vLLM's scheduler do so in this process; once is enough.
 
-    rewind: Any = getattr(Scheduler, "_handle_invalid_blocks", None)
-    free: Any = getattr(Scheduler, "_free_request_blocks", None)
-    if rewind is None or free is None or hasattr(rewind, "rewinds"):
+    Raises RuntimeError where it has other methods than those that are wrapped, as a version that was not tested may.
+    """
+    import vllm  # noqa: PLC0415 - the scheduler's process alone needs it
+    from vllm.v1.core.sched.scheduler import Scheduler  # noqa: PLC0415
+
+    wrapped = ("_handle_invalid_blocks", "_free_request_blocks", "_preempt_request")
+    missing = [name for name in wrapped if not hasattr(Scheduler, name)]
+    if missing:
+        raise RuntimeError(
+            f"vLLM {vllm.__version__} has no Scheduler.{missing[0]}: kvcore cannot keep tokens that rest on "
+            "a failed load from being given out; use a version that it was tested with"
+        )
+    rewind: Any = Scheduler._handle_invalid_blocks
+    free: Any = Scheduler._free_request_blocks
+    if hasattr(rewind, "rewinds"):
         return
     drops = "drop_stale_output" in signature(Scheduler._preempt_request).parameters
 
-    def handle(self: Any, invalid: Set[int], scheduled: Mapping[str, int]) -> set[str]:
+    def handle(self: Any, late: Set[int], scheduled: Mapping[str, int]) -> set[str]:
+        invalid = set(late)
+        if not invalid:  # known now
+            return set()
         computed = {request.request_id: request.num_computed_tokens for request in self.running}
         failed: set[str] = rewind(self, invalid, scheduled)
         if self.recompute_kv_load_failures:

@@ -1,5 +1,7 @@
 """What of an engine's configuration changes KV, as a namespace."""
 
+import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +54,33 @@ def model_revision(model_config: Any) -> str:
 
 def _variants(vllm_config: Any) -> list[str]:
     """Name the settings that make other KV out of the same weights."""
-    model = vllm_config.model_config
+    model, media = vllm_config.model_config, vllm_config.model_config.multimodal_config
+    config = _config_text(model.hf_config)
+    invented = vllm_config.load_config.load_format == "dummy"
     facts = {
         "dtype": str(model.dtype).removeprefix("torch."),
-        "quantization": getattr(model, "quantization", None),
-        "hf_overrides": getattr(model, "hf_overrides", None) or None,
-        "rope_scaling": getattr(model, "rope_scaling", None) or None,
-        "rope_theta": getattr(model, "rope_theta", None),
-        "draft": getattr(getattr(vllm_config, "speculative_config", None), "model", None),
+        "quantization": model.quantization,
+        "config": sha256(config.encode()).hexdigest(),
+        # Which of its factors such a model takes hangs on the longest prompt that is served.
+        "max_model_len": model.max_model_len if any(kind in config for kind in _BY_LENGTH) else None,
+        "mm_processor_kwargs": _text(media.mm_processor_kwargs) if media and media.mm_processor_kwargs else None,
+        "weights": f"dummy {model.seed}" if invented else None,
+        "draft": getattr(vllm_config.speculative_config, "model", None),
     }
     return [f"{name}={value}" for name, value in facts.items() if value is not None]
+
+
+_BY_LENGTH = ('"longrope"', '"su"')
+"""Kinds of RoPE, as a model's configuration names them."""
+
+
+def _config_text(config: Any) -> str:
+    """Return a model's configuration, overrides included, but for where it came from and who wrote it."""
+    facts = config.to_dict()
+    for name in ("_name_or_path", "_commit_hash", "transformers_version"):
+        facts.pop(name, None)
+    return _text(facts)
+
+
+def _text(facts: Any) -> str:
+    return json.dumps(facts, sort_keys=True, default=str)

@@ -93,7 +93,7 @@ class WorkerLink(Protocol):
     def load_failed(self, request: str, chunks: Sequence[bytes], *, epoch: int = 0) -> None:
         """Say that this rank does not load chunks of a hit."""
 
-    def register_again(self) -> None:
+    def register_again(self, after_s: float = 0.0) -> None:
         """Give back what was granted and is not being written: register anew, in the background."""
 
     def leave(self) -> None:

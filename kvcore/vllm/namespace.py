@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from kvcore.policy.hashing import MultimodalItem, Namespace, block_hashes, token_bytes
+from kvcore.vllm.adapters import Adapters
 from kvcore.vllm.requests import EngineRequest
 
 _MOST_ROOTS = 10_000  # salts can be as many as users
@@ -23,21 +23,31 @@ class Hasher:
         engine_hashes: Whether the engine's own block hashes (`block_hashes` of a request) are cryptographic ones. Equal
             ones then mean equal blocks behind equal prompts, and what was computed for one is not computed again: a
             long prompt that comes back is named in a tenth of the time.
+        media: Whether the engine names images and the like by their content; prompts with some are not named otherwise.
+        adapters: Names LoRA adapters.
     """
 
-    def __init__(self, namespace: Namespace, *, engine_hashes: bool = False) -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        *,
+        engine_hashes: bool = False,
+        media: bool = True,
+        adapters: Adapters | None = None,
+    ) -> None:
         self.namespace = namespace
         self._engine_hashes = engine_hashes
+        self._media = media
+        self._adapters = adapters or Adapters()
         self._roots: dict[tuple[str | None, str | None], bytes] = {}
         self._known: dict[tuple[bytes, bytes], list[bytes]] = {}
         """Hashes of runs of blocks, by root and the engine's hash of the run's last block."""
 
     def __call__(self, request: EngineRequest) -> list[bytes] | None:
         """Return the hash of every full block of the prompt; None where tokens alone do not say what is computed."""
-        items = _items(request)
-        if items is None:
+        items, root, tokens = self._items(request), self._root_of(request), request.prompt_token_ids
+        if items is None or root is None:
             return None
-        root, tokens = self._root_of(request), request.prompt_token_ids
         theirs, block = self._theirs(request), self.namespace.block_tokens
         known = self._remembered(root, theirs)
         start = len(known) * block
@@ -56,8 +66,8 @@ class Hasher:
         theirs = self._theirs(request)
         if len(theirs) < max(blocks, _LONG):
             return None
-        items, root = _items(request), self._root_of(request)
-        if items is None or (root, theirs[_RUN - 1]) in self._known:
+        items, root = self._items(request), self._root_of(request)
+        if items is None or root is None or (root, theirs[_RUN - 1]) in self._known:
             return None
         block = self.namespace.block_tokens
         return block_hashes(request.prompt_token_ids[: blocks * block], block, root, items)[-1]
@@ -65,7 +75,7 @@ class Hasher:
     def marked(self, mark: str) -> "Hasher":
         """Return one that names everything differently."""
         namespace = replace(self.namespace, revision=f"{self.namespace.revision}#{mark}")
-        return Hasher(namespace, engine_hashes=self._engine_hashes)
+        return Hasher(namespace, engine_hashes=self._engine_hashes, media=self._media, adapters=self._adapters)
 
     @staticmethod
     def probe(request: EngineRequest, chunk_tokens: int) -> bytes:
@@ -73,8 +83,18 @@ class Hasher:
         tokens: Sequence[int] = request.prompt_token_ids
         return b"" if len(tokens) < chunk_tokens else sha256(token_bytes(tokens[:chunk_tokens])).digest()[:16]
 
-    def _root_of(self, request: EngineRequest) -> bytes:
-        lora, salt = adapter_identity(getattr(request, "lora_request", None)), request.cache_salt or None
+    def _items(self, request: EngineRequest) -> list[MultimodalItem] | None:
+        """Return where the prompt's images and the like lie; None where tokens and these do not say what it is."""
+        if request.prompt_token_ids is None or getattr(request, "prompt_embeds", None) is not None:
+            return None
+        features = getattr(request, "mm_features", None) or ()
+        return multimodal_items(features) if self._media or not features else None
+
+    def _root_of(self, request: EngineRequest) -> bytes | None:
+        """Return what the prompt's names begin with; None for an adapter that has no identity."""
+        adapter, lora, salt = getattr(request, "lora_request", None), None, request.cache_salt or None
+        if adapter is not None and (lora := self._adapters.identity(adapter)) is None:
+            return None
         root = self._roots.get((lora, salt))
         if root is None:
             root = replace(self.namespace, lora=lora, salt=salt).digest()
@@ -107,13 +127,6 @@ class Hasher:
             self._known[root, theirs[stop - 1]] = ours[stop - _RUN : stop]
 
 
-def _items(request: EngineRequest) -> list[MultimodalItem] | None:
-    """Return where the prompt's images and the like lie; None where tokens and these do not say what is computed."""
-    if request.prompt_token_ids is None or getattr(request, "prompt_embeds", None) is not None:
-        return None
-    return multimodal_items(getattr(request, "mm_features", None) or ())
-
-
 def multimodal_items(features: Sequence[Any]) -> list[MultimodalItem] | None:
     """Return where a prompt's images, clips and videos lie; None where one has no identity."""
     items = []
@@ -124,18 +137,3 @@ def multimodal_items(features: Sequence[Any]) -> list[MultimodalItem] | None:
         position = feature.mm_position
         items.append(MultimodalItem(identifier=str(identifier), offset=position.offset, length=position.length))
     return items
-
-
-def adapter_identity(lora: Any) -> str | None:
-    """Return what tells a LoRA adapter from others: its name, its path, and its files' sizes and times of change.
-
-    Two adapters may bear one name in turn; one that is copied elsewhere is taken for another, which costs hits and no
-    correctness.
-    """
-    if lora is None:
-        return None
-    path = str(getattr(lora, "lora_path", "") or "")
-    folder = Path(path)
-    files = sorted(folder.iterdir()) if path and folder.is_dir() else []
-    stats = [(file.name, file.stat()) for file in files if file.is_file()]
-    return "|".join([lora.lora_name, path, *(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)])

@@ -74,10 +74,6 @@ class Life:
         self.tainted = False
         """What it computes may rest on blocks that were not loaded: nothing more is stored of it."""
 
-    def chunk_range(self, start: int, stop: int) -> tuple[bytes, ...]:
-        """Return the names of chunks `start` to `stop`."""
-        return self.chunks[start:stop]
-
     def load(self, request: str, external: int, block_tokens: int) -> tuple[Copy | None, tuple[bytes, ...]]:
         """Plan the copy of `external` tokens behind those computed; return it and the found chunks left out."""
         found = self.found
@@ -87,7 +83,7 @@ class Life:
         first, last = self.computed // block_tokens, (self.computed + external) // block_tokens
         ids = _block_table(self.blocks, found.load_start, found.load_chunks, blocks_a_chunk, first, last)
         wanted: NDArray[np.bool_] = np.any(ids >= 0, axis=1)
-        names = self.chunk_range(found.load_start, found.load_start + found.load_chunks)
+        names = self.chunks[found.load_start : found.load_start + found.load_chunks]
         left_out = tuple(name for name, want in zip(names, wanted.tolist(), strict=True) if not want)
         if not wanted.any():
             return None, left_out

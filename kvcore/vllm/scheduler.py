@@ -93,7 +93,12 @@ class SchedulerSide:
     # Called by the scheduler, in this order, for a request that waits
 
     def matched(self, request: EngineRequest, computed: int) -> tuple[int | None, bool]:
-        """Answer `get_num_new_matched_tokens`: tokens to load behind `computed`, and whether outside the batch."""
+        """Answer `get_num_new_matched_tokens`: tokens to load behind `computed`, and whether outside the batch.
+
+        A request whose prompt has to be computed (for its log-probabilities, say) is none of ours.
+        """
+        if getattr(request, "skip_reading_prefix_cache", False):
+            return 0, False
         if computed == 0 and self._puts_off(request):
             return 0, False
         tracked = self._track(request)
@@ -418,7 +423,7 @@ class SchedulerSide:
     def _drop_found(self, life: Life) -> None:
         if life.found is not None and life.found.load_chunks:
             start = life.found.load_start
-            self._link.drop_load(life.name, life.chunk_range(start, start + life.found.load_chunks))
+            self._link.drop_load(life.name, life.chunks[start : start + life.found.load_chunks])
 
     # Steps
 
@@ -450,7 +455,7 @@ class SchedulerSide:
         """Ask room for the chunks that are computed; return whether the prompt is."""
         chunks = min(life.upto, tracked.prompt_tokens) // life.session.chunk_tokens
         if chunks > life.asked and not life.tainted:
-            self._link.ask(life.name, life.chunk_range(life.asked, chunks))
+            self._link.ask(life.name, life.chunks[life.asked : chunks])
             life.asks.append((life.asked, chunks))
             self._asking[life.name] = (tracked.id, life)
             life.asked = chunks

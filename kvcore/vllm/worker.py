@@ -12,24 +12,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcore.live.arena import ArenaError
+from kvcore.live.arena import Arena, ArenaError
 from kvcore.live.wire import Registered
 from kvcore.vllm.jobs import Copy, StepPlan, StepReport
 from kvcore.vllm.links import WorkerLink
 from kvcore.vllm.mover import Cache, Mover
 from kvcore.vllm.stats import Counters
 from kvcore.vllm.transfers import TransferFactory
-from kvkernels import DeviceError, Handle, LayoutError, Measured
+from kvkernels import DeviceError, DoneHandle, Handle, LayoutError, Measured
 
 _LOG = logging.getLogger("kvcore.vllm")
 _SAY_AGAIN_S = 60.0
 _LATER_S = 0.003
 """A step's tokens are out by then, behind its last layer."""
+_UNUSABLE_S = 60.0
+"""How long a worker stays away from a server whose arena it cannot use: hits would be loads that fail."""
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +64,8 @@ class WorkerSide:
     Args:
         cache: The engine's KV cache.
         rank: The worker's rank among those of its instance.
-        shards: Parts of a chunk; ranks from there on hold the same KV as rank 0 and store nothing.
+        shards: Parts of a chunk; ranks from there on hold the same KV as rank 0, and say of its stores only whether
+            their own loads before them have ended well.
         factory: Makes what copies.
         in_step: Whether a copy is done when the call that begins it returns, as without a copy engine. Asynchronous
             loads then run in a thread; otherwise stores end in one, so that they are acknowledged while the engine
@@ -299,10 +303,18 @@ class WorkerSide:
                 self._aside.submit(_released, gone)
             try:
                 self._mover = Mover(self._cache, registered, self._shard, self._factory)
+                self._unusable = None
             except (ArenaError, LayoutError, ValueError, RuntimeError) as error:  # the last: what torch raises
-                self._unusable = registered
-                _LOG.error("kvcore cannot use the server's arena, nothing is loaded or stored: %s", error)
+                self._say_unusable(registered, error)
         return self._mover
+
+    def _say_unusable(self, registered: Registered, error: Exception) -> None:
+        """Leave a server whose arena cannot be used, for a while: its hits would all be loads that fail."""
+        if self._unusable is None:
+            _LOG.error("kvcore cannot use the server's arena, nothing is loaded or stored: %s", error)
+        self._unusable = registered
+        if self._link is not None:
+            self._link.register_again(_UNUSABLE_S)
 
     def _let_go(self) -> Mover | None:
         """End what is under way in the registration before; return its mover, whose release may take seconds."""
@@ -330,7 +342,14 @@ class WorkerSide:
         """
         registered = None if self._link is None else self._link.registered
         with self._lock:
-            if registered is not None and self._mover is not None and self._mover.alike(registered):
+            if registered is None or registered is self._unusable:
+                return
+            if self._unusable is not None:
+                try:
+                    Arena.attach(Path(registered.arena_path)).close()
+                except ArenaError as error:
+                    self._say_unusable(registered, error)
+            elif self._mover is not None and self._mover.alike(registered):
                 self._current(registered.epoch)
 
     def _begin_load(self, copy: Copy) -> None:
@@ -354,8 +373,6 @@ class WorkerSide:
                 self._of_step.append(one)
 
     def _begin_store(self, copy: Copy, failures_seen: int) -> None:
-        if not self._stores:
-            return
         with self._lock:
             mover = self._current(copy.epoch) if failures_seen >= self._failed_steps else None
             if mover is None:
@@ -364,7 +381,9 @@ class WorkerSide:
             valid = self._generations_hold(mover, copy)
             started = time.perf_counter()
             handle: Handle = _NOTHING
-            if valid.any():
+            if not self._stores:
+                handle = _Behind([one.handle for one in self._loading if not one.copy.asynchronous])
+            elif valid.any():
                 handle = mover.store(copy.pages[valid], copy.blocks[valid], rest_s=_LATER_S)
             one = _Running(copy, handle, mover, started, valid, failures_seen=failures_seen)
             self._storing.append(one)
@@ -454,8 +473,11 @@ class WorkerSide:
 
     def _end_store(self, one: _Running) -> None:
         """Wait for a store, then count and acknowledge it, once: two threads may come here with the same one."""
+        rejected, seconds = list[int](), 0.0
         try:
             one.handle.wait()
+            if one.valid.any():
+                rejected, (seconds, _) = list(one.handle.rejected()), self._took(one)
         except Exception as error:  # in a thread whose faults nobody hears of
             _LOG.error("Request %s: nothing is stored: %s", one.copy.request, error)
             one.valid[:] = False
@@ -464,26 +486,29 @@ class WorkerSide:
                 return
             self._storing.remove(one)
             self._end_loads()  # those before it have ended: the device read its blocks behind them
-            if rejected := one.handle.rejected() if one.valid.any() else ():
-                one.valid[list(rejected)] = False
+            if rejected:
+                one.valid[rejected] = False
                 self._reject(len(rejected))
             if one.failures_seen < self._failed_steps:
                 one.valid[:] = False  # it may hold what was computed on blocks that were not loaded
             good = one.valid & self._generations_hold(one.mover, one.copy)
             if good.any():
-                self._stored(one, good)
+                self._stored(one, good, seconds)
             if not good.all():
                 self._store_failed(one.copy, ~good)
 
-    def _stored(self, one: _Running, good: NDArray[np.bool_]) -> None:
-        copy, (seconds, _) = one.copy, self._took(one)
+    def _stored(self, one: _Running, good: NDArray[np.bool_], seconds: float) -> None:
+        copy, names = one.copy, _chosen(one.copy.chunks, good)
+        if not self._stores:
+            if self._link is not None:
+                self._link.committed(copy.name, names, epoch=copy.epoch)
+            return
         blocks = copy.blocks[good]
         tokens, size = blocks.size * self._cache.block_tokens, one.mover.block_bytes(blocks)
         self.counters.stored_tokens += self._counted(tokens)
         self.counters.stored_bytes += size
         self.counters.store_seconds += seconds
         if self._link is not None:
-            names = _chosen(copy.chunks, good)
             self._link.committed(copy.name, names, tokens=tokens, nbytes=size, seconds=seconds, epoch=copy.epoch)
         _LOG.info(
             "Stored %d tokens of request %s: %d bytes to L1 in %.6f s%s",
@@ -529,6 +554,10 @@ class LateBlocks(Set[int]):
     def __iter__(self) -> Iterator[int]:
         """Go through them."""
         return iter(self._known())
+
+    def __bool__(self) -> bool:
+        """True: whoever only wants to know whether there is something to tell need not wait for it."""
+        return True
 
     def __len__(self) -> int:
         """How many there are."""
@@ -595,31 +624,19 @@ class _InThread:
         return self._future.result().measured()
 
 
-class _Nothing:
-    """No copy at all."""
+class _Behind(DoneHandle):
+    """No copy, but over when these loads are."""
 
-    def done(self) -> bool:
-        """Always."""
-        return True
+    def __init__(self, loads: Sequence[Handle]) -> None:
+        self._loads = loads
 
     def wait(self) -> None:
-        """Nothing to wait for."""
-
-    def wait_layer(self, layer: int) -> None:
-        """Nothing to wait for."""
-
-    def wait_sources(self) -> None:
-        """Nothing to wait for."""
-
-    def rejected(self) -> tuple[int, ...]:
-        """None."""
-        return ()
-
-    def measured(self) -> None:
-        """No time."""
+        """Block until they have ended; raises what one of them raised."""
+        for load in self._loads:
+            load.wait()
 
 
-_NOTHING = _Nothing()
+_NOTHING = DoneHandle()
 
 
 def _chosen(chunks: Iterable[bytes], wanted: NDArray[np.bool_]) -> tuple[bytes, ...]:

@@ -225,7 +225,7 @@ class SyncEngine:
             granted = self.ask(request, missing)
             placed = self.write(granted, missing) if real else [missing[at] for at in granted.chunks]
             if placed:
-                for rank in range(self.shards):
+                for rank in range(len(self.workers)):
                     self.committed(request, placed, rank, tokens=256 * len(placed))
         self.end(request)
         return found, granted

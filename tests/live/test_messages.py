@@ -83,6 +83,7 @@ MIS_SIZED = {
     "a block that does not divide the chunk": ({"block_tokens": 96}, "no multiple"),
     "a chunk beyond L1": ({"block_bytes": 1 << 20}, "L1 has"),
     "shards for half the ranks": ({"world": 4, "shards": 2}, "shards"),
+    "a name that another's requests begin with": ({"instance": "a/b"}, "no slash"),
     "a rank too high": ({"rank": 1}, "rank 1 of 1"),
 }
 

@@ -217,6 +217,27 @@ def test_mla_is_stored_once_and_loaded_by_every_rank(start):
     assert server.counters()["kvcore_stored_tokens"] == 512
 
 
+def test_mla_is_stored_when_every_rank_has_said_that_its_loads_ended_well(start):
+    """The first writes what all of them have computed together, and one may have computed on a load that failed."""
+    server = start()
+    with SyncEngine(server.endpoint, world=3, shards=1) as engine:
+        for name, spoiler in (("good", None), ("spoilt", 2)):
+            prompt = chain(name, 2)
+            engine.lookup(name, prompt)
+            engine.ask(name, prompt)
+            for rank in range(3):
+                assert engine.lookup(f"{name} before {rank}", prompt).hits in ((), (0,))
+                engine.end(f"{name} before {rank}")
+                if rank == spoiler:
+                    engine.aborted(name, prompt[1:], rank)
+                    engine.committed(name, prompt[:1], rank)
+                else:
+                    engine.committed(name, prompt, rank)
+            engine.end(name)
+            assert sum(engine.lookup(f"{name} after", prompt).hits) == (2 if spoiler is None else 1)
+            engine.end(f"{name} after")
+
+
 def test_two_instances_of_other_sizes_share_the_arena(start):
     server = start()
     with (

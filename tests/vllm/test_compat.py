@@ -8,9 +8,11 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
 from kvcore.vllm import compat
+from kvcore.vllm.failed_loads import recompute_by_preemption
 
 pytestmark = pytest.mark.vllm
 SIZES = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32}
@@ -18,8 +20,21 @@ FULL = FullAttentionSpec(**SIZES)
 SLIDING = SlidingWindowSpec(**SIZES, sliding_window=128)
 
 
-def cache(*specs):
-    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs])
+MLA = MLAAttentionSpec(**{**SIZES, "num_kv_heads": 1})
+
+
+def cache(*specs, layers=("model.layers.0.self_attn.attn",)):
+    return SimpleNamespace(
+        kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec, layer_names=list(layers)) for spec in specs]
+    )
+
+
+def config(*, pipeline=1, supported=True, media=None, caching=True, **cached):
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline, decode_context_parallel_size=1),
+        model_config=SimpleNamespace(is_prefix_caching_supported=supported, multimodal_config=media),
+        cache_config=SimpleNamespace(enable_prefix_caching=caching, **cached),
+    )
 
 
 def test_full_attention_is_taken():
@@ -34,6 +49,46 @@ def test_full_attention_is_taken():
 def test_models_that_cannot_be_reused_by_prefix_are_refused_by_name(specs, said):
     with pytest.raises(compat.UnsupportedModelError, match=said):
         compat.attention_spec(cache(*specs))
+
+
+def test_layers_that_attend_to_what_comes_later_are_refused():
+    if not hasattr(FULL, "non_causal"):
+        pytest.skip("this vLLM has no such layers")
+    with pytest.raises(compat.UnsupportedModelError, match="attend to later tokens"):
+        compat.attention_spec(cache(FullAttentionSpec(**SIZES, non_causal=True)))
+
+
+def test_settings_with_which_kv_is_not_a_prefixs_are_refused():
+    compat.check_supported(config(pipeline=2), FULL)
+    compat.check_supported(config(), MLA)
+    for refused, spec, said in [
+        (config(pipeline=2), MLA, "MLA with pipeline_parallel_size"),
+        (config(supported=False), FULL, "does not support prefix caching"),
+        (config(calculate_kv_scales=True), FULL, "calculate_kv_scales"),
+    ]:
+        with pytest.raises(compat.UnsupportedModelError, match=said):
+            compat.check_supported(refused, spec)
+
+
+def test_an_indexer_reads_its_cache_before_attention_is_waited_for():
+    attention = "model.layers.0.self_attn.attn"
+    assert compat.waits_layer_by_layer(cache(MLA, layers=[attention]))
+    assert not compat.waits_layer_by_layer(cache(MLA, layers=["model.layers.0.self_attn.indexer.k_cache", attention]))
+
+
+def test_media_is_numbered_rather_than_named_where_vllm_keeps_none_of_it():
+    uncached = SimpleNamespace(mm_processor_cache_gb=0)
+    assert compat.names_media(config(caching=False))
+    assert compat.names_media(config(media=uncached))
+    assert compat.names_media(config(media=SimpleNamespace(mm_processor_cache_gb=4), caching=False))
+    assert not compat.names_media(config(media=uncached, caching=False))
+
+
+def test_a_version_without_what_is_wrapped_does_not_start(monkeypatch):
+    """Tokens that rest on a failed load would be given out."""
+    monkeypatch.delattr(Scheduler, "_handle_invalid_blocks")
+    with pytest.raises(RuntimeError, match=r"has no Scheduler\._handle_invalid_blocks"):
+        recompute_by_preemption()
 
 
 def test_other_versions_are_tried_with_a_warning(caplog):

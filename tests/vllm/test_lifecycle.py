@@ -1,6 +1,7 @@
 """Engines that start, end and start again; servers that are away or say no; the log of what was asked."""
 
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -164,6 +165,25 @@ def test_model_that_mixes_sliding_and_full_attention(tmp_path):
         assert_same(generate(llm, [FIRST]), expected)
         assert metrics(llm)["vllm:external_prefix_cache_hits"] == 5 * CHUNK
     server.stop()
+
+
+def test_another_configuration_of_the_same_weights_finds_nothing(tiny_model, tmp_path):
+    """As when YaRN is written into config.json for longer prompts."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    server = ServerInThread(tmp_path, **SMALL)
+    answers = []
+    for name in ("plain", "yarn"):
+        if name == "yarn":
+            told = json.loads((model / "config.json").read_text())
+            yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+            told["rope_parameters"] = {**(told.get("rope_parameters") or {}), **yarn}
+            (model / "config.json").write_text(json.dumps(told))
+        with harness.engine(model, mp(server.endpoint)) as llm:
+            answers.append(generate(llm, [FIRST]))
+            assert metrics(llm)["vllm:external_prefix_cache_hits"] == 0, name
+            assert llm.reset_prefix_cache()
+    server.stop()
+    assert answers[0][0].logprobs != answers[1][0].logprobs, "it is another model"
 
 
 def test_what_a_killed_embedded_server_left_is_removed_by_the_next(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 from engine_double import BLOCK, CHUNK, EngineRequest, engine_hashes
 
 from kvcore.policy.hashing import Namespace, block_hashes
-from kvcore.vllm import namespace
+from kvcore.vllm import adapters, namespace
+from kvcore.vllm.adapters import Adapters
 from kvcore.vllm.identity import engine_namespace
 from kvcore.vllm.namespace import Hasher
 from kvcore.vllm.settings import read
@@ -24,8 +25,14 @@ def hashes(**fields):
     return Hasher(NAMESPACE)(EngineRequest("a", TOKENS, **fields))
 
 
-def lora(name, path=""):
-    return SimpleNamespace(lora_name=name, lora_path=str(path))
+def lora(name, path, number=1, **fields):
+    return SimpleNamespace(lora_name=name, lora_path=str(path), lora_int_id=number, **fields)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
+    return tmp_path
 
 
 def image(identifier, offset, length=20):
@@ -37,21 +44,67 @@ def test_equal_requests_have_equal_names():
     assert len(hashes()) == 100 // BLOCK
 
 
-def test_salt_and_adapter_change_every_name():
-    seen = [hashes(), hashes(cache_salt="s"), hashes(lora_request=lora("l")), hashes(lora_request=lora("k"))]
-    seen.append(hashes(cache_salt="s", lora_request=lora("l")))
+def test_salt_and_adapter_change_every_name(adapter):
+    seen = [hashes(), hashes(cache_salt="s")]
+    seen += [hashes(lora_request=lora(name, adapter)) for name in "lk"]
+    seen.append(hashes(cache_salt="s", lora_request=lora("l", adapter)))
     for i, one in enumerate(seen):
         for other in seen[i + 1 :]:
             assert not set(one) & set(other)
 
 
-def test_adapter_that_is_overwritten_under_its_name_is_another(tmp_path):
-    weights = tmp_path / "adapter_model.safetensors"
-    weights.write_bytes(b"one")
-    before = hashes(lora_request=lora("l", tmp_path))
-    assert hashes(lora_request=lora("l", tmp_path)) == before
-    os.utime(weights, ns=(1, 1))
-    assert not set(hashes(lora_request=lora("l", tmp_path))) & set(before)
+def overwrite(folder, changed_ns):
+    os.utime(folder / "adapter_model.safetensors", ns=(changed_ns, changed_ns))
+
+
+def test_adapter_that_is_overwritten_is_another_to_an_engine_that_takes_it_up_then(adapter):
+    before = hashes(lora_request=lora("l", adapter))
+    assert hashes(lora_request=lora("l", adapter)) == before
+    overwrite(adapter, 1)
+    assert not set(hashes(lora_request=lora("l", adapter))) & set(before)
+
+
+def test_adapter_that_is_overwritten_under_an_engine_is_not_named_until_it_is_loaded_anew(adapter):
+    """The engine goes on with what it has loaded, until it drops the adapter for others and loads it again."""
+    clock = [0.0]
+    hasher = Hasher(NAMESPACE, adapters=Adapters(clock=lambda: clock[0]))
+
+    def named(**fields):
+        clock[0] += 1
+        return hasher(EngineRequest("a", TOKENS, lora_request=lora("l", adapter, **fields)))
+
+    first = named()
+    assert named() == first
+    overwrite(adapter, 1)
+    assert named() is None
+    overwrite(adapter, 2)
+    assert named() is None
+    assert hasher.marked("m")(EngineRequest("a", TOKENS, lora_request=lora("l", adapter))) is None
+    anew = named(load_inplace=True)
+    assert anew
+    assert not set(anew) & set(first)
+    assert named() == anew
+    assert named(number=2) == anew, "another number is another load"
+
+
+def test_adapters_files_are_not_looked_at_in_every_request(adapter, monkeypatch):
+    looked = []
+    monkeypatch.setattr(adapters, "_files", lambda path: looked.append(path) or "x")
+    one = Adapters(clock=lambda: 5.0)
+    assert one.identity(lora("l", adapter)) == one.identity(lora("l", adapter))
+    assert len(looked) == 1
+
+
+def test_adapter_of_the_hub_is_named_once_it_is_here(tmp_path, monkeypatch):
+    clock = [0.0]
+    one = Adapters(clock=lambda: clock[0])
+    monkeypatch.chdir(tmp_path)
+    assert one.identity(lora("l", "org/adapter")) is None
+    assert one.identity(lora("l", "/no/such/folder")) is None
+    (tmp_path / "snapshot").mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, local_files_only: str(tmp_path / "snapshot"))
+    clock[0] += 1
+    assert one.identity(lora("l", "org/adapter")) == "l|org/adapter|"
 
 
 def test_images_count_from_their_position_on():
@@ -63,6 +116,13 @@ def test_images_count_from_their_position_on():
 
 def test_image_without_identity_is_not_cached():
     assert hashes(mm_features=[image("", 40)]) is None
+
+
+def test_images_that_the_engine_numbers_are_not_cached_and_text_is():
+    hasher = Hasher(NAMESPACE, media=False)
+    assert hasher(EngineRequest("a", TOKENS, mm_features=[image("renderer0-mm-1-image-0", 40)])) is None
+    assert hasher(EngineRequest("a", TOKENS)) == hashes()
+    assert hasher.marked("m")(EngineRequest("a", TOKENS, mm_features=[image("x", 40)])) is None
 
 
 def test_what_the_engine_hashed_alike_is_named_once_and_the_same(monkeypatch):
@@ -116,13 +176,11 @@ def test_engine_hashes_in_other_units_are_ignored(theirs):
         assert hasher(request) == Hasher(NAMESPACE)(EngineRequest("b", tokens))
 
 
-def test_the_engines_hashes_do_not_tell_an_overwritten_adapter_apart_and_the_root_does(tmp_path):
-    weights = tmp_path / "adapter_model.safetensors"
-    weights.write_bytes(b"one")
+def test_the_engines_hashes_do_not_tell_an_overwritten_adapter_apart_and_the_root_does(adapter):
     hasher, seen = Hasher(NAMESPACE, engine_hashes=True), []
     for changed_ns in (1, 2):
-        os.utime(weights, ns=(changed_ns, changed_ns))
-        request = EngineRequest("a", LONG, lora_request=lora("l", tmp_path))
+        overwrite(adapter, changed_ns)
+        request = EngineRequest("a", LONG, lora_request=lora("l", adapter, load_inplace=True))
         request.block_hashes = engine_hashes(LONG, "l")
         seen.append(hasher(request))
     assert not set(seen[0]) & set(seen[1])
@@ -135,9 +193,27 @@ def test_probe_is_of_the_tokens_alone():
     assert Hasher.probe(EngineRequest("b", TOKENS[: CHUNK - 1]), CHUNK) == b""
 
 
+class Config:
+    """A model's configuration as transformers reads it."""
+
+    def __init__(self, **fields):
+        self.fields = fields
+
+    def to_dict(self):
+        return {**self.fields, "_name_or_path": str(id(self)), "transformers_version": str(id(self))}
+
+
+def media(**kwargs):
+    return SimpleNamespace(mm_processor_kwargs=kwargs)
+
+
 def config(folder, **changes):
-    model = {"model": str(folder), "revision": None, "dtype": "torch.bfloat16", "quantization": None, "hf_config": None}
+    model = {
+        "model": str(folder), "revision": None, "dtype": "torch.bfloat16", "quantization": None, "max_model_len": 4096,
+        "seed": 0, "hf_config": Config(rope_theta=1e6), "multimodal_config": None,
+    }  # fmt: skip
     return SimpleNamespace(
+        load_config=SimpleNamespace(load_format=changes.pop("load_format", "auto")),
         model_config=SimpleNamespace(**{**model, **changes}),
         cache_config=SimpleNamespace(cache_dtype=changes.pop("cache_dtype", "auto")),
         parallel_config=SimpleNamespace(
@@ -158,8 +234,12 @@ def test_engine_namespace_tells_apart_what_changes_kv(tmp_path):
     assert digest(tmp_path) == same
     changes = [
         {"dtype": "torch.float32"}, {"quantization": "fp8"}, {"cache_dtype": "fp8"}, {"tensor": 2}, {"pipeline": 2},
-        {"hf_overrides": {"rope_theta": 5}},
+        {"hf_config": Config(rope_theta=5)}, {"hf_config": Config(rope_theta=1e6, rope_scaling={"factor": 4})},
+        {"multimodal_config": media(max_pixels=5)}, {"load_format": "dummy"}, {"load_format": "dummy", "seed": 1},
+        {"hf_config": Config(rope_parameters={"rope_type": "longrope"})},
+        {"hf_config": Config(rope_parameters={"rope_type": "longrope"}), "max_model_len": 8192},
     ]  # fmt: skip
+    assert digest(tmp_path, max_model_len=8192, seed=1, multimodal_config=media()) == same
     seen = {same, *(digest(tmp_path, **change) for change in changes), digest("org/model"), digest("org/other")}
     seen.add(digest("org/model", revision="abc"))
     os.utime(weights, ns=(1, 1))

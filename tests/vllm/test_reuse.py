@@ -291,6 +291,25 @@ def test_nothing_is_left_under_way(setup):
     assert seen["tiers"][0]["idle_pages"] == seen["tiers"][0]["pages"]
 
 
+def test_a_prompt_whose_log_probabilities_are_asked_for_is_computed(setup):
+    """vLLM takes no hit for it; what a hit left out would be garbage."""
+    setup.clear()
+    setup.ask("first")
+    setup.forget_locally()
+    before = metrics(setup.llm)
+    prompt = {"prompt_token_ids": PROMPTS["first"]}
+    params = SamplingParams(temperature=0, max_tokens=8, logprobs=0, prompt_logprobs=0, ignore_eos=True)
+    (output,) = setup.llm.generate([prompt], params, use_tqdm=False)
+    assert_same([harness.answer(output)], [setup.reference["first"]])
+    told = [row[token].logprob for token, row in zip(PROMPTS["first"][1:], output.prompt_logprobs[1:], strict=True)]
+    assert max(told) <= 0
+    assert len(told) == len(PROMPTS["first"]) - 1
+    after = metrics(setup.llm)
+    for name in ("vllm:external_prefix_cache_hits", "vllm:kvcore_lookups"):
+        assert after[name] == before[name], name
+    setup.clear()
+
+
 def test_zeros_in_l1_change_the_answer(setup):
     setup.clear()
     setup.ask("first")

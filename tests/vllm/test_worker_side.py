@@ -54,8 +54,10 @@ class Line:
     def load_failed(self, request, chunks, **counts):
         self.said.append(("load_failed", request, tuple(chunks), counts))
 
-    def register_again(self):
-        self.said.append(("register_again",))
+    def register_again(self, after_s=0.0):
+        self.said.append(("register_again", after_s))
+        if after_s:
+            self.registered = None
 
     def leave(self):
         self.said.append(("leave",))
@@ -386,8 +388,11 @@ def test_an_arena_that_cannot_be_used_is_told_once_and_nothing_is_stored_there(t
     with caplog.at_level("ERROR", logger="kvcore"):
         for _ in range(2):
             rig.step(StepPlan(stores=[rig.copy(range(4))]))
+            if rig.line.registered is None:
+                rig.line.registered = structs.replace(rig.registered)
     assert caplog.text.count(f"cannot use the server's arena, nothing is loaded or stored: {error}") == 1
     assert len(rig.said("aborted")) == 2
+    assert rig.said("register_again") == [("register_again", 60.0)] * 2, "it leaves, so that nothing is a hit"
     rig.side.close()
     rig.arena.close()
 
@@ -577,9 +582,10 @@ def test_a_step_does_not_wait_for_its_load_and_its_outcome_does(device):
     handle, _ = step_with_load_under_way(device)
     bad, report = device.side.bad_blocks(), device.side.report()
     device.side.start_loads(StepPlan())  # the next step begins meanwhile
+    assert bad, "as vLLM asks, between two stages of a pipeline, say, it does not wait either"
     seen = {}
     asks = {
-        "bad": lambda: bool(bad),
+        "bad": lambda: len(bad),
         "sent": lambda: pickle.loads(pickle.dumps(bad)),
         "report": lambda: report().load_stalls,
     }
@@ -593,7 +599,7 @@ def test_a_step_does_not_wait_for_its_load_and_its_outcome_does(device):
     handle.gate.set()
     for reader in readers:
         reader.join(5)
-    assert seen == {"bad": False, "sent": set(), "report": {"r": 0.125}}  # not what the load took, nor how long ago
+    assert seen == {"bad": 0, "sent": set(), "report": {"r": 0.125}}  # not what the load took, nor how long ago
     device.side.close()
     assert [one[-1]["seconds"] for one in device.said("loaded")] == [0.25]
     assert device.side.report() is None
@@ -668,12 +674,75 @@ def test_ranks_that_hold_the_same_kv_store_once_and_load_the_same(tmp_path):
         one.step(StepPlan(stores=[first.copy(range(4))]))
         one.step(StepPlan(loads=[first.copy(range(30, 34))]))
         assert one.equal(stored, range(30, 34))
-    assert first.said("committed")
-    assert not second.said("committed")
+    names = (b"chunk0",)
+    assert [said[2] for said in first.said("committed")] == [said[2] for said in second.said("committed")] == [names]
+    assert first.said("committed")[0][3]["nbytes"] > 0
+    assert not second.said("committed")[0][3].get("nbytes"), "what it did not write"
     assert second.said("loaded")
     for one in (first, second):
         one.side.close()
         one.arena.close()
+
+
+def test_ranks_that_hold_the_same_kv_store_nothing_that_one_of_them_computed_on_a_failed_load(tmp_path):
+    """Attention of the first adds up what all have computed, and it does not know of the second's load."""
+    made = []
+
+    def factory(*arguments):
+        made.append(Device(*arguments))
+        return made[-1]
+
+    rig = Rig(tmp_path, rank=1, shards=1, in_step=False, factory=factory)
+    load = rig.copy(range(8, 12), at=2 * rig.pages)
+    rig.side.start_loads(StepPlan(loads=[load]))
+    rig.arena.generations[load.pages] += 1  # given to others while it was under way
+    for layer in rig.tensors:
+        rig.side.wait_for_layer(layer)
+    rig.side.finish_step(StepPlan(stores=[rig.copy(range(4))]))
+    assert not rig.said("committed")
+    assert not rig.said("aborted"), "the load is still under way"
+    made[0].handles[0].gate.set()
+    until = time.monotonic() + 5
+    while not rig.said("aborted") and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [one[2] for one in rig.said("aborted")] == [(b"chunk0",)]
+    assert not rig.said("committed")
+    rig.side.close()
+    rig.arena.close()
+
+
+def test_a_store_whose_device_does_not_say_what_it_took_is_given_up(device):
+    device.step(StepPlan(stores=[device.copy(range(8))]))
+
+    def broken():
+        raise DeviceError("lost")
+
+    device.devices[0].handles[0].measured = broken
+    device.devices[0].handles[0].gate.set()
+    until = time.monotonic() + 5
+    while not device.said("aborted") and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [one[2] for one in device.said("aborted")] == [(b"chunk0", b"chunk1")]
+
+
+def test_a_worker_that_could_not_use_the_arena_comes_back_to_one_that_it_can(tmp_path):
+    rig = Rig(tmp_path)
+    missing = structs.replace(rig.registered, arena_path=str(tmp_path / "none.arena"), epoch=9)
+    rig.line.registered = missing
+    assert not rig.side.warm_up()
+    assert [one[0] for one in rig.line.said] == ["register_again"]
+    rig.line.registered = structs.replace(missing)
+    rig.side.server_is_back()
+    assert len(rig.said("register_again")) == 2, "still not there, which is found out before a hit"
+    rig.line.registered = rig.registered
+    rig.side.server_is_back()
+    stored = rig.rows(range(4))
+    rig.step(StepPlan(stores=[rig.copy(range(4))]))
+    rig.step(StepPlan(loads=[rig.copy(range(20, 24))]))
+    assert rig.equal(stored, range(20, 24))
+    assert len(rig.said("register_again")) == 2
+    rig.side.close()
+    rig.arena.close()
 
 
 def test_a_worker_is_closed_where_threads_take_no_more_work(rig, monkeypatch):
