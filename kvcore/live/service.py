@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, TypeAlias
 
-import msgspec
-
 from kvcore.live import wire
 from kvcore.live.allocator import PageAllocator
 from kvcore.live.arena import Arena
@@ -137,7 +135,7 @@ class Service:
             wire.Renew: self._renew,
             wire.Record: self._record,
             wire.Status: lambda _: wire.Report(status(self)),
-            wire.GetConfig: lambda _: wire.Report(msgspec.to_builtins(self.settings)),
+            wire.GetConfig: lambda _: wire.Report(self.settings.shown()),
             wire.GetMetrics: lambda _: wire.Report(self.metrics.report(kept_elsewhere(self))),
             wire.Clear: self._clear,
             wire.Pin: self._pin,

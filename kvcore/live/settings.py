@@ -8,6 +8,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
@@ -161,6 +162,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         parts = urlsplit(self.l2)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if self.l2 else ""
 
+    def shown(self) -> dict[str, Any]:
+        """Return the settings as plain data, without what only the store is to know."""
+        return {**msgspec.to_builtins(self), "l2": self.l2_place}
+
     @property
     def staging_pages(self) -> int:
         """Pages of the arena that the core does not count with: room for chunks that write-back takes down."""
@@ -219,6 +224,14 @@ def http_address(settings: Settings) -> tuple[str, int] | None:
     if not host or not port.isdigit() or int(port) > 65535:
         raise SettingsError(f"--http {settings.http}: not HOST:PORT")
     return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, without brackets, is this machine alone."""
+    try:
+        return host.lower() == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def parse_size(text: str, name: str) -> int:
@@ -283,6 +296,5 @@ def _check_endpoint(endpoint: str, settings: Settings) -> None:
     host, _, port = rest.rpartition(":")
     if scheme != "tcp" or not host or not (port.isdigit() and int(port) <= 65535):
         raise SettingsError(f"--bind {endpoint}: not ipc://PATH or tcp://HOST:PORT")
-    loopback = host in ("localhost", "[::1]") or host.startswith("127.")
-    if not loopback and not (settings.curve_key and settings.curve_clients):
+    if not is_loopback(host.strip("[]")) and not (settings.curve_key and settings.curve_clients):
         raise SettingsError(f"--bind {endpoint}: beyond loopback it takes --curve-key and --curve-clients")
