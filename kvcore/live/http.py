@@ -118,8 +118,8 @@ class HttpThread:
         self.port = int(self._socket.getsockname()[1])
         if not is_loopback(self._config.host):
             _LOG.warning(
-                "HTTP on %s:%d is open to everybody who reaches it, clear, pin and quota too: keep it behind a firewall "
-                "or a proxy that asks who it is, or listen on 127.0.0.1",
+                "HTTP on %s:%d is open to everybody who reaches it, clear, pin and quota too: keep it behind a "
+                "firewall, or a proxy that asks who it is, or listen on 127.0.0.1",
                 self._config.host,
                 self.port,
             )

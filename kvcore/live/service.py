@@ -350,7 +350,7 @@ class Service:
                 chunk_tokens=instance.chunk_tokens,
                 hits=work.hits,
             )
-            self.parts.recorder.looked_up(work.name, seen)
+            self.parts.recorder.looked_up(work.name, seen, resumed=message.resumed)
 
     def _take_run(self, work: Work) -> None:
         run = self.transport.runs.pop(work.name, None)

@@ -46,7 +46,9 @@ def test_a_server_that_cannot_start_says_why_in_one_line_and_leaves_nothing(star
             (["--page-size", "2 parsecs"], "--page-size"),
             (["--bind", "tcp://0.0.0.0:5999"], "--curve-key"),
             (["--l2", "tape:/dev/st0"], "no such store"),
-            (["--record", str(folder / "log.csv")], "log.csv"),
+            (["--record", str(folder / "log.csv")], "--record"),
+            (["--record", str(folder / "none" / "log.jsonl")], "--record"),
+            (["--record", str(folder / "server.log" / "log.jsonl.zst")], "Not a directory"),
             (["--config", str(folder / "none.toml")], "none.toml"),
             (["--quota", "bob"], "SALT=GB"),
         ]
