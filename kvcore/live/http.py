@@ -220,8 +220,8 @@ def _routes(loop: _Loop) -> list[Route]:
         route("/chunks/{chunk}", _chunk),
         route("/chunks", _chunks, "POST"),
         route("/clear", _clear, "POST"),
-        route("/pin", _pin(wire.Pin), "POST"),
-        route("/unpin", _pin(wire.Unpin), "POST"),
+        route("/pin", _pin, "POST"),
+        route("/unpin", _unpin, "POST"),
         route("/quotas/{salt}", _set_quota, "PUT"),
         route("/quotas/{salt}", _lift_quota, "DELETE"),
         route("/openapi.json", _openapi),
@@ -274,11 +274,18 @@ async def _clear(loop: _Loop, request: Request) -> Response:
     return _shown(await loop.ask(wire.Clear(_digests(body) if body else None)))
 
 
-def _pin(operation: type[wire.Pin] | type[wire.Unpin]) -> _Handler:
-    async def handler(loop: _Loop, request: Request) -> Response:
-        return _shown(await loop.ask(operation(_digests(await _body(request)))))
+async def _pin(loop: _Loop, request: Request) -> Response:
+    digests = _digests(await _body(request))
+    reply = await loop.ask(wire.Pin(digests))
+    if not isinstance(reply, wire.Done):
+        return _shown(reply)
+    if digests and reply.missing == len(digests):
+        return _refused(404, "none of these chunks is in L1")
+    return JSONResponse({"status": "done", "pinned": len(digests) - reply.missing, "missing": reply.missing})
 
-    return handler
+
+async def _unpin(loop: _Loop, request: Request) -> Response:
+    return _shown(await loop.ask(wire.Unpin(_digests(await _body(request)))))
 
 
 class _Quota(msgspec.Struct, forbid_unknown_fields=True):

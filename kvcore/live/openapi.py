@@ -24,7 +24,12 @@ OPERATIONS: Final[tuple[tuple[str, str, str, dict[str, Any] | None], ...]] = (
     ("get", "/chunks/{chunk}", "The tier in which a chunk can be matched; 404 where there is none.", None),
     ("post", "/chunks", "The tier of each of many chunks, null for none.", _CHUNKS),
     ("post", "/clear", "Drop the chunks named, or everything where the body is empty.", _CHUNKS),
-    ("post", "/pin", "Keep chunks in L1 until they are unpinned; those that are not there are passed over.", _CHUNKS),
+    (
+        "post",
+        "/pin",
+        "Keep chunks in L1 until they are unpinned; says how many are not there. 404 where none is.",
+        _CHUNKS,
+    ),
     ("post", "/unpin", "Give chunks back to the eviction policy.", _CHUNKS),
     ("put", "/quotas/{salt}", "Limit a tenant to so many pages of L1.", _QUOTA),
     ("delete", "/quotas/{salt}", "Lift a tenant's limit.", None),

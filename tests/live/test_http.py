@@ -124,10 +124,13 @@ def test_the_operators_api(served):
         assert json.loads(ask(served, "/chunks", "POST", {"chunks": [*names, "00"]})[1]) == {
             "tiers": ["l1", "l1", "l1", None]
         }
-        assert ask(served, "/pin", "POST", {"chunks": names})[0] == 200
+        pinned = ask(served, "/pin", "POST", {"chunks": [*names, "00"]})
+        assert (pinned[0], json.loads(pinned[1])) == (200, {"status": "done", "pinned": 3, "missing": 1})
+        assert ask(served, "/pin", "POST", {"chunks": ["00"]})[0] == 404
         assert ask(served, "/unpin", "POST", {"chunks": names})[0] == 200
         assert ask(served, "/quotas/bob", "PUT", {"pages": 2})[0] == 200
         assert len(engine.serve("2", chain("b", 3), salt="bob")[1].chunks) == 2
+        assert json.loads(ask(served, "/status")[1])["quotas"] == {"bob": {"pages": 2, "used_pages": 2}}
         assert ask(served, "/quotas/bob", "DELETE")[0] == 200
         assert ask(served, "/clear", "POST", {"chunks": names[:1]})[0] == 200
         assert ask(served, f"/chunks/{names[0]}")[0] == 404

@@ -25,8 +25,8 @@ class Writer:
     A file is never written to twice nor renamed: a recording goes on in `name.1.jsonl`, `name.2.jsonl`, ... once
     `max_bytes` (uncompressed) are full, or where `name.jsonl` is there already, from a run that may have crashed in
     the middle of a row. Readers take `name.jsonl` for the whole set, in that order. Where writing fails, what was
-    waiting is lost and counted, the file ends behind the last row before it (a compressed one cut short, as by a crash), and a later write opens the
-    next one.
+    waiting is lost and counted, the file ends behind the last row before it (a compressed one cut short, as by a
+    crash), and a later write opens the next one.
 
     Files are made with `mode`. Raises ValueError for a path with another suffix or a `max_bytes` below 1; OSError
     where writing fails.
