@@ -114,7 +114,7 @@ class HttpThread:
         except OSError as error:
             self._socket.close()
             address = f"{self._config.host}:{self._config.port}"
-            raise OSError(f"cannot serve HTTP on {address}: {error.strerror}") from error
+            raise OSError(f"--http {address}: {error.strerror}") from error
         self.port = int(self._socket.getsockname()[1])
         if not is_loopback(self._config.host):
             _LOG.warning(

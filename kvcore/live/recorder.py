@@ -43,19 +43,14 @@ class Seen:
 class Recorder:
     """Joins what the server saw of each request with what its engine reports at its end.
 
-    Raises ValueError where `path` cannot be written, in one line that names the flag.
+    Raises ValueError or OSError where `path` cannot be written.
     """
 
     def __init__(self, path: str | Path, *, max_bytes: int) -> None:
         self.path = Path(path)
-        try:
-            self._writer = Writer(self.path, max_bytes=max_bytes, mode=0o600)
-            self._writer.check()
-            self._next_seq = next_seq(self.path)
-        except OSError as error:
-            raise ValueError(f"--record {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise ValueError(f"--record {path}: {error}") from error
+        self._writer = Writer(self.path, max_bytes=max_bytes, mode=0o600)
+        self._writer.check()
+        self._next_seq = next_seq(self.path)
         self._dropped = 0
         self._said_s = -_SAID_AGAIN_S
         self._stop = threading.Event()

@@ -51,6 +51,14 @@ def test_a_server_that_cannot_start_says_why_in_one_line_and_leaves_nothing(star
             (["--record", str(folder / "server.log" / "log.jsonl.zst")], "Not a directory"),
             (["--config", str(folder / "none.toml")], "none.toml"),
             (["--quota", "bob"], "SALT=GB"),
+            (["--page-size", "0"], "--page-size 0"),
+            (["--l1-size-gb", "inf"], "--l1-size-gb"),
+            (["--name", "a/b"], "--name"),
+            (["--journal", str(folder / "server.log")], f"--journal {folder / 'server.log'}: File exists"),
+            (["--l2", f"files:{folder / 'server.log'}"], "--l2: files:"),
+            (["--bind", f"ipc://{folder}/none/x.ipc"], f"--bind ipc://{folder}/none/x.ipc: No such file"),
+            (["--http", f"127.0.0.1:{port}"], f"--http 127.0.0.1:{port}"),
+            (["--bind", "tcp://0.0.0.0:0", "--curve-key", "/none", "--curve-clients", "/none"], "--curve-key /none"),
         ]
         before = sorted(os.listdir(folder))
         for flags, message in cases:
@@ -61,6 +69,26 @@ def test_a_server_that_cannot_start_says_why_in_one_line_and_leaves_nothing(star
             assert sorted(os.listdir(folder)) == before, flags
     assert kvcore("serve", "--no-such-flag").returncode == 2
     server.status()
+
+
+def test_numbers_that_are_none_are_refused_with_the_flag():
+    for words in (
+        ("ping", "--timeout", "inf"),
+        ("ping", "--timeout", "nan"),
+        ("status", "--timeout", "1e300"),
+        ("top", "--every", "inf"),
+        ("bench", "--seconds", "nan"),
+    ):
+        done = kvcore(*words)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+        assert words[1] in done.stderr.splitlines()[-1]
+
+
+def test_a_variable_that_is_no_setting_is_told_at_the_start(folder):
+    done = kvcore("serve", "--l1-size-gb", "0", KVCORE_L1_SIZE="50")
+    assert done.stderr.splitlines()[0] == (
+        "kvcore: warning: KVCORE_L1_SIZE is no setting: did you mean KVCORE_L1_SIZE_GB?"
+    )
 
 
 def test_settings_come_from_flags_then_environment_then_file(start, folder):
