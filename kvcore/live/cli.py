@@ -203,6 +203,9 @@ def bench(
 ) -> None:
     """Measure lookups (pins taken and released) and copies through the arena, beside one memcpy of the same bytes.
 
+    A server that is named with --server evicts chunks of its own for those of the benchmark, which are cleared in the
+    end: what was cached is not all there afterwards.
+
     Examples:
       kvcore bench
 

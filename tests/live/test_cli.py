@@ -6,9 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from live_fakes import SyncEngine, chain, environment
+from live_fakes import SyncEngine, chain, environment, wait_for
 
 
 def kvcore(*words, timeout=60, **extra):
@@ -147,6 +148,46 @@ def test_doctor_passes_on_a_sound_server_and_fails_without_one(start):
     done = kvcore("doctor", "--server", f"ipc://{server.folder}/none.ipc", "--json")
     assert done.returncode == 1
     assert [check["name"] for check in json.loads(done.stdout) if check["result"] == "fail"] == ["server"]
+
+
+@pytest.mark.parametrize("how", ["second-use", "load-cost"])
+def test_doctor_passes_where_chunks_are_stored_or_loaded_by_rule(start, folder, how):
+    cost = {"chunk_tokens": 256, "prefill_floor_ns": 1, "prefill_base_ns": 0, "prefill_linear_ns": 1}
+    (folder / "cost.json").write_text(
+        json.dumps({**cost, "prefill_quadratic_ns": 0, "latency_ns": [1e9], "bytes_per_s": [1e9]})
+    )
+    flags = {"second-use": ("--admission", "second-use"), "load-cost": ("--load-cost", str(folder / "cost.json"))}
+    server = start(*flags[how])
+    done = kvcore("doctor", "--server", server.endpoint, "--json")
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    assert done.returncode == 0, checks
+    assert checks["hit test"]["result"] == "ok"
+    assert checks["shared memory"]["seen"].startswith(f"{folder}: "), "where the server's arena lies"
+    assert server.status()["tiers"][0]["chunks"] == 0
+
+
+def test_bench_that_fails_leaves_nothing_in_the_cache(start):
+    server = start()
+    done = kvcore("bench", "--server", server.endpoint, "--tokens", "60000", "--copy-mb", "1")
+    assert done.returncode == 2
+    assert "chunks fit in L1" in done.stderr
+    assert server.status()["tiers"][0]["chunks"] == 0
+    done = kvcore("bench", "--server", server.endpoint, "--tokens", "2000", "--seconds", "0.1", "--copy-mb", "512")
+    assert done.returncode == 2, done.stdout
+    assert server.status()["tiers"][0]["chunks"] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_bench_that_is_ended_ends_its_server(number):
+    command = [sys.executable, "-m", "kvcore", "bench", "--tokens", "1000", "--copy-mb", "1", "--seconds", "60"]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        (own, *_) = wait_for(lambda: children.read_text().split(), 30)
+        wait_for(lambda: b"serve" in Path(f"/proc/{own}/cmdline").read_bytes())
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    assert not Path(f"/proc/{own}").exists()
+    assert not [name for name in os.listdir("/dev/shm") if f"bench-{process.pid}" in name]
 
 
 def test_bench_measures_a_running_server(start):
