@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,8 @@ class Load:
 def run(endpoint: str | None, load: Load) -> dict[str, Any]:
     """Measure and return figures; without an endpoint a server with a journal is started, and stopped.
 
+    What was stored for it is cleared in the end, well or not.
+
     Raises ServerAwayError, RegistrationRefused, RemoteError, ArenaError as clients do.
     """
     if endpoint is not None:
@@ -73,15 +77,32 @@ def own_server(load: Load) -> Iterator[tuple[str, bool]]:
         "--log-level": "warning",
     }
     command = [sys.executable, "-m", "kvcore", "serve", *(part for pair in flags.items() for part in pair)]
-    process = subprocess.Popen(command)  # noqa: S603 - this very program
+    with _ending_well():
+        process = subprocess.Popen(command)  # noqa: S603 - this very program
+        try:
+            _wait_for(endpoint, process)
+            _wait_until_touched(endpoint)
+            yield endpoint, True
+        finally:
+            process.terminate()
+            process.wait(30)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _ending_well() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end this process by way of its `finally`s, as Ctrl-C does: its server is to end too."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in heard}
     try:
-        _wait_for(endpoint, process)
-        _wait_until_touched(endpoint)
-        yield endpoint, True
+        yield
     finally:
-        process.terminate()
-        process.wait(30)
-        shutil.rmtree(folder, ignore_errors=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _wait_for(endpoint: str, process: "subprocess.Popen[bytes]") -> None:
@@ -209,7 +230,30 @@ class Engine:
 # Lookups
 
 
+@contextmanager
+def _cleared(endpoint: str, chunks: tuple[bytes, ...]) -> Iterator[None]:
+    """Clear chunks in the end, whatever became of what they were for."""
+    try:
+        yield
+    finally:
+        with Client(endpoint) as client:
+            client.call(Clear(chunks), _PATIENCE_S)
+
+
 def _lookups(endpoint: str, load: Load, chunks: tuple[bytes, ...]) -> dict[str, Any]:
+    with _cleared(endpoint, chunks):
+        results = _look_up(endpoint, load, chunks)
+    micros = np.concatenate([np.asarray(times) for times, _ in results]) * 1e3
+    return {
+        "lookups": int(micros.size),
+        "lookups_per_s": sum(len(times) / took for times, took in results),
+        "round_trip_p50_ms": float(np.percentile(micros, 50)),
+        "round_trip_p99_ms": float(np.percentile(micros, 99)),
+    }
+
+
+def _look_up(endpoint: str, load: Load, chunks: tuple[bytes, ...]) -> list[tuple[list[float], float]]:
+    """Have clients look up for a while; return the round trips of each in s, and its time in all."""
     with Engine(endpoint, "bench-fill", 4096) as engine:
         resident = engine.store("fill", chunks)
     if resident != len(chunks):
@@ -230,15 +274,7 @@ def _lookups(endpoint: str, load: Load, chunks: tuple[bytes, ...]) -> dict[str, 
     results = [_receive(pipe) for pipe in pipes]
     for process in processes:
         process.join(10)
-    with Client(endpoint) as client:
-        client.call(Clear(chunks))
-    micros = np.concatenate([np.asarray(times) for times, _ in results]) * 1e3
-    return {
-        "lookups": int(micros.size),
-        "lookups_per_s": sum(len(times) / took for times, took in results),
-        "round_trip_p50_ms": float(np.percentile(micros, 50)),
-        "round_trip_p99_ms": float(np.percentile(micros, 99)),
-    }
+    return results
 
 
 def _receive(pipe: Pipe) -> Any:
@@ -297,14 +333,13 @@ def _copies(endpoint: str, load: Load) -> dict[str, Any]:
             arena.pretouch().join()  # as a worker does that registers its mapping with a device
             for at in range(_COPY_ROUNDS + 1):
                 chunks = tuple(sha256(b"copy %d %d" % (at, i)).digest() for i in range(_COPY_CHUNKS))
-                copies.append(_timed(lambda: np.copyto(target, source)))
-                target[:] = 0
-                stores.append(_timed(lambda: _store(engine, arena, f"s{at}", chunks, source)))  # noqa: B023 - called at once
-                retrieves.append(_timed(lambda: _retrieve(engine, arena, f"l{at}", chunks, target)))  # noqa: B023
+                with _cleared(endpoint, chunks):
+                    copies.append(_timed(lambda: np.copyto(target, source)))
+                    target[:] = 0
+                    stores.append(_timed(lambda: _store(engine, arena, f"s{at}", chunks, source)))  # noqa: B023 - called at once
+                    retrieves.append(_timed(lambda: _retrieve(engine, arena, f"l{at}", chunks, target)))  # noqa: B023
                 if not np.array_equal(source, target):
                     raise AssertionError("what was retrieved is not what was stored")
-                with Client(endpoint) as client:
-                    client.call(Clear(chunks))
         finally:
             arena.close()
     memcpy, store, retrieve = (size / statistics.median(took[1:]) / 1e9 for took in (copies, stores, retrieves))

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -10,7 +11,16 @@ from typing import Annotated, Any, get_origin
 
 import typer
 
-from kvcore.live.settings import ENVIRONMENT, Settings, SettingsError, flag, load, meta, plain_type
+from kvcore.live.settings import (
+    ENVIRONMENT,
+    Settings,
+    SettingsError,
+    flag,
+    load,
+    meta,
+    plain_type,
+    strange_variables,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,12 +30,25 @@ app = typer.Typer(
     help="KV-cache reuse for LLM inference: the server, and what goes with it.",
 )
 
+_MOST_S = 86_400
+
 _ENDPOINT = typer.Option(
     "--server", envvar=f"{ENVIRONMENT}SERVER", help="ipc://PATH or tcp://HOST:PORT; the default server of this host."
 )
 Endpoint = Annotated[str, _ENDPOINT]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-TimeoutS = Annotated[float, typer.Option(min=0.01, help="Seconds to wait for the server.")]
+
+
+def _number(value: float) -> float:
+    """Refuse what is in every range."""
+    if math.isnan(value):
+        raise typer.BadParameter("nan is no number")
+    return value
+
+
+TimeoutS = Annotated[
+    float, typer.Option(min=0.01, max=_MOST_S, callback=_number, help="Seconds to wait for the server.")
+]
 
 _SERVE_HELP = """Run the server: L1 in shared memory, decided by the policy core.
 
@@ -92,6 +115,8 @@ def _metavar(kind: Any) -> str:
 def _serve(**flags: Any) -> None:
     from kvcore.live.run import serve  # noqa: PLC0415 - zmq is loaded when it is used
 
+    for line in strange_variables(os.environ):
+        typer.echo(f"kvcore: warning: {line}", err=True)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
     try:
         settings = load(given)
@@ -171,12 +196,15 @@ def bench(
     server: Annotated[str, typer.Option("--server", help="A running server; none starts one for the benchmark.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Prompt length of the lookups.")] = 100_000,
     clients: Annotated[int, typer.Option(min=1, max=64, help="Client processes.")] = 2,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to look up.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.1, max=_MOST_S, callback=_number, help="How long to look up.")] = 5.0,
     copy_mb: Annotated[int, typer.Option(min=1, help="MiB to store and retrieve.")] = 512,
     chunk_size: Annotated[int, typer.Option(min=1, help="Chunk size of the server that is started.")] = 256,
     as_json: AsJson = False,
 ) -> None:
     """Measure lookups (pins taken and released) and copies through the arena, beside one memcpy of the same bytes.
+
+    A server that is named with --server evicts chunks of its own for those of the benchmark, which are cleared in the
+    end: what was cached is not all there afterwards.
 
     Examples:
       kvcore bench
@@ -251,7 +279,9 @@ def doctor(
 @app.command()
 def top(
     server: Endpoint = "",
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    every: Annotated[
+        float, typer.Option(min=0.1, max=_MOST_S, callback=_number, help="Seconds between two looks.")
+    ] = 1.0,
     once: Annotated[bool, typer.Option(help="Look twice, print the rates, and end.")] = False,
     as_json: AsJson = False,
 ) -> None:

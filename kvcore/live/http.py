@@ -6,32 +6,44 @@ of the web thread.
 
 import asyncio
 import itertools
+import logging
 import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 import msgspec
 import uvicorn
 import zmq
 import zmq.asyncio
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvcore.live import wire
 from kvcore.live.metrics import render
-from kvcore.live.openapi import PAGE, document
+from kvcore.live.openapi import MAX_BODY_BYTES, PAGE, document
+from kvcore.live.settings import is_loopback
 
+_LOG = logging.getLogger("kvcore.http")
 _PATIENCE_S = 1.0
 _STATUS_OF = {"refused": 409, "bad_message": 400, "unknown_operation": 400, "unknown_instance": 409, "internal": 500}
 
 
 class _LoopSilentError(Exception):
     """The request loop did not answer in time."""
+
+
+class _TooLargeError(Exception):
+    """A request's body is larger than any that is of use."""
 
 
 class _Loop:
@@ -85,7 +97,7 @@ class HttpThread:
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str, host: str, port: int) -> None:
         self._loop = _Loop(context, endpoint)
         config = uvicorn.Config(
-            self._app(), host=host, port=port, log_level="warning", lifespan="off", access_log=False
+            self._app(host), host=host, port=port, log_level="warning", lifespan="off", access_log=False
         )
         self._server = uvicorn.Server(config)
         self._config = config
@@ -102,8 +114,15 @@ class HttpThread:
         except OSError as error:
             self._socket.close()
             address = f"{self._config.host}:{self._config.port}"
-            raise OSError(f"cannot serve HTTP on {address}: {error.strerror}") from error
+            raise OSError(f"--http {address}: {error.strerror}") from error
         self.port = int(self._socket.getsockname()[1])
+        if not is_loopback(self._config.host):
+            _LOG.warning(
+                "HTTP on %s:%d is open to everybody who reaches it, clear, pin and quota too: keep it behind a "
+                "firewall, or a proxy that asks who it is, or listen on 127.0.0.1",
+                self._config.host,
+                self.port,
+            )
         self._thread.start()
 
     def stop(self) -> None:
@@ -122,8 +141,58 @@ class HttpThread:
         finally:
             await self._loop.stop()
 
-    def _app(self) -> Starlette:
-        return Starlette(routes=_routes(self._loop))
+    def _app(self, host: str) -> Starlette:
+        return Starlette(
+            routes=_routes(self._loop),
+            middleware=[Middleware(_Guard, local=is_loopback(host))],
+            exception_handlers={HTTPException: _no_route},
+        )
+
+
+class _Guard:
+    """Refuses what a web page of elsewhere has a browser ask.
+
+    Browsers send such requests to loopback, too, with the page's origin, or, where the page's own name was made to lead
+    there, with that name as the host.
+    """
+
+    def __init__(self, app: ASGIApp, *, local: bool) -> None:
+        self._app = app
+        self._local = local
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope["method"], Headers(scope=scope)) if scope["type"] == "http" else None
+        await (refusal or self._app)(scope, receive, send)
+
+    def _refusal(self, method: str, headers: Headers) -> Response | None:
+        host = headers.get("host", "")
+        if self._local and not is_loopback(_name_of(host)):
+            return _refused(400, f"this server listens on loopback, not as {host[:64]!r}: ask for localhost")
+        origin = headers.get("origin")
+        foreign = origin is not None and origin.partition("://")[2].lower() != host.lower()
+        if foreign and method not in ("GET", "HEAD"):
+            return _refused(403, f"a page of {origin!r:.64} may not change anything here")
+        return None
+
+
+def _name_of(host: str) -> str:
+    """Return the host of a header `Host`, without port and brackets."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _refused(status: int, why: str) -> Response:
+    return JSONResponse({"error": why}, status)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """Answer where there is no such path or method; the path is not repeated, for it may be anything."""
+    if not isinstance(error, HTTPException):
+        raise error
+    headers = error.headers
+    return JSONResponse({"error": f"{error.detail}: see /docs"}, error.status_code, headers)
 
 
 _Handler: TypeAlias = Callable[[_Loop, Request], Awaitable[Response]]
@@ -135,9 +204,11 @@ def _routes(loop: _Loop) -> list[Route]:
             try:
                 return await handler(loop, request)
             except _LoopSilentError as error:
-                return JSONResponse({"error": str(error)}, 503)
+                return _refused(503, str(error))
+            except _TooLargeError as error:
+                return JSONResponse({"error": str(error)}, 413, {"connection": "close"})  # what else comes goes unread
             except (msgspec.MsgspecError, ValueError) as error:
-                return JSONResponse({"error": str(error)}, 400)
+                return _refused(400, str(error))
 
         return Route(path, endpoint, methods=[method])
 
@@ -149,8 +220,8 @@ def _routes(loop: _Loop) -> list[Route]:
         route("/chunks/{chunk}", _chunk),
         route("/chunks", _chunks, "POST"),
         route("/clear", _clear, "POST"),
-        route("/pin", _pin(wire.Pin), "POST"),
-        route("/unpin", _pin(wire.Unpin), "POST"),
+        route("/pin", _pin, "POST"),
+        route("/unpin", _unpin, "POST"),
         route("/quotas/{salt}", _set_quota, "PUT"),
         route("/quotas/{salt}", _lift_quota, "DELETE"),
         route("/openapi.json", _openapi),
@@ -191,7 +262,7 @@ async def _chunk(loop: _Loop, request: Request) -> Response:
 
 
 async def _chunks(loop: _Loop, request: Request) -> Response:
-    digests = await _digests(request)
+    digests = _digests(await _body(request))
     reply = await loop.ask(wire.Where(digests))
     if not isinstance(reply, wire.Places):
         return _shown(reply)
@@ -199,25 +270,30 @@ async def _chunks(loop: _Loop, request: Request) -> Response:
 
 
 async def _clear(loop: _Loop, request: Request) -> Response:
-    everything = not await request.body()
-    return _shown(await loop.ask(wire.Clear(None if everything else await _digests(request))))
+    body = await _body(request)
+    return _shown(await loop.ask(wire.Clear(_digests(body) if body else None)))
 
 
-def _pin(operation: type[wire.Pin] | type[wire.Unpin]) -> _Handler:
-    async def handler(loop: _Loop, request: Request) -> Response:
-        return _shown(await loop.ask(operation(await _digests(request))))
+async def _pin(loop: _Loop, request: Request) -> Response:
+    digests = _digests(await _body(request))
+    reply = await loop.ask(wire.Pin(digests))
+    if not isinstance(reply, wire.Done):
+        return _shown(reply)
+    if digests and reply.missing == len(digests):
+        return _refused(404, "none of these chunks is in L1")
+    return JSONResponse({"status": "done", "pinned": len(digests) - reply.missing, "missing": reply.missing})
 
-    return handler
+
+async def _unpin(loop: _Loop, request: Request) -> Response:
+    return _shown(await loop.ask(wire.Unpin(_digests(await _body(request)))))
 
 
 class _Quota(msgspec.Struct, forbid_unknown_fields=True):
-    pages: int
+    pages: wire.Count
 
 
 async def _set_quota(loop: _Loop, request: Request) -> Response:
-    quota = msgspec.json.decode(await request.body(), type=_Quota)
-    if quota.pages < 0:
-        raise ValueError(f"a quota of {quota.pages} pages")
+    quota = msgspec.json.decode(await _body(request), type=_Quota)
     return _shown(await loop.ask(wire.SetQuota(request.path_params["salt"], quota.pages)))
 
 
@@ -237,9 +313,23 @@ class _ChunkList(msgspec.Struct, forbid_unknown_fields=True):
     chunks: list[str]
 
 
-async def _digests(request: Request) -> tuple[bytes, ...]:
-    body = msgspec.json.decode(await request.body(), type=_ChunkList)
-    return tuple(map(_digest, body.chunks))
+async def _body(request: Request) -> bytes:
+    """Return a request's body. Raises _TooLargeError, without reading on."""
+    told = request.headers.get("content-length", "")
+    size = int(told) if told.isdigit() else 0
+    body = bytearray()
+    if size <= MAX_BODY_BYTES:
+        async for part in request.stream():
+            body += part
+            if (size := len(body)) > MAX_BODY_BYTES:
+                break
+    if size > MAX_BODY_BYTES:
+        raise _TooLargeError(f"a body has at most {MAX_BODY_BYTES} bytes: name fewer chunks at a time")
+    return bytes(body)
+
+
+def _digests(body: bytes) -> tuple[bytes, ...]:
+    return tuple(map(_digest, msgspec.json.decode(body, type=_ChunkList).chunks))
 
 
 def _digest(text: str) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 import numpy as np
 
 from kvcore.live.members import Work
-from kvcore.policy import Chunk, Decision, Event, Evict, Refuse, StoreCommitted
+from kvcore.policy import Chunk, Decision, Demote, Event, Evict, Refuse, StoreCommitted
 
 SECONDS: Final = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 AGES: Final = (1.0, 3.0, 10.0, 30.0, 60.0, 180.0, 600.0, 1800.0, 3600.0, 4 * 3600.0, 24 * 3600.0)
@@ -44,7 +44,7 @@ HELP: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
     "kvcore_stored_tokens": ("counter", "Tokens that every rank has written.", ("model", "salt")),
     "kvcore_loaded_bytes": ("counter", "Bytes copied into engines, all ranks.", ("model",)),
     "kvcore_stored_bytes": ("counter", "Bytes written by engines, all ranks.", ("model",)),
-    "kvcore_evicted_chunks": ("counter", "Chunks that left a tier.", ("tier", "reason")),
+    "kvcore_evicted_chunks": ("counter", "Chunks that left a tier; demoted: for the one below.", ("tier", "reason")),
     "kvcore_refused_chunks": ("counter", "Chunks not stored, or not loaded, by reason.", ("reason",)),
     "kvcore_l2_chunks": ("counter", "Chunks copied to and from L2.", ("operation", "result")),
     "kvcore_errors": ("counter", "Error replies, by kind.", ("kind",)),
@@ -110,7 +110,9 @@ class Metrics:
                 self._use(chunk, event.now_ns)
         for decision in decisions:
             if type(decision) is Evict:
-                self._evict(decision, event.now_ns)
+                self._leave(decision.tier, decision.chunks, decision.reason, event.now_ns)
+            elif type(decision) is Demote:
+                self._leave(decision.tier, decision.chunks, "demoted", event.now_ns)
             elif type(decision) is Refuse:
                 self.counts["kvcore_refused_chunks", decision.reason] += len(decision.chunks)
 
@@ -205,13 +207,14 @@ class Metrics:
         if len(self._used_ns) > _EVICTED_REMEMBERED:
             self._used_ns.popitem(last=False)
 
-    def _evict(self, decision: Evict, now_ns: int) -> None:
-        self.counts["kvcore_evicted_chunks", f"l{decision.tier + 1}", decision.reason] += len(decision.chunks)
-        self._evicted.update(dict.fromkeys(decision.chunks))
+    def _leave(self, tier: int, chunks: tuple[Chunk, ...], reason: str, now_ns: int) -> None:
+        """Chunks leave a tier; what is demoted and then lost on its way was evicted, too."""
+        self.counts["kvcore_evicted_chunks", f"l{tier + 1}", reason] += len(chunks)
+        self._evicted.update(dict.fromkeys(chunks))
         while len(self._evicted) > _EVICTED_REMEMBERED:
             self._evicted.popitem(last=False)
-        if decision.tier == 0:
-            for chunk in sampled(decision.chunks):
+        if tier == 0:
+            for chunk in sampled(chunks):
                 stored_ns = self._stored_ns.pop(chunk, None)
                 if stored_ns is not None:
                     self.histograms["kvcore_chunk_lifetime_seconds",].add((now_ns - stored_ns) / 1e9)

@@ -6,6 +6,7 @@ What is dropped, because the disk cannot keep up or fails, is counted and shown.
 import logging
 import queue
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ _LOG = logging.getLogger("kvcore.recorder")
 _QUEUE_ROWS = 20_000
 _REMEMBERED = 200_000
 """Requests whose lookup is remembered until their record comes."""
+_SAID_AGAIN_S = 60.0
+_REST_S = 1.0
+"""How long a disk that failed is left alone; rows wait in the queue meanwhile."""
 
 
 @dataclass(slots=True)
@@ -44,27 +48,44 @@ class Recorder:
 
     def __init__(self, path: str | Path, *, max_bytes: int) -> None:
         self.path = Path(path)
-        self.dropped = 0
-        """Rows lost."""
-        self.rows = 0
-        """Rows handed to the operating system."""
-        self._next_seq = next_seq(self.path) if self.path.parent.is_dir() else 0
-        self._writer = Writer(self.path, max_bytes=max_bytes)
+        self._writer = Writer(self.path, max_bytes=max_bytes, mode=0o600)
+        self._writer.check()
+        self._next_seq = next_seq(self.path)
+        self._dropped = 0
+        self._said_s = -_SAID_AGAIN_S
+        self._stop = threading.Event()
         self._seen: OrderedDict[str, Seen] = OrderedDict()
         self._queue: queue.Queue[Row | None] = queue.Queue(_QUEUE_ROWS)
         self._thread = threading.Thread(target=self._run, name="kvcore-recorder", daemon=True)
         self._thread.start()
 
-    def looked_up(self, name: str, seen: Seen) -> None:
-        """Remember a request's first lookup, and give it its place in the order."""
+    @property
+    def rows(self) -> int:
+        """Rows handed to the operating system."""
+        return self._writer.rows
+
+    @property
+    def dropped(self) -> int:
+        """Rows lost."""
+        return self._dropped + self._writer.lost
+
+    def looked_up(self, name: str, seen: Seen, *, resumed: bool = False) -> None:
+        """Remember a request's lookup, and give it its place in the order.
+
+        One that was preempted and is `resumed` has its place already. Another request of a name that is known has its
+        own: the earlier one was cancelled, and nothing more comes of it.
+        """
         if name in self._seen:
-            return
+            if resumed:
+                return
+            del self._seen[name]
+            self._dropped += 1
         seen.seq = self._next_seq
         self._next_seq += 1
         self._seen[name] = seen
         if len(self._seen) > _REMEMBERED:
             self._seen.popitem(last=False)
-            self.dropped += 1
+            self._dropped += 1
 
     def loaded(self, name: str, tokens: int) -> None:
         """Note what a request's engine has loaded."""
@@ -76,23 +97,31 @@ class Recorder:
         """Queue a row. Never blocks: where the queue is full the row is dropped, and counted."""
         seen = self._seen.pop(name, None)
         if seen is None:
-            self.dropped += 1
+            self._dropped += 1
             return
         try:
             self._queue.put_nowait(_row(seen, record))
         except queue.Full:
-            self._drop(name, "the queue is full")
+            self._drop("the disk cannot keep up")
         except ValueError as error:
-            self._drop(name, str(error))
-
-    def _drop(self, name: str, why: str) -> None:
-        self.dropped += 1
-        _LOG.error("the row of %s was dropped: %s", name, why)
+            self._drop(f"{name}: {error}")
 
     def close(self) -> None:
         """Write what is queued and end the file."""
+        self._stop.set()
         self._queue.put(None)
         self._thread.join()
+
+    def _drop(self, why: str) -> None:
+        self._dropped += 1
+        self._complain(why)
+
+    def _complain(self, why: str) -> None:
+        """Say that rows are lost: at once, then once a minute."""
+        now = time.monotonic()
+        if now - self._said_s >= _SAID_AGAIN_S:
+            self._said_s = now
+            _LOG.error("%s: rows are lost, %d so far: %s", self.path, self.dropped, why)
 
     def _run(self) -> None:
         while (row := self._queue.get()) is not None:
@@ -100,14 +129,13 @@ class Recorder:
                 self._writer.write(row)
                 if self._queue.empty():
                     self._writer.flush()
-                self.rows += 1
             except OSError as error:
-                self.dropped += 1
-                _LOG.error("%s: a row was dropped: %s", self.path, error)
+                self._complain(str(error))
+                self._stop.wait(_REST_S)
         try:
             self._writer.close()
         except OSError as error:
-            _LOG.error("%s: %s", self.path, error)
+            self._complain(str(error))
 
 
 def _row(seen: Seen, record: Record) -> Row:

@@ -27,7 +27,7 @@ from kvcore.live.liveness import Liveness
 from kvcore.live.members import Member, RefusedError, UnknownMemberError
 from kvcore.live.recorder import Recorder
 from kvcore.live.service import MonotonicClock, Parts, Service
-from kvcore.live.settings import GB, Settings, check, http_address
+from kvcore.live.settings import GB, Settings, check, http_address, naming
 from kvcore.live.stores.base import Store, StoreError
 from kvcore.live.stores.pool import StorePool
 from kvcore.live.stores.registry import open_store
@@ -154,11 +154,15 @@ class Server:
         self._sockets = []
         for endpoint in settings.endpoints:
             self._listen(endpoint, stack)
-        paths = ArenaPaths(Path(settings.arena_dir), settings.name)
+        try:
+            paths = ArenaPaths(Path(settings.arena_dir), settings.name)
+        except ArenaError as error:
+            raise StartError(f"--name: {error}") from error
         previous_epoch = _epoch_of(paths) if settings.journal else 0
         arena = Arena.open(paths, size_bytes=settings.l1_bytes, page_bytes=settings.page_bytes)
         stack.callback(arena.close)
-        journal, state = self._open_journal(arena, previous_epoch, stack)
+        with naming("journal", settings.journal):
+            journal, state = self._open_journal(arena, previous_epoch, stack)
         clock = MonotonicClock(state.now_ns)
         allocator = PageAllocator(arena.generations, arena.page_writers, page_ids(state.book.resident.values()))
         held = HeldTable(paths.held)
@@ -166,7 +170,8 @@ class Server:
         held.follow(state.core)
         recorder = None
         if settings.record:
-            recorder = Recorder(settings.record, max_bytes=settings.record_max_mb << 20)
+            with naming("record", settings.record):
+                recorder = Recorder(settings.record, max_bytes=settings.record_max_mb << 20)
             stack.callback(recorder.close)
         parts = Parts(
             settings=settings,
@@ -200,7 +205,8 @@ class Server:
             self._protect(socket, stack)
         path = Path(endpoint.removeprefix("ipc://")) if endpoint.startswith("ipc://") else None
         if path is not None:
-            _lock_ipc(path, stack)
+            with naming("bind", endpoint):
+                _lock_ipc(path, stack)
         try:
             socket.bind(endpoint)
         except zmq.ZMQError as error:
@@ -215,9 +221,10 @@ class Server:
         from zmq.auth import load_certificate  # noqa: PLC0415 - rarely needed
         from zmq.auth.thread import ThreadAuthenticator  # noqa: PLC0415
 
-        public, secret = load_certificate(self.settings.curve_key)
+        with naming("curve_key", self.settings.curve_key):
+            public, secret = load_certificate(self.settings.curve_key)
         if secret is None:
-            raise StartError(f"{self.settings.curve_key} holds no secret key")
+            raise StartError(f"--curve-key {self.settings.curve_key}: holds no secret key")
         authenticator = ThreadAuthenticator(self._context)
         authenticator.start()
         stack.callback(authenticator.stop)
@@ -263,7 +270,10 @@ class Server:
         queue_bytes = int(settings.l2_queue_gb * GB)
         # A delete may come after the put that it makes room for, so the store itself is allowed a little more.
         size_bytes = int(settings.l2_size_gb * GB) + queue_bytes if settings.l2_size_gb else None
-        store = open_store(settings.l2, size_bytes)
+        try:
+            store = open_store(settings.l2, size_bytes)
+        except StoreError as error:
+            raise StartError(f"--l2: {error}") from error
         threads = settings.copying_threads
         pool = StorePool(store, queue_bytes=queue_bytes, writers=threads, readers=threads)
         stack.callback(pool.close, finish=False)

@@ -3,6 +3,7 @@
 No socket, no thread, no wall clock here: a message in, a reply out.
 """
 
+import logging
 import os
 import time
 from collections import deque
@@ -10,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, TypeAlias
-
-import msgspec
 
 from kvcore.live import wire
 from kvcore.live.allocator import PageAllocator
@@ -53,6 +52,7 @@ from kvcore.policy import (
 from kvtraces.journal import JournalWriter
 
 Handler: TypeAlias = Callable[[Any], wire.Reply]
+_LOG = logging.getLogger("kvcore.service")
 _DONE = wire.Done()
 
 
@@ -137,7 +137,7 @@ class Service:
             wire.Renew: self._renew,
             wire.Record: self._record,
             wire.Status: lambda _: wire.Report(status(self)),
-            wire.GetConfig: lambda _: wire.Report(msgspec.to_builtins(self.settings)),
+            wire.GetConfig: lambda _: wire.Report(self.settings.shown()),
             wire.GetMetrics: lambda _: wire.Report(self.metrics.report(kept_elsewhere(self))),
             wire.Clear: self._clear,
             wire.Pin: self._pin,
@@ -184,6 +184,7 @@ class Service:
         if message.engine and self.parts.journal is not None:
             self.parts.journal.engine(instance.name, message.engine)
         member = self.members.enter(message, instance, now_ns)
+        _LOG.info("%r registered, process %d", member.name, message.pid)
         arena = self.parts.arena
         return wire.Registered(
             member=member.token,
@@ -239,7 +240,10 @@ class Service:
         return self.members.heard(token, self.clock.now_ns())
 
     def sweep(self) -> None:
-        """Take back what belongs to nobody: leases that have run out, members that never came, quarantined pages."""
+        """Take back what belongs to nobody, and what has had its time.
+
+        Leases that have run out, members that never came, quarantined pages, chunks that have expired.
+        """
         now_ns = self.clock.now_ns()
         for member in self.members.never_here(now_ns):
             self.gone(member)
@@ -249,6 +253,8 @@ class Service:
             self._release_quarantine()
         if self.strays:
             self._delete_strays()
+        if self.parts.state.core.due(now_ns):  # any event lets what has expired leave, and this one does nothing else
+            self._feed(Unpinned(now_ns=now_ns, chunks=()))
         self.transport.answers.clear()
 
     def _expire(self, instance: Instance) -> None:
@@ -305,6 +311,7 @@ class Service:
         name = instance.prefix + message.request
         work = self.works.get(name)
         fresh = work is None or work.ended
+        ending = fresh and self.parts.state.core.knows(name)
         if work is None or work.ended:  # that came back, preempted: to the core another request of that name
             work = Work(name, instance, message.chunks, message.salt, message.computed_chunks)
             self.works[name] = instance.works[name] = work
@@ -325,7 +332,8 @@ class Service:
             raise
         matched = self.transport.answers[name].matched
         if fresh and matched is not None:
-            work.hits = matched.hits
+            # What the core says of a life that is still ending was found of that one's prompt, and is not loaded again.
+            work.hits = (0,) * len(matched.hits) if ending else matched.hits
             self._note_lookup(work, message, now_ns)
         self._take_run(work)
         found = self._found(work, message.computed_chunks)
@@ -352,7 +360,7 @@ class Service:
                 chunk_tokens=instance.chunk_tokens,
                 hits=work.hits,
             )
-            self.parts.recorder.looked_up(work.name, seen)
+            self.parts.recorder.looked_up(work.name, seen, resumed=message.resumed)
 
     def _take_run(self, work: Work) -> None:
         run = self.transport.runs.pop(work.name, None)
@@ -505,18 +513,24 @@ class Service:
     # The operator
 
     def _clear(self, message: wire.Clear) -> wire.Done:
+        _LOG.info("clear: %s", "everything" if message.chunks is None else f"{len(message.chunks)} chunks")
         self._feed(Cleared(now_ns=self.clock.now_ns(), chunks=message.chunks))
         return _DONE
 
     def _pin(self, message: wire.Pin) -> wire.Done:
         self._feed(Pinned(now_ns=self.clock.now_ns(), chunks=message.chunks))
-        return _DONE
+        kept = self.parts.state.core.tiers[0].kept
+        missing = sum(chunk not in kept for chunk in message.chunks)
+        _LOG.info("pin: %d chunks, of which %d are not in L1", len(message.chunks), missing)
+        return wire.Done(missing)
 
     def _unpin(self, message: wire.Unpin) -> wire.Done:
+        _LOG.info("unpin: %d chunks", len(message.chunks))
         self._feed(Unpinned(now_ns=self.clock.now_ns(), chunks=message.chunks))
         return _DONE
 
     def _set_quota(self, message: wire.SetQuota) -> wire.Done:
+        _LOG.info("quota of %r: %s", message.salt, "none" if message.pages is None else f"{message.pages} pages")
         self._feed(QuotaSet(now_ns=self.clock.now_ns(), salt=message.salt, pages=message.pages))
         return _DONE
 

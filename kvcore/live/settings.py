@@ -4,10 +4,14 @@ A setting `l1_size_gb` is the flag `--l1-size-gb`, the variable `KVCORE_L1_SIZE_
 that order of precedence. GB count 2**30 bytes.
 """
 
+import mmap
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
@@ -20,6 +24,10 @@ from kvcore.policy import POLICIES, CoreConfig, LoadCost, TierConfig
 
 GB = 1 << 30
 ENVIRONMENT = "KVCORE_"
+_BESIDE = ("CONFIG", "SERVER")
+"""Variables that are no settings of the server: where its file lies, and what the other commands ask."""
+_MOST_GB = 1 << 20
+_MOST_S = 1e9
 _SIZE = re.compile(r"(\d+)\s*([KMG]?)(?:i?B)?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _STAGING_SHARE = 16
@@ -38,7 +46,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Everything that a server can be told."""
 
     l1_size_gb: Annotated[
-        float, _help("Size of L1, for all ranks and models together, in 2^30 bytes.", "Cache", gt=0)
+        float, _help("Size of L1, for all ranks and models together, in 2^30 bytes.", "Cache", gt=0, le=_MOST_GB)
     ] = 4.0
     chunk_size: Annotated[
         int, _help("Tokens in a chunk, a multiple of the engines' block size.", "Cache", gt=0, le=1 << 24)
@@ -47,7 +55,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     admission: Annotated[
         Literal["always", "second-use"], _help("Store a chunk at once (always) or when it is missed again.", "Cache")
     ] = "always"
-    ttl_s: Annotated[float, _help("Drop chunks unused for so many seconds; 0 keeps them.", "Cache", ge=0)] = 0.0
+    ttl_s: Annotated[
+        float, _help("Drop chunks unused for so many seconds; 0 keeps them.", "Cache", ge=0, le=_MOST_S)
+    ] = 0.0
     quota: Annotated[
         tuple[str, ...], _help("SALT=GB: the most of L1 that a tenant may hold. Repeatable.", "Cache")
     ] = ()
@@ -55,7 +65,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         str, _help("JSON file of costs, as kvcore doctor writes: load a hit only where that is faster.", "Cache")
     ] = ""
     l2: Annotated[str, _help("The store behind L1: files:/path, redis://..., s3://...", "L2")] = ""
-    l2_size_gb: Annotated[float, _help("Size of L2; 0 for no bound.", "L2", ge=0)] = 0.0
+    l2_size_gb: Annotated[float, _help("Size of L2; 0 for no bound.", "L2", ge=0, le=_MOST_GB)] = 0.0
     l2_eviction_policy: Annotated[str, _help("Who leaves L2.", "L2")] = "lru"
     placement: Annotated[
         Literal["write-through", "write-back"], _help("Copy to L2 when stored, or when evicted from L1.", "L2")
@@ -65,7 +75,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int,
         _help("Threads that copy to L2, and that copy from it; 0: half of the processors, 2 to 8.", "L2", ge=0, le=64),
     ] = 0
-    l2_queue_gb: Annotated[float, _help("Copies to L2 that may wait; beyond, they are dropped.", "L2", gt=0)] = 1.0
+    l2_queue_gb: Annotated[
+        float, _help("Copies to L2 that may wait; beyond, they are dropped.", "L2", gt=0, le=_MOST_GB)
+    ] = 1.0
     bind: Annotated[
         tuple[str, ...],
         _help(
@@ -132,9 +144,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         for item in self.quota:
             salt, _, size = item.rpartition("=")
             try:
-                found.append((salt, int(float(size) * GB) // self.page_bytes))
+                size_gb = float(size)
             except ValueError:
-                raise SettingsError(f"--quota {item}: not SALT=GB") from None
+                size_gb = -1.0
+            if not 0 <= size_gb <= _MOST_GB:
+                raise SettingsError(f"--quota {item}: not SALT=GB, of 0 to {_MOST_GB} GB")
+            found.append((salt, int(size_gb * GB) // self.page_bytes))
         return tuple(found)
 
     def core_config(self) -> CoreConfig:
@@ -161,6 +176,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         parts = urlsplit(self.l2)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if self.l2 else ""
 
+    def shown(self) -> dict[str, Any]:
+        """Return the settings as plain data, without what only the store is to know."""
+        return {**msgspec.to_builtins(self), "l2": self.l2_place}
+
     @property
     def staging_pages(self) -> int:
         """Pages of the arena that the core does not count with: room for chunks that write-back takes down."""
@@ -173,7 +192,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             return None
         try:
             return msgspec.json.decode(Path(self.load_cost).read_bytes(), type=LoadCost)
-        except (OSError, msgspec.MsgspecError, ValueError) as error:
+        except OSError as error:
+            raise SettingsError(f"--load-cost {self.load_cost}: {error.strerror}") from None
+        except (msgspec.MsgspecError, ValueError) as error:
             raise SettingsError(f"--load-cost {self.load_cost}: {error}") from None
 
 
@@ -183,20 +204,44 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str] | None = None)
     Raises SettingsError for a name that is none, a value out of range, or settings that do not go together.
     """
     environment = os.environ if environment is None else environment
-    known = set(Settings.__struct_fields__)
     given: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     path = flags.get("config") or environment.get(f"{ENVIRONMENT}CONFIG")
     if path:
         given.update(_read_toml(Path(path)))
-    for name in known:
-        if (text := environment.get(ENVIRONMENT + name.upper())) is not None:
-            given[name] = text
-    given.update({name: value for name, value in flags.items() if name in known and value not in (None, ())})
-    return check(_convert(given))
+        sources.update({name: f"--config {path}, {name}" for name in given})
+    for name in Settings.__struct_fields__:
+        variable = ENVIRONMENT + name.upper()
+        if variable in environment:
+            given[name], sources[name] = environment[variable], variable
+        if flags.get(name) not in (None, ()):
+            given[name] = flags[name]
+            sources.pop(name, None)
+    try:
+        return check(_convert(given))
+    except SettingsError as error:
+        raise SettingsError(_by_source(str(error), sources)) from None
+
+
+def strange_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return a line about every variable that looks like a setting and is none."""
+    known = [ENVIRONMENT + name.upper() for name in (*Settings.__struct_fields__, *_BESIDE)]
+    lines = []
+    for name in sorted(environment):
+        if name.startswith(ENVIRONMENT) and name not in known:
+            nearest = get_close_matches(name, known, 1)
+            lines.append(f"{name} is no setting" + (f": did you mean {nearest[0]}?" if nearest else ""))
+    return lines
 
 
 def check(settings: Settings) -> Settings:
     """Return the settings if they go together. Raises SettingsError."""
+    if settings.page_bytes % mmap.PAGESIZE or not settings.page_bytes:
+        raise SettingsError(f"--page-size {settings.page_size}: no multiple of the system's {mmap.PAGESIZE} bytes")
+    for name in ("eviction_policy", "l2_eviction_policy"):
+        policy = getattr(settings, name)
+        if policy not in POLICIES:
+            raise SettingsError(f"{flag(name)}: no eviction policy {policy!r}; there are {', '.join(POLICIES)}")
     if not settings.l1_bytes // settings.page_bytes >= 1:
         raise SettingsError(f"--l1-size-gb {settings.l1_size_gb:g}: less than one page of {settings.page_bytes} bytes")
     try:
@@ -221,6 +266,14 @@ def http_address(settings: Settings) -> tuple[str, int] | None:
     return host.strip("[]"), int(port)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a host, without brackets, is this machine alone."""
+    try:
+        return host.lower() == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def parse_size(text: str, name: str) -> int:
     """Return the bytes of `2MiB`, `64K` or `4096`; units are powers of 1024. Raises SettingsError."""
     found = _SIZE.fullmatch(text.strip())
@@ -232,6 +285,16 @@ def parse_size(text: str, name: str) -> int:
 def flag(name: str) -> str:
     """Return the flag of a setting."""
     return "--" + name.replace("_", "-")
+
+
+@contextmanager
+def naming(name: str, value: str) -> Iterator[None]:
+    """Have what goes wrong within name the flag by which it can be mended. Raises SettingsError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        why = error.strerror or error if isinstance(error, OSError) else error
+        raise SettingsError(f"{flag(name)} {value}: {why}") from error
 
 
 def plain_type(name: str) -> Any:
@@ -253,7 +316,12 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"--config {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"--config {path}: {error}") from None
-    found = {key.replace("-", "_"): value for key, value in table.items()}
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name in found:
+            raise SettingsError(f"--config {path}: {name!r} is there twice, with - and with _")
+        found[name] = value
     unknown = sorted(set(found) - set(Settings.__struct_fields__))
     if unknown:
         raise SettingsError(f"--config {path}: no setting {unknown[0]!r}")
@@ -272,6 +340,13 @@ def _convert(given: dict[str, Any]) -> Settings:
         raise SettingsError(f"{flag(name) if name else 'settings'}: {message}") from None
 
 
+def _by_source(message: str, sources: Mapping[str, str]) -> str:
+    """Have an error that begins with a setting's flag begin with where the setting is from."""
+    word = message.split(" ", 1)[0].rstrip(":")
+    source = next((source for name, source in sources.items() if flag(name) == word), word)
+    return source + message.removeprefix(word)
+
+
 def _check_endpoint(endpoint: str, settings: Settings) -> None:
     scheme, _, rest = endpoint.partition("://")
     if scheme == "ipc" and rest:
@@ -283,6 +358,5 @@ def _check_endpoint(endpoint: str, settings: Settings) -> None:
     host, _, port = rest.rpartition(":")
     if scheme != "tcp" or not host or not (port.isdigit() and int(port) <= 65535):
         raise SettingsError(f"--bind {endpoint}: not ipc://PATH or tcp://HOST:PORT")
-    loopback = host in ("localhost", "[::1]") or host.startswith("127.")
-    if not loopback and not (settings.curve_key and settings.curve_clients):
+    if not is_loopback(host.strip("[]")) and not (settings.curve_key and settings.curve_clients):
         raise SettingsError(f"--bind {endpoint}: beyond loopback it takes --curve-key and --curve-clients")

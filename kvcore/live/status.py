@@ -41,6 +41,11 @@ def status(service: "Service") -> dict[str, Any]:
         },
         "chunk_tokens": service.settings.chunk_size,
         "tiers": tiers,
+        "quotas": {
+            salt: {"pages": pages, "used_pages": core.tiers[0].salt_pages.get(salt, 0)}
+            for salt, pages in core.tiers[0].quotas.items()
+        },
+        "l2_failing": None if service.parts.pool is None else service.parts.pool.failing,
         "l2_threads": service.settings.copying_threads if service.settings.l2 else None,
         "requests": len(service.works),
         "instances": [_shown(instance) for instance in service.members.instances.values()],

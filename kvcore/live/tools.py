@@ -62,6 +62,8 @@ def status_tables(report: dict[str, Any]) -> list[Table]:
         ("arena", f"{arena['path']}, {arena['pages']} pages of {arena['page_bytes']} bytes"),
         ("pages", f"{arena['free_pages']} free, {arena['quarantined_pages']} quarantined"),
         ("requests at work", report["requests"]),
+        ("quotas", _quotas(report["quotas"])),
+        ("L2", _l2(report["l2_failing"])),
         ("recorder", _recorder(report["recorder"])),
         ("journal", _journal(report["journal"])),
     ):
@@ -76,6 +78,16 @@ def status_tables(report: dict[str, Any]) -> list[Table]:
         ready = "yes" if one["ready"] else "no"
         instances.add_row(one["name"], one["namespace"].get("model", ""), ready, members, str(one["requests"]))
     return [general, tiers, instances]
+
+
+def _quotas(quotas: dict[str, dict[str, int]]) -> str:
+    return ", ".join(f"{salt}: {one['used_pages']} of {one['pages']} pages" for salt, one in quotas.items()) or "none"
+
+
+def _l2(failing: dict[str, str] | None) -> str:
+    if failing is None:
+        return "off"
+    return "; ".join(f"{operation} fails: {error}" for operation, error in failing.items()) or "works"
 
 
 def _journal(journal: dict[str, Any] | None) -> str:

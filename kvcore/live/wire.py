@@ -293,6 +293,9 @@ class Error(Message, frozen=True, tag="error"):
 class Done(Message, frozen=True, tag="done"):
     """It was taken in."""
 
+    missing: Count = 0
+    """Of a `Pin`: how many of its chunks are not in L1, and so are not kept there."""
+
 
 class Pong(Message, frozen=True, tag="pong"):
     """The request loop turns."""

@@ -110,6 +110,14 @@ class Core:
         """Return the first tier in which a chunk can be matched, None where there is none."""
         return next((index for index, tier in enumerate(self.tiers) if chunk in tier.resident), None)
 
+    def due(self, now_ns: int) -> bool:
+        """Whether chunks have expired that are still there: the next event, whatever it is, lets them leave."""
+        return any(tier.due(now_ns) for tier in self.tiers)
+
+    def knows(self, request: str) -> bool:
+        """Whether a request of that name holds anything: a lookup under it is answered by what was decided for that."""
+        return request in self._state.requests or request in self._state.lost
+
     def requests(self) -> Iterator[tuple[str, str]]:
         """Yield the name and the instance of every request that holds anything."""
         yield from [(request.name, request.instance) for request in self._state.requests.values()]

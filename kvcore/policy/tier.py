@@ -229,6 +229,12 @@ class Tier:
         self.idle -= self.release((entry,))
         return entry
 
+    def due(self, now_ns: int) -> bool:
+        """Return whether `expired` has anything to do."""
+        return (
+            self.ttl_ns is not None and bool(self.expiry) and next(iter(self.expiry.values())) + self.ttl_ns <= now_ns
+        )
+
     def expired(self, now_ns: int) -> list[Entry]:
         """Remove the chunks unused for longer than the TTL and return them; pinned ones are in use."""
         gone: list[Entry] = []

@@ -39,7 +39,11 @@ def wait_for(condition, timeout_s=10.0):
 
 
 def environment():
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    """As here, but for what is said to the tests: a server would say that those are no settings of its own."""
+    own = {
+        name: value for name, value in os.environ.items() if not name.startswith(("KVCORE_TEST_", "KVCORE_REQUIRE_"))
+    }
+    return {**own, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 class ServerProcess:

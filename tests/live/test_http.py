@@ -7,29 +7,46 @@ import socket
 import threading
 import urllib.error
 import urllib.request
+from http.client import HTTPResponse
 
 import pytest
 from live_fakes import SyncEngine, chain, wait_for
 
+from kvcore.live import server as server_module
 from kvcore.live import wire
-from kvcore.live.openapi import OPERATIONS
+from kvcore.live.connection import Client
+from kvcore.live.openapi import MAX_BODY_BYTES, OPERATIONS
 from kvcore.live.server import Server
 from kvcore.live.settings import load
+from kvcore.live.stores.files import FileStore
 
 
 @pytest.fixture
-def served(start):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = start("--http", f"127.0.0.1:{port}")
-    server.url = f"http://127.0.0.1:{port}"
-    return server
+def serve(start):
+    def served(*flags, host="127.0.0.1"):
+        with socket.socket() as free:
+            free.bind((host, 0))
+            port = free.getsockname()[1]
+        server = start("--http", f"{host}:{port}", *flags)
+        server.url = f"http://127.0.0.1:{port}"
+        return server
+
+    return served
 
 
-def ask(server, path, method="GET", body=None, timeout=5):
+@pytest.fixture
+def served(serve):
+    return serve()
+
+
+def in_process(folder, port, **more):
+    flags = {"arena_dir": str(folder), "http": f"127.0.0.1:{port}", "l1_size_gb": 0.01, "pretouch": "false"}
+    return load({"bind": (f"ipc://{folder}/s.ipc",), **flags, **more}, {})
+
+
+def ask(server, path, method="GET", body=None, timeout=5, headers=None):
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(server.url + path, data, method=method)
+    request = urllib.request.Request(server.url + path, data, headers or {}, method=method)
     try:
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return answer.status, answer.read().decode()
@@ -51,17 +68,7 @@ def test_health_fails_while_the_loop_hangs(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = load(
-        {
-            "bind": (f"ipc://{folder}/s.ipc",),
-            "arena_dir": str(folder),
-            "http": f"127.0.0.1:{port}",
-            "l1_size_gb": 0.01,
-            "pretouch": "false",
-        },
-        {},
-    )
-    with Server(settings) as server:
+    with Server(in_process(folder, port)) as server:
         server.url = f"http://127.0.0.1:{port}"
         assert ask(server, "/healthz")[0] == 200
         hanging_now, hang = threading.Event(), threading.Event()
@@ -117,10 +124,13 @@ def test_the_operators_api(served):
         assert json.loads(ask(served, "/chunks", "POST", {"chunks": [*names, "00"]})[1]) == {
             "tiers": ["l1", "l1", "l1", None]
         }
-        assert ask(served, "/pin", "POST", {"chunks": names})[0] == 200
+        pinned = ask(served, "/pin", "POST", {"chunks": [*names, "00"]})
+        assert (pinned[0], json.loads(pinned[1])) == (200, {"status": "done", "pinned": 3, "missing": 1})
+        assert ask(served, "/pin", "POST", {"chunks": ["00"]})[0] == 404
         assert ask(served, "/unpin", "POST", {"chunks": names})[0] == 200
         assert ask(served, "/quotas/bob", "PUT", {"pages": 2})[0] == 200
         assert len(engine.serve("2", chain("b", 3), salt="bob")[1].chunks) == 2
+        assert json.loads(ask(served, "/status")[1])["quotas"] == {"bob": {"pages": 2, "used_pages": 2}}
         assert ask(served, "/quotas/bob", "DELETE")[0] == 200
         assert ask(served, "/clear", "POST", {"chunks": names[:1]})[0] == 200
         assert ask(served, f"/chunks/{names[0]}")[0] == 404
@@ -137,12 +147,81 @@ def test_bad_requests_are_told_apart(served):
         ("/chunks/zz", "GET", None),
         ("/quotas/bob", "PUT", {"pages": -1}),
         ("/quotas/bob", "PUT", {"gb": 1}),
+        ("/quotas/bob", "PUT", {"pages": 1 << 70}),
     ):
         status, text = ask(served, path, method, body)
         assert status == 400, path
         assert json.loads(text)["error"]
-    assert ask(served, "/nothing")[0] == 404
-    assert ask(served, "/clear")[0] == 405
+    for path, expected in (("/nothing", 404), ("/clear", 405)):
+        status, text = ask(served, path)
+        assert status == expected
+        assert json.loads(text)["error"]
+
+
+def test_the_settings_shown_hold_no_password(folder, monkeypatch):
+    monkeypatch.setattr(server_module, "open_store", lambda *_: FileStore(folder / "l2", None))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = in_process(folder, port, l2="redis://user:s3cr3t@127.0.0.1:1/0?password=s3cr3t")
+    with Server(settings) as server:
+        server.url = f"http://127.0.0.1:{port}"
+        text = ask(server, "/config")[1]
+        with Client(settings.bind[0]) as client:
+            report = client.call(wire.GetConfig(), 5).data
+    assert json.loads(text)["l2"] == "redis://127.0.0.1:1/0"
+    assert "s3cr3t" not in text + str(report)
+
+
+def test_a_page_of_elsewhere_changes_nothing(served):
+    prompt, port = chain("a", 1), served.url.rpartition(":")[2]
+    with SyncEngine(served.endpoint) as engine:
+        engine.serve("1", prompt)
+        for headers, status in (
+            ({"Host": f"evil.example:{port}"}, 400),  # whose name was made to lead here
+            ({"Host": f"127.evil.example:{port}"}, 400),
+            ({"Host": "[::1"}, 400),
+            ({"Origin": "http://evil.example"}, 403),
+            ({"Origin": "null"}, 403),
+            ({"Origin": "http://[::1"}, 403),
+        ):
+            answer, text = ask(served, "/clear", "POST", headers=headers)
+            assert (answer, list(json.loads(text))) == (status, ["error"]), headers
+        assert served.status()["tiers"][0]["chunks"] == 1
+        assert ask(served, "/status", headers={"Host": "evil.example"})[0] == 400
+        for host in (f"localhost:{port}", "localhost", f"[::1]:{port}"):
+            assert ask(served, "/status", headers={"Host": host})[0] == 200
+        own = {"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"}
+        assert ask(served, "/clear", "POST", headers=own)[0] == 200
+        assert ask(served, "/clear", "POST")[0] == 200
+        assert served.status()["tiers"][0]["chunks"] == 0
+
+
+def test_beyond_loopback_it_says_who_may_clear_and_takes_any_host(serve):
+    server = serve(host="0.0.0.0")
+    assert ask(server, "/status", headers={"Host": "kvcore.example"})[0] == 200
+    assert ask(server, "/clear", "POST", headers={"Origin": "http://evil.example"})[0] == 403
+    log = (server.folder / "server.log").read_text()
+    assert "WARNING kvcore.http: HTTP on 0.0.0.0:" in log
+    assert "open to everybody" in log
+
+
+def test_a_large_body_is_refused_before_it_is_read(served):
+    port = int(served.url.rpartition(":")[2])
+    for head, body in (
+        (f"Content-Length: {300 << 20}", b""),
+        ("Transfer-Encoding: chunked", b"100001\r\n" + b" " * (1 + (1 << 20)) + b"\r\n"),
+    ):
+        with socket.create_connection(("127.0.0.1", port), 5) as peer:
+            peer.sendall(f"POST /chunks HTTP/1.1\r\nHost: localhost\r\n{head}\r\n\r\n".encode())
+            for _ in range(4 if body else 0):
+                peer.sendall(body)
+            answer = HTTPResponse(peer)
+            answer.begin()
+            assert answer.status == 413
+            assert "a body has at most" in json.loads(answer.read())["error"]
+    names = [chunk.hex() for chunk in chain("many", 50_000)]
+    assert len(json.loads(ask(served, "/chunks", "POST", {"chunks": names})[1])["tiers"]) == 50_000
 
 
 def test_openapi_describes_every_route(served):
@@ -152,4 +231,11 @@ def test_openapi_describes_every_route(served):
     for method, path in described - {("post", "/clear")}:
         status, _ = ask(served, path.replace("{chunk}", "00").replace("{salt}", "s"), method.upper())
         assert status != 405, path
+    answers = {
+        path: set(operation["responses"])
+        for path, (operation, *_) in ((path, [*operations.values()]) for path, operations in document["paths"].items())
+    }
+    assert answers["/status"] == {"200", "400", "500", "503"}
+    assert answers["/pin"] == {"200", "400", "403", "404", "413", "500", "503"}
+    assert str(MAX_BODY_BYTES) in document["paths"]["/pin"]["post"]["requestBody"]["description"]
     assert "OpenAPI" in ask(served, "/docs")[1]

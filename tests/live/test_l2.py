@@ -268,6 +268,23 @@ def test_a_store_that_is_away_for_a_while_keeps_what_it_has(start, folder):
     assert isinstance(verify(folder / "journal"), Equal)
 
 
+def test_a_store_that_begins_to_fail_is_told(start, folder):
+    server = start(*flags(folder), l1_pages=12)
+    with SyncEngine(server.endpoint) as engine:
+        fill(server, engine)
+        assert server.status()["l2_failing"] == {}
+        (folder / "l2").rename(folder / "unmounted")
+        engine.lookup("r", PROMPTS[0])
+        engine.end("r")
+        assert "No such file" in server.status()["l2_failing"]["get"]
+        (folder / "unmounted").rename(folder / "l2")
+        time.sleep(1.1)  # it is left alone for a second
+        assert engine.serve("again", PROMPTS[0])[0].load_chunks == 4
+        assert "get" not in server.status()["l2_failing"]
+    log = (folder / "server.log").read_text()
+    assert log.count("L2 fails: get: files:") == log.count("L2 works again: get") == 1
+
+
 def test_a_store_that_fails_costs_misses_only(start, folder):
     server = start(*flags(folder), l1_pages=12)
     with SyncEngine(server.endpoint) as engine:

@@ -1,11 +1,14 @@
 """The recorder: every request once, in the order of lookup, over rotated files."""
 
 import os
+import resource
+import stat
 import time
 
 import numpy as np
 from live_fakes import SyncEngine, chain, wait_for
 
+from kvcore.live import recorder as recorder_module
 from kvcore.live import wire
 from kvcore.policy.hashing import trace_ids
 from kvtraces import read, read_rows
@@ -98,3 +101,50 @@ def test_a_row_that_cannot_be_written_is_counted(start, folder):
     time.sleep(0.1)
     recorder = server.status()["recorder"]
     assert (recorder["rows"], recorder["dropped"]) == (0, 1)
+
+
+def test_a_name_that_comes_back_is_another_request_but_where_it_was_preempted(start, folder):
+    server = start("--record", str(folder / "log.jsonl"))
+    blocks = trace_ids(chain("blocks", 16))
+    one, prompt = chain("one", 1), chain("a", 3)
+    with SyncEngine(server.endpoint) as engine:
+        engine.serve("same", one)  # cancelled: there is no record of it
+        engine.serve("fill", prompt)
+        engine.serve("same", prompt)
+        record(engine, "same", prompt, blocks)
+        engine.serve("preempted", chain("b", 1))
+        engine.serve("preempted", chain("b", 1), resumed=True)
+        record(engine, "preempted", chain("b", 1), blocks)
+    assert wait_for(lambda: server.status()["recorder"]["rows"] == 2)
+    assert server.status()["recorder"]["dropped"] == 1
+    server.stop()
+    rows = {row.request_id: row for row in read_rows(folder / "log.jsonl")}
+    assert (rows["same"].matched_l1, rows["same"].loaded_tokens, rows["same"].seq) == (768, 768, 2)
+    assert (rows["preempted"].matched_l1, rows["preempted"].loaded_tokens, rows["preempted"].seq) == (0, 256, 3)
+    assert stat.S_IMODE((folder / "log.jsonl").stat().st_mode) == 0o600
+
+
+def test_a_full_disk_is_said_once_and_what_it_costs_is_counted(folder, caplog, monkeypatch):
+    monkeypatch.setattr(recorder_module, "_REST_S", 0.0)
+    recorder = recorder_module.Recorder(folder / "log.jsonl", max_bytes=1 << 20)
+
+    def finish(name):
+        recorder.looked_up(name, recorder_module.Seen(0, 0.0, "e", "m", "", 256, (0,)))
+        recorder.take(name, wire.Record(0, name, 3, 7, 16))
+        wait_for(lambda: recorder.rows + recorder.dropped == int(name) + 1)
+
+    finish("0")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9, limits[1]))
+    try:
+        for at in range(1, 8):
+            finish(f"{at}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    finish("8")
+    recorder.close()
+    assert (recorder.rows, recorder.dropped) == (2, 7)
+    assert read(recorder.path).extra["request_id"].tolist() == ["0", "8"]
+    assert [entry.getMessage().partition(": ")[2] for entry in caplog.records] == [
+        "rows are lost, 1 so far: [Errno 27] File too large"
+    ]

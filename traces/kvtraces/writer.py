@@ -1,8 +1,9 @@
 """Writing of logs, a row at a time as a recorder does, or whole; and reading them back as rows."""
 
 import gzip
+import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +16,7 @@ from kvtraces.schema import INTEGERS, NUMBERS, TEXTS, Row
 from kvtraces.sources import read_pieces, rotated_set, rotation, rotation_number
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+_MOST_WAITING_BYTES = 1 << 20
 
 
 class Writer:
@@ -22,12 +24,15 @@ class Writer:
 
     A file is never written to twice nor renamed: a recording goes on in `name.1.jsonl`, `name.2.jsonl`, ... once
     `max_bytes` (uncompressed) are full, or where `name.jsonl` is there already, from a run that may have crashed in
-    the middle of a row. Readers take `name.jsonl` for the whole set, in that order.
+    the middle of a row. Readers take `name.jsonl` for the whole set, in that order. Where writing fails, what was
+    waiting is lost and counted, the file ends behind the last row before it (a compressed one cut short, as by a
+    crash), and a later write opens the next one.
 
-    Raises ValueError for a path with another suffix or a `max_bytes` below 1; OSError where writing fails.
+    Files are made with `mode`. Raises ValueError for a path with another suffix or a `max_bytes` below 1; OSError
+    where writing fails.
     """
 
-    def __init__(self, path: str | Path, *, max_bytes: int | None = None) -> None:
+    def __init__(self, path: str | Path, *, max_bytes: int | None = None, mode: int = 0o666) -> None:
         self.path = Path(path)
         if not self.path.name.endswith(SUFFIXES):
             raise ValueError(f"a log is written to {', '.join(SUFFIXES)}, not {self.path.name}")
@@ -35,12 +40,20 @@ class Writer:
             raise ValueError(f"max_bytes must be at least 1, not {max_bytes}")
         self.max_bytes = max_bytes
         self.rows = 0
+        """Rows handed to the operating system."""
+        self.lost = 0
+        """Rows that could not be."""
+        self._mode = mode
         used = [rotation_number(file) for file in rotated_set(self.path)]
         self._number = max(0, *used) + 1 if used else 0
         self._encode = msgspec.json.Encoder().encode
         self._open = ExitStack()
         self._files: tuple[Any, ...] = ()
         self._bytes = 0
+        self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
+        self._whole_bytes = 0
+        """Of the file, as it lies on disk, up to the last row that was handed over."""
 
     def __enter__(self) -> Self:
         return self
@@ -50,28 +63,66 @@ class Writer:
     ) -> None:
         self.close()
 
+    def check(self) -> None:
+        """Raise OSError where the next file cannot be made; leaves nothing."""
+        path = rotation(self.path, self._number)
+        with ExitStack() as stack:
+            _create(path, self._mode, stack)
+        path.unlink()
+
     def write(self, row: Row) -> None:
-        """Append one row."""
-        line = self._encode(row)
-        if self._files and self.max_bytes is not None and self._bytes + len(line) + 1 > self.max_bytes:
+        """Append one row, which waits for `flush` or for many."""
+        line = self._encode(row) + b"\n"
+        if self._bytes and self.max_bytes is not None and self._bytes + len(line) > self.max_bytes:
             self.close()
-        if not self._files:
-            self._files = _create(rotation(self.path, self._number), self._open)
-            self._number += 1
-            self._bytes = 0
-        self._files[0].write(line + b"\n")
-        self._bytes += len(line) + 1
-        self.rows += 1
+        self._waiting.append(line)
+        self._waiting_bytes += len(line)
+        self._bytes += len(line)
+        if self._waiting_bytes > _MOST_WAITING_BYTES:
+            self.flush()
 
     def flush(self) -> None:
         """Hand what was written to the operating system; a compressed file is whole only once closed."""
-        for file in self._files:
-            file.flush()
+        if not self._waiting:
+            return
+        lines, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        try:
+            if not self._files:
+                self._files = _create(rotation(self.path, self._number), self._mode, self._open)
+                self._number += 1
+            self._files[0].write(b"".join(lines))
+            for file in self._files:
+                file.flush()
+            self._whole_bytes = self._files[-1].tell()
+        except OSError:
+            self.lost += len(lines)
+            self._give_up()
+            raise
+        self.rows += len(lines)
 
     def close(self) -> None:
         """End the file being written. A later write opens the next one."""
-        self._open.close()
+        try:
+            self.flush()
+            self._open.close()
+        finally:
+            self._files = ()
+            self._bytes = self._whole_bytes = 0
+
+    def _give_up(self) -> None:
+        """End a file in which writing failed, without what there may be of the rows that are lost."""
+        with suppress(OSError):
+            self._open.close()
+        if self._files:
+            path = rotation(self.path, self._number - 1)
+            with suppress(OSError):
+                if self._whole_bytes:
+                    os.truncate(path, self._whole_bytes)
+                else:
+                    path.unlink()
+                    self._number -= 1
         self._files = ()
+        self._bytes = self._whole_bytes = 0
 
 
 def write(log: Log, path: str | Path, *, max_bytes: int | None = None) -> None:
@@ -142,9 +193,10 @@ def next_seq(path: str | Path) -> int:
     return largest + 1
 
 
-def _create(path: Path, stack: ExitStack) -> tuple[Any, ...]:
+def _create(path: Path, mode: int, stack: ExitStack) -> tuple[Any, ...]:
     """Open a new file; return what to write to and what to flush, in that order."""
-    raw = stack.enter_context(path.open("xb"))
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    raw = stack.enter_context(os.fdopen(fd, "wb"))
     if path.suffix == ".gz":
         return stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0)), raw
     if path.suffix == ".zst":

@@ -14,6 +14,7 @@ from kvcore.live.stores.base import Parts, Store, StoreError, StoreFull, size_of
 
 _log = logging.getLogger(__name__)
 _LONGEST_PAUSE_S = 30.0
+_SAID_AGAIN_S = 60.0
 
 
 class Outcome(Enum):
@@ -65,6 +66,7 @@ class StorePool:
         self._pausing = threading.Lock()
         self._away_until = 0.0
         self._away_error = ""
+        self._troubles = _Troubles()
         self._done: deque[Completion] = deque()
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._putting, self._getting = _Budget(queue_bytes), _Budget(queue_bytes)
@@ -74,6 +76,11 @@ class StorePool:
     def fileno(self) -> int:
         """Return the descriptor that is readable while completions wait."""
         return self._event_fd
+
+    @property
+    def failing(self) -> dict[str, str]:
+        """By operation, with what error it failed when it was tried last; those that worked are not in it."""
+        return dict(self._troubles.errors)
 
     @property
     def queued_put_bytes(self) -> int:
@@ -167,14 +174,17 @@ class StorePool:
         try:
             outcome = Outcome.DONE if job.run() else Outcome.MISS
         except StoreFull as error:
+            self._troubles.failed(job.operation, str(error))
             return Outcome.FAILED, str(error)
         except StoreError as error:
             self._leave_alone(str(error))
+            self._troubles.failed(job.operation, str(error))
             return Outcome.FAILED, str(error)
         except Exception as error:  # a vendor's bug; told to the caller, who would else wait for ever
             _log.exception("%s of a chunk in the store", job.operation)
             return (Outcome.MISS if job.operation == "get" else Outcome.FAILED), f"{type(error).__name__}: {error}"
         self._next_pause = self._pause
+        self._troubles.worked(job.operation)
         return outcome, None
 
     def _leave_alone(self, error: str) -> None:
@@ -189,6 +199,35 @@ class StorePool:
 
 def _spent() -> bool:
     raise AssertionError("a job runs once")
+
+
+class _Troubles:
+    """Which operations fail, said when one begins to and when it works again; of each once a minute at most."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._said_s: dict[str, float] = {}
+        self._told: set[str] = set()
+        """Those of which it was said that they fail, and not yet that they work again."""
+
+    def failed(self, operation: str, error: str) -> None:
+        with self._lock:
+            self.errors = {**self.errors, operation: error}
+            now = time.monotonic()
+            if operation not in self._told and now - self._said_s.get(operation, -_SAID_AGAIN_S) >= _SAID_AGAIN_S:
+                self._told.add(operation)
+                self._said_s[operation] = now
+                _log.warning("L2 fails: %s: %s", operation, error)
+
+    def worked(self, operation: str) -> None:
+        if operation not in self.errors:
+            return
+        with self._lock:
+            self.errors = {name: error for name, error in self.errors.items() if name != operation}
+            if operation in self._told:
+                self._told.remove(operation)
+                _log.warning("L2 works again: %s", operation)
 
 
 class _Budget:

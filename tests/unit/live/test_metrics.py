@@ -4,7 +4,7 @@ import re
 from kvcore.live.members import Instance, Work
 from kvcore.live.metrics import HELP, Metrics, render, sampled
 from kvcore.live.wire import Register
-from kvcore.policy import Evict, Refuse, StoreCommitted
+from kvcore.policy import Demote, Evict, Refuse, StoreCommitted
 
 SECOND_NS = 10**9
 FOLLOWED = tuple(bytes([at]) * 31 + b"\0" for at in range(4))
@@ -60,6 +60,19 @@ def test_reuse_gap_and_lifetime_of_the_chunks_that_are_followed():
     assert found['kvcore_reuse_gap_seconds_bucket{le="10"}'] == 0
     assert found["kvcore_chunk_lifetime_seconds_sum"] == 100
     assert found['kvcore_evicted_chunks_total{reason="room",tier="l1"}'] == 2
+
+
+def test_chunks_that_are_demoted_leave_l1_too():
+    metrics = Metrics()
+    metrics.observe(StoreCommitted(now_ns=0, request="r", tier=0, chunks=FOLLOWED), ())
+    event = StoreCommitted(now_ns=20 * SECOND_NS, request="s", tier=1, chunks=())
+    metrics.observe(event, (Demote(tier=0, chunks=FOLLOWED[:3]),))
+    found = samples(metrics)
+    assert found['kvcore_evicted_chunks_total{reason="demoted",tier="l1"}'] == 3
+    assert found["kvcore_chunk_lifetime_seconds_sum"] == 60
+    assert [*metrics._stored_ns] == [FOLLOWED[3]]
+    look_up(metrics, FOLLOWED[:1], (0,))  # it was lost on its way down
+    assert samples(metrics)['kvcore_missed_tokens_total{model="m",reason="evicted",salt=""}'] == 256
 
 
 def test_one_chunk_in_64_is_followed_by_its_digest_alone():

@@ -74,7 +74,7 @@ class Engine:
 class World:
     """A service, its engines, and what the arena's pages hold."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, **settings):
         self.rng = random.Random(seed)
         self.folder = Path(tempfile.mkdtemp(prefix="kvm-", dir="/dev/shm"))
         self.settings = load(
@@ -85,6 +85,7 @@ class World:
                 "admission": self.rng.choice(["always", "always", "second-use"]),
                 "eviction_policy": self.rng.choice(["lru", "s3fifo"]),
                 "lease_s": LEASE_NS / 1e9,
+                **settings,
             },
             {},
         )
@@ -532,3 +533,84 @@ def test_a_run_begins_where_its_first_chunk_is(world):
     found = world.call(wire.Lookup(scheduler, "second", chunks, 3))
     assert (found.load_start, found.load_chunks) == (3, 1)
     assert found.pages == world.service.parts.state.book.resident[chunks[3]].ids
+
+
+def test_a_lookup_under_the_name_of_a_request_that_is_still_ending_finds_nothing(world):
+    """What the core says then was found of the earlier prompt; its load is not acknowledged yet."""
+    members, _ = register(world, "e", 1, 1)
+    scheduler, worker = members["scheduler", 0], members["worker", 0]
+    granted(world, members)
+    world.call(wire.Committed(worker, "r", 0, tuple(NAMES[:2])))
+    world.call(wire.End(scheduler, "r"))
+    assert world.call(wire.Lookup(scheduler, "again", tuple(NAMES[:2]))).load_chunks == 2
+    world.call(wire.End(scheduler, "again"))
+    before = dict(world.service.metrics.counts)
+    found = world.call(wire.Lookup(scheduler, "again", (NAMES[9],)))
+    assert (sum(found.hits), found.load_chunks, found.pending) == (0, 0, False)
+    counts = {key: count - before.get(key, 0) for key, count in world.service.metrics.counts.items()}
+    sums = {
+        name: sum(count for key, count in counts.items() if key[0] == f"kvcore_{name}_tokens")
+        for name in ("requested", "matched", "missed")
+    }
+    assert sums == {"requested": 16, "matched": 0, "missed": 16}
+    world.call(wire.Loaded(worker, "again", 0, tuple(NAMES[:2])))
+    world.call(wire.End(scheduler, "again"))
+    world.check()
+    assert not world.service.works
+    found = world.call(wire.Lookup(scheduler, "again", tuple(NAMES[:2])))
+    assert (sum(found.hits), found.load_chunks) == (2, 2), "the name is free again"
+    world.call(wire.Loaded(worker, "again", 0, tuple(NAMES[:2])))
+    world.call(wire.End(scheduler, "again"))
+    world.close()
+
+
+def test_what_has_expired_leaves_though_nobody_asks_anything():
+    world = World(1, ttl_s=5.0)
+    try:
+        members, _ = register(world, "e", 1, 1)
+        granted(world, members)
+        world.call(wire.Committed(members["worker", 0], "r", 0, tuple(NAMES[:2])))
+        world.call(wire.End(members["scheduler", 0], "r"))
+        assert world.call(wire.Pin((NAMES[0], NAMES[7]))).missing == 1
+        world.clock.ns += 4 * 10**9
+        world.service.sweep()
+        assert world.service.parts.allocator.used == 2
+        world.clock.ns += 2 * 10**9
+        world.service.sweep()
+        assert world.service.parts.allocator.used == 1, "the other one is pinned"
+        steps = world.journal.written_bytes, len(world.journal._waiting)
+        world.service.sweep()
+        assert (world.journal.written_bytes, len(world.journal._waiting)) == steps, "time alone is not told"
+        world.call(wire.Unpin((NAMES[0],)))
+        world.clock.ns += 6 * 10**9
+        assert world.call(wire.Pin((NAMES[0],))).missing == 1, "it had expired"
+        world.check()
+        world.close()
+    finally:
+        shutil.rmtree(world.folder)
+
+
+def test_what_is_told_of_the_operator_and_of_members(world, caplog):
+    caplog.set_level("INFO")
+    members, _ = register(world, "e", 1, 1)
+    granted(world, members)
+    for message in (
+        wire.SetQuota("bob", 5),
+        wire.Pin(tuple(NAMES[:2])),
+        wire.Unpin(tuple(NAMES[:1])),
+        wire.Clear(tuple(NAMES[:1])),
+        wire.Clear(),
+    ):
+        world.call(message)
+    assert [entry.getMessage() for entry in caplog.records if entry.name == "kvcore.service"] == [
+        "'e/scheduler/0' registered, process 1",
+        "'e/worker/0' registered, process 1",
+        "quota of 'bob': 5 pages",
+        "pin: 2 chunks, of which 2 are not in L1",
+        "unpin: 1 chunks",
+        "clear: 1 chunks",
+        "clear: everything",
+    ]
+    assert world.call(wire.Status()).data["quotas"] == {"bob": {"pages": 5, "used_pages": 0}}
+    world.call(wire.SetQuota("bob", None))
+    assert world.call(wire.Status()).data["quotas"] == {}

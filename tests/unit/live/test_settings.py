@@ -3,7 +3,15 @@ import json
 import pytest
 import zmq.auth
 
-from kvcore.live.settings import Settings, SettingsError, check, http_address, load, parse_size
+from kvcore.live.settings import (
+    Settings,
+    SettingsError,
+    check,
+    http_address,
+    load,
+    parse_size,
+    strange_variables,
+)
 
 
 def test_flags_win_over_environment_over_file_over_defaults(tmp_path):
@@ -39,13 +47,52 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path):
         ({"http": "8080"}, "--http"),
         ({"http": "::1:99999"}, "--http"),
         ({"quota": ("=x",)}, "--quota"),
-        ({"load_cost": "/no/such/file"}, "--load-cost"),
+        ({"quota": ("a=inf",)}, "--quota a=inf"),
+        ({"quota": ("a=1e300",)}, "--quota"),
+        ({"quota": ("a=nan",)}, "--quota"),
+        ({"quota": ("a=-1",)}, "--quota a=-1"),
+        ({"page_size": "0"}, "--page-size 0: no multiple"),
+        ({"page_size": "1000"}, "--page-size 1000: no multiple"),
+        *(
+            ({name: value}, "--" + name.replace("_", "-"))
+            for name in ("l1_size_gb", "ttl_s", "l2_size_gb", "l2_queue_gb", "lease_s")
+            for value in ("inf", "1e300", "nan", "-inf")
+        ),
+        ({"eviction_policy": "belady"}, "--eviction-policy: no eviction policy 'belady'; there are lru"),
+        ({"l2_eviction_policy": "belady"}, "--l2-eviction-policy"),
+        ({"load_cost": "/no/such/file"}, "--load-cost /no/such/file: No such file"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(flags, message):
     with pytest.raises(SettingsError, match=message) as raised:
         load(flags, {})
     assert "\n" not in str(raised.value)
+
+
+def test_an_error_names_where_its_setting_is_from(tmp_path):
+    path = tmp_path / "kvcore.toml"
+    path.write_text("chunk_size = 0\n")
+    for flags, environment, message in (
+        ({}, {"KVCORE_CHUNK_SIZE": "many"}, "KVCORE_CHUNK_SIZE: Expected `int`"),
+        ({}, {"KVCORE_PAGE_SIZE": "0"}, "KVCORE_PAGE_SIZE 0: no multiple"),
+        ({"config": str(path)}, {}, f"--config {path}, chunk_size: Expected `int` >= 1"),
+        ({"chunk_size": "0"}, {"KVCORE_CHUNK_SIZE": "many"}, "--chunk-size: "),
+    ):
+        with pytest.raises(SettingsError) as raised:
+            load(flags, environment)
+        assert str(raised.value).startswith(message)
+
+
+def test_variables_that_are_no_settings_are_told_with_the_nearest():
+    variables = {"KVCORE_L1_SIZE": "50", "KVCORE_CONFIG": "x", "KVCORE_SERVER": "x", "KVCORE_TTL_S": "1", "HOME": "/"}
+    assert strange_variables(variables) == ["KVCORE_L1_SIZE is no setting: did you mean KVCORE_L1_SIZE_GB?"]
+    assert strange_variables({"KVCORE_QQQQQQQQQQQQQQ": ""}) == ["KVCORE_QQQQQQQQQQQQQQ is no setting"]
+
+
+def test_the_store_is_shown_without_what_opens_it():
+    shown = Settings(l2="redis://user:s3cr3t@host:6379/0?password=s3cr3t").shown()
+    assert shown["l2"] == "redis://host:6379/0"
+    assert shown["chunk_size"] == 256
 
 
 @pytest.mark.parametrize(("processors", "threads"), [(1, 2), (2, 2), (7, 3), (16, 8), (128, 8)])
@@ -59,6 +106,9 @@ def test_a_file_of_unknown_settings_is_refused(tmp_path):
     path = tmp_path / "kvcore.toml"
     path.write_text("l1-size = 2\n")
     with pytest.raises(SettingsError, match="no setting 'l1_size'"):
+        load({"config": str(path)}, {})
+    path.write_text("chunk_size = 64\nchunk-size = 128\n")
+    with pytest.raises(SettingsError, match="'chunk_size' is there twice"):
         load({"config": str(path)}, {})
     path.write_text("l1-size-gb = \n")
     with pytest.raises(SettingsError, match=r"kvcore\.toml"):

@@ -3,6 +3,8 @@ import gzip
 import itertools
 import json
 import math
+import resource
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +152,37 @@ def test_a_flushed_row_can_be_read_while_the_file_is_open(tmp_path: Path) -> Non
         writer.flush()
         assert read(tmp_path / "a.jsonl").blocks.tolist() == [5]
         assert writer.rows == 1
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_a_disk_that_is_full_for_a_while_costs_the_rows_that_are_counted(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    written = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Writer(path, mode=0o600) as writer:
+        for at in range(90):
+            full = 30 <= at < 60
+            resource.setrlimit(resource.RLIMIT_FSIZE, (7 if full else soft, hard))
+            try:
+                writer.write(row(at, at))
+                if at % 3 == 2:
+                    writer.flush()
+            except OSError:
+                assert full
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            written += [at] if not full else []
+        assert (writer.rows, writer.lost) == (60, 30)
+    assert read(path, skip_bad=suffix != ".jsonl").blocks.tolist() == written  # compressed, it is cut short
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([f"a{suffix}", f"a.1{suffix}"])
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o600}
+
+
+def test_whether_a_log_can_be_written_is_known_before(tmp_path: Path) -> None:
+    Writer(tmp_path / "a.jsonl").check()
+    assert not [*tmp_path.iterdir()]
+    with pytest.raises(FileNotFoundError):
+        Writer(tmp_path / "none" / "a.jsonl").check()
 
 
 def test_gz_is_the_same_at_any_time_and_under_any_name(tmp_path: Path) -> None:

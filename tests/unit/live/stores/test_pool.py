@@ -272,3 +272,25 @@ def test_many_operations_on_files_end_as_a_dict_would(tmp_path: Path) -> None:
         assert store.get(chunk, into)
         assert into[0] == value
     store.close()
+
+
+def test_a_store_that_fails_is_said_once_and_so_is_that_it_works_again(
+    pool: StorePool, store: GatedStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    def operate(fault: Exception | None, count: int) -> None:
+        store.fault = fault
+        for at in range(count):
+            assert pool.submit_put(at, b"chunk", room(1))
+            wait_for(pool, 1)
+
+    operate(StoreFull("no space"), 5)
+    assert pool.failing == {"put": "no space"}
+    operate(None, 3)
+    assert pool.failing == {}
+    operate(StoreFull("no space"), 1)
+    operate(None, 1)
+    assert [entry.getMessage() for entry in caplog.records] == ["L2 fails: put: no space", "L2 works again: put"], (
+        "once a minute"
+    )
+    operate(StoreError("away"), 1)
+    assert pool.failing == {"put": "away"}
