@@ -82,10 +82,11 @@ def evict_small(lists: Lists, frequency: Bytes, capacity: int, before: int) -> t
         chunk, before = next_unpinned(lists, before)
         if chunk < 0:
             return False, before
-        if frequency[chunk] > PROMOTED_ABOVE:
+        went_on = frequency[chunk] > PROMOTED_ABOVE
+        frequency[chunk] = 0
+        if went_on:
             move(lists, MAIN, chunk)
             continue
-        frequency[chunk] = 0
         move(lists, GHOST, chunk)
         if lists.sizes[GHOST] > capacity - capacity // 10:
             remove(lists, first(lists, GHOST))

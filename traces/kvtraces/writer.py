@@ -36,6 +36,8 @@ class Writer:
         self.path = Path(path)
         if not self.path.name.endswith(SUFFIXES):
             raise ValueError(f"a log is written to {', '.join(SUFFIXES)}, not {self.path.name}")
+        if number := rotation_number(self.path):
+            raise ValueError(f"{self.path.name} would be read as file {number} of another log: leave the .{number} out")
         if max_bytes is not None and max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, not {max_bytes}")
         self.max_bytes = max_bytes

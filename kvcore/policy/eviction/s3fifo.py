@@ -102,6 +102,7 @@ class S3Fifo:
             self._small_pages -= size
             if self._frequency[chunk] > PROMOTED_ABOVE:
                 self._main[chunk] = size
+                self._frequency[chunk] = 0  # as section 4.1 says, and algorithm 1 leaves out
                 continue
             del self._frequency[chunk]
             self._ghost[chunk] = size

@@ -245,6 +245,8 @@ def test_a_broken_compressed_stream(tmp_path: Path) -> None:
 def test_writer_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"written to \.jsonl, \.jsonl\.gz, \.jsonl\.zst, not a\.csv"):
         Writer(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match=r"qwen2\.5\.jsonl would be read as file 5 of another log"):
+        Writer(tmp_path / "qwen2.5.jsonl")
     with pytest.raises(ValueError, match="max_bytes must be at least 1"):
         Writer(tmp_path / "a.jsonl", max_bytes=0)
 

@@ -200,6 +200,7 @@ class S3FifoModel(Model):
             self.small.remove(chunk)
             if self.frequency[chunk] >= 2:
                 self.main.append(chunk)
+                self.frequency[chunk] = 0
                 continue
             self.ghost.append((chunk, self.pages[chunk]))
             limit = (self.capacity or 0) - (self.capacity or 0) // 10
