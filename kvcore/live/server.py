@@ -31,7 +31,7 @@ from kvcore.live.settings import GB, Settings, check, http_address
 from kvcore.live.stores.base import Store, StoreError
 from kvcore.live.stores.pool import StorePool
 from kvcore.live.stores.registry import open_store
-from kvcore.live.takeover import State, go_on, recover
+from kvcore.live.takeover import Found, State, go_on, recover
 from kvtraces.journal import Head, JournalWriter, take_snapshot
 
 _LOG = logging.getLogger("kvcore.server")
@@ -155,10 +155,12 @@ class Server:
         for endpoint in settings.endpoints:
             self._listen(endpoint, stack)
         paths = ArenaPaths(Path(settings.arena_dir), settings.name)
-        previous_epoch = _epoch_of(paths) if settings.journal else 0
+        found = self._recover(paths)
         arena = Arena.open(paths, size_bytes=settings.l1_bytes, page_bytes=settings.page_bytes)
         stack.callback(arena.close)
-        journal, state = self._open_journal(arena, previous_epoch, stack)
+        if found is not None and found.has_l1 and not arena.taken_over:
+            found = found.without_l1()
+        journal, state = self._open_journal(arena, found, stack)
         clock = MonotonicClock(state.now_ns)
         allocator = PageAllocator(arena.generations, arena.page_writers, page_ids(state.book.resident.values()))
         held = HeldTable(paths.held)
@@ -224,20 +226,29 @@ class Server:
         authenticator.configure_curve(domain="*", location=self.settings.curve_clients)
         socket.curve_publickey, socket.curve_secretkey, socket.curve_server = public, secret, True
 
-    def _open_journal(self, arena: Arena, previous_epoch: int, stack: ExitStack) -> tuple[JournalWriter | None, State]:
-        """Return the journal to write to, and the state in which the server starts."""
-        settings, config = self.settings, self.settings.core_config()
+    def _recover(self, paths: ArenaPaths) -> Found | None:
+        """Return what the journal tells. Nothing has been touched yet, so a start that it forbids leaves all as it was."""
+        settings = self.settings
         if not settings.journal:
-            return None, State.empty(config)
+            return None
+        return recover(Path(settings.journal), self._head(epoch=0), epoch=_epoch_of(paths))
+
+    def _head(self, epoch: int) -> Head:
+        settings = self.settings
         meta = {
-            "epoch": arena.epoch,
-            "page_bytes": arena.page_bytes,
+            "epoch": epoch,
+            "page_bytes": settings.page_bytes,
             "name": settings.name,
             "chunk_tokens": settings.chunk_size,
             "l2": settings.l2_place,
         }
-        head = Head(config=config, meta=meta)
-        found = recover(Path(settings.journal), head, epoch=previous_epoch if arena.taken_over else 0)
+        return Head(config=settings.core_config(), meta=meta)
+
+    def _open_journal(self, arena: Arena, found: Found | None, stack: ExitStack) -> tuple[JournalWriter | None, State]:
+        """Return the journal to write to, and the state in which the server starts."""
+        settings, head = self.settings, self._head(arena.epoch)
+        if not settings.journal:
+            return None, State.empty(head.config)
         journal = JournalWriter(
             settings.journal,
             head if found is None else found.head_for(head),
@@ -247,7 +258,7 @@ class Server:
         )
         stack.callback(journal.close)
         if found is None:
-            return journal, State.empty(config)
+            return journal, State.empty(head.config)
         now_ns = MonotonicClock(found.state.now_ns).now_ns()
         state = go_on(journal, found, head, arena.generations, now_ns)
         _LOG.info(
