@@ -155,7 +155,7 @@ class Server:
         for endpoint in settings.endpoints:
             self._listen(endpoint, stack)
         paths = ArenaPaths(Path(settings.arena_dir), settings.name)
-        found = self._recover(paths)
+        found = self._recover(paths, stack)
         arena = Arena.open(paths, size_bytes=settings.l1_bytes, page_bytes=settings.page_bytes)
         stack.callback(arena.close)
         if found is not None and found.has_l1 and not arena.taken_over:
@@ -226,11 +226,12 @@ class Server:
         authenticator.configure_curve(domain="*", location=self.settings.curve_clients)
         socket.curve_publickey, socket.curve_secretkey, socket.curve_server = public, secret, True
 
-    def _recover(self, paths: ArenaPaths) -> Found | None:
-        """Return what the journal tells. Nothing has been touched yet, so a start that it forbids leaves all as it was."""
+    def _recover(self, paths: ArenaPaths, stack: ExitStack) -> Found | None:
+        """Return what the journal tells, which is ours from now on; arena and L2 are still as they were left."""
         settings = self.settings
         if not settings.journal:
             return None
+        _lock_journal(Path(settings.journal), stack)
         return recover(Path(settings.journal), self._head(epoch=0), epoch=_epoch_of(paths))
 
     def _head(self, epoch: int) -> Head:
@@ -462,3 +463,14 @@ def _lock_ipc(path: Path, stack: ExitStack) -> None:
         os.close(fd)
 
     stack.callback(release)
+
+
+def _lock_journal(folder: Path, stack: ExitStack) -> None:
+    """Hold a journal for ourselves: a second server would take its end for the first one's, and L2 for its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    stack.callback(os.close, fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StartError(f"--journal {folder}: another server uses this journal") from None

@@ -67,6 +67,30 @@ def test_a_second_kill_is_survived_too(start, folder):
     assert isinstance(verify(folder / "journal"), Equal)
 
 
+def test_a_journal_has_one_server(start, folder):
+    server = start("--journal", str(folder / "journal"))
+    with SyncEngine(server.endpoint) as engine:
+        fill(engine)
+        segments = sorted((folder / "journal").glob("*.kvj"))
+        other = ["--name", "other", "--bind", f"ipc://{folder}/other.ipc"]
+        command = [*server.command[: server.command.index("--bind")], *server.command[server.command.index("--http") :]]
+        refused = subprocess.run(
+            [*command, *other, "--arena-dir", str(folder)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=environment(),
+            check=False,
+        )
+        assert refused.returncode == 2
+        assert refused.stderr == f"kvcore: --journal {folder}/journal: another server uses this journal\n"
+        assert sorted((folder / "journal").glob("*.kvj")) == segments
+        server.kill()
+        server.start()
+    with SyncEngine(server.endpoint) as engine:
+        assert engine.serve("again", PROMPTS[0])[0].hits == (5,)
+
+
 def test_without_a_journal_the_same_pages_start_empty(start):
     server = start()
     with SyncEngine(server.endpoint) as engine:
@@ -128,7 +152,7 @@ def test_a_full_journal_goes_on_in_bounded_segments(start, folder):
     with SyncEngine(server.endpoint, facts={"l0_blocks": 9}) as engine:
         for at in range(1500):
             engine.serve(f"{at}", chain(f"{at % 30}", 20), real=False)
-        names = sorted(path.name for path in (folder / "journal").iterdir())
+        names = sorted(path.name for path in (folder / "journal").glob("*.kvj"))
         assert len(names) == 2
         assert names[-1] > "00000003.kvj"
         server.kill()
