@@ -54,7 +54,7 @@ class StartError(Exception):
 class Server:
     """A server that can run in the calling thread (`run`) or in one of its own (`start`).
 
-    `open` acquires everything or nothing; `close` lets go of it, the arena included.
+    `open` acquires everything or nothing; `close` lets go of it, the arena included, unless `run` ended by a fault.
 
     Raises SettingsError for settings that do not go together.
     """
@@ -71,6 +71,8 @@ class Server:
         self._store: Store | None = None
         self._logged: set[str] = set()
         self._journal_s = 0.0
+        self._failed = False
+        """Whether the loop has ended by a fault."""
 
     # Start and stop
 
@@ -84,7 +86,17 @@ class Server:
             raise StartError(str(error)) from error
 
     def run(self) -> None:
-        """Serve until `stop`. The calling thread owns everything that `open` made."""
+        """Serve until `stop`. The calling thread owns everything that `open` made.
+
+        Whatever this raises, `close` then leaves the arena to the next server, if there is a journal to tell of it.
+        """
+        try:
+            self._serve()
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _serve(self) -> None:
         next_sweep = last_turn = time.monotonic()
         sweep_s = min(0.25, self.settings.lease_s / 8)
         while not self._stopping:
@@ -122,8 +134,18 @@ class Server:
         return True
 
     def close(self) -> None:
-        """Let go of everything, the arena included, in reverse order."""
+        """Let go of everything, in reverse order."""
         self._resources.close()
+
+    def _close_arena(self, arena: Arena) -> None:
+        arena.close(unlink=not (self._failed and self.settings.journal))
+
+    def _close_journal(self, journal: JournalWriter) -> None:
+        """Close it; after a fault without what nobody was told of, which may be half of a step."""
+        if self._failed:
+            journal.abandon()
+        else:
+            journal.close()
 
     def __enter__(self) -> "Server":
         """Start in a thread."""
@@ -157,7 +179,7 @@ class Server:
         paths = ArenaPaths(Path(settings.arena_dir), settings.name)
         found = self._recover(paths, stack)
         arena = Arena.open(paths, size_bytes=settings.l1_bytes, page_bytes=settings.page_bytes)
-        stack.callback(arena.close)
+        stack.callback(self._close_arena, arena)
         if found is not None and found.has_l1 and not arena.taken_over:
             found = found.without_l1()
         journal, state = self._open_journal(arena, found, stack)
@@ -257,7 +279,7 @@ class Server:
             segment_bytes=settings.journal_segment_mb << 20,
             keep=settings.journal_segments,
         )
-        stack.callback(journal.close)
+        stack.callback(self._close_journal, journal)
         if found is None:
             return journal, State.empty(head.config)
         now_ns = MonotonicClock(found.state.now_ns).now_ns()

@@ -16,6 +16,8 @@ from live_fakes import SyncEngine, chain, clients, environment, wait_for
 
 from kvcore.live import wire
 from kvcore.live.client import MISS, NOT_YET, Client, Register, RemoteError, SchedulerClient, WorkerClient
+from kvcore.live.server import Server
+from kvcore.live.settings import Settings
 from kvsim.servers import served
 from kvtraces.journal import Equal, verify
 
@@ -89,6 +91,39 @@ def test_a_journal_has_one_server(start, folder):
         server.start()
     with SyncEngine(server.endpoint) as engine:
         assert engine.serve("again", PROMPTS[0])[0].hits == (5,)
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_a_fault_in_the_loop_leaves_l1_to_the_next_server_as_a_kill_does(folder, monkeypatch, journal):
+    endpoint = f"ipc://{folder}/s.ipc"
+    settings = Settings(
+        bind=(endpoint,),
+        http="off",
+        arena_dir=str(folder),
+        name="t",
+        page_size="65536",
+        l1_size_gb=64 * 65536 / 2**30,
+        pretouch=False,
+        journal=str(folder / "journal") if journal else "",
+    )
+    server = Server(settings)
+    server.open()
+    thread = threading.Thread(target=lambda: outcome.append(pytest.raises(ZeroDivisionError, server.run)))
+    outcome = []
+    thread.start()
+    with SyncEngine(endpoint) as engine:
+        fill(engine)
+        monkeypatch.setattr(server, "_time_turn", lambda _: 1 / 0)
+        thread.join(10)
+        assert outcome
+        server.close()
+    assert (folder / "kvcore-t.arena").exists() == journal
+    assert not (folder / "kvcore-t.sock").exists()
+    with Server(settings), SyncEngine(endpoint) as engine:
+        assert engine.serve("again", PROMPTS[0])[0].hits == ((5,) if journal else (0,))
+    assert not (folder / "kvcore-t.arena").exists()
+    if journal:
+        assert isinstance(verify(folder / "journal"), Equal)
 
 
 def test_without_a_journal_the_same_pages_start_empty(start):
