@@ -11,7 +11,9 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +110,8 @@ class Server:
             self._turn(ready)
             took_s = time.monotonic() - now
             if now >= next_sweep and took_s < sweep_s:  # after a long turn those who renewed are heard first
-                self.service.sweep()
+                self._survive(self.service.sweep)
+                self._survive(self._liveness.sweep)
                 self._flush()
                 next_sweep = now + sweep_s
             self._time_turn(took_s)
@@ -357,15 +360,26 @@ class Server:
                 self._receive(source, replies)
             elif source == self._stop_fd:
                 continue
-            elif not self._liveness.ready(source):
-                self.service.collect()
+            else:
+                self._survive(partial(self._take_in, source))
         self._flush()
         for socket, frames in replies:
             _send(socket, frames)
         if self.service.later:
             later, self.service.later = self.service.later, []
             for task in later:
-                task()
+                self._survive(task)
+
+    def _take_in(self, fd: int) -> None:
+        if not self._liveness.ready(fd):
+            self.service.collect()
+
+    def _survive(self, task: Callable[[], object]) -> None:
+        """Do what is nobody's request: a fault of ours there must not end the server either."""
+        try:
+            task()
+        except Exception as error:  # it is logged
+            self._log_once("the request loop met a fault, and goes on", error)
 
     def _finish_copies(self) -> None:
         """Let what is on its way to L2 arrive and the journal know of it, for the next server to find."""
@@ -389,7 +403,7 @@ class Server:
         for _ in range(_TURN_MESSAGES):
             identity, *frames = socket.recv_multipart(zmq.NOBLOCK)
             correlation, reply = self._answer(frames)
-            answer = [identity, *wire.encode(reply, correlation)]
+            answer = [identity, *self._encoded(reply, correlation)]
             if isinstance(reply, _AWAITED):
                 self._flush()
                 _send(socket, answer)
@@ -414,11 +428,20 @@ class Server:
             reply = wire.Error("unknown_instance", str(error))
         except Exception as error:  # a fault of ours must cost one request, not the server; it is logged and told
             reply = wire.Error("internal", f"{type(error).__name__}: {error}")
-            self._log_once(error)
+            self._log_once("a request failed", error)
         self.service.metrics.counts["kvcore_errors", reply.kind] += 1
         return correlation, reply
 
-    def _log_once(self, error: Exception) -> None:
+    def _encoded(self, reply: wire.Reply, correlation: int) -> list[bytes]:
+        """Return a reply's frames; those of an error where it cannot be encoded."""
+        try:
+            return wire.encode(reply, correlation)
+        except Exception as error:  # a fault of ours, as above
+            self._log_once("a reply cannot be encoded", error)
+            self.service.metrics.counts["kvcore_errors", "internal"] += 1
+            return wire.encode(wire.Error("internal", f"{type(error).__name__}: {error}"), correlation)
+
+    def _log_once(self, what: str, error: Exception) -> None:
         """Log a fault with its traceback, once for every place it comes from."""
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
@@ -426,7 +449,7 @@ class Server:
         place = "" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
         if place not in self._logged:
             self._logged.add(place)
-            _LOG.error("a request failed", exc_info=error)
+            _LOG.error(what, exc_info=error)
 
     def _here(self, token: int, pid: int) -> Member:
         return self.service.here(token, pid)

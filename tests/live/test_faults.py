@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -108,15 +109,15 @@ def test_a_fault_in_the_loop_leaves_l1_to_the_next_server_as_a_kill_does(folder,
     )
     server = Server(settings)
     server.open()
-    thread = threading.Thread(target=lambda: outcome.append(pytest.raises(ZeroDivisionError, server.run)))
-    outcome = []
-    thread.start()
-    with SyncEngine(endpoint) as engine:
+    with ThreadPoolExecutor() as threads:
+        running = threads.submit(server.run)
+        engine = SyncEngine(endpoint)
         fill(engine)
         monkeypatch.setattr(server, "_time_turn", lambda _: 1 / 0)
-        thread.join(10)
-        assert outcome
-        server.close()
+        with pytest.raises(ZeroDivisionError):
+            running.result(10)
+    server.close()
+    engine.close()
     assert (folder / "kvcore-t.arena").exists() == journal
     assert not (folder / "kvcore-t.sock").exists()
     with Server(settings), SyncEngine(endpoint) as engine:
