@@ -42,6 +42,8 @@ _TURN_MESSAGES = 256
 _SLOW_TURN_S = 0.2
 _LAST_COPIES_S = 5.0
 """How long a server that stops waits for what is on its way to L2."""
+_HANDSHAKE_MS = 5000
+"""Whoever connects and does not speak ZMQ is let go of then: descriptors are few."""
 _AWAITED = (wire.Found, wire.Granted, wire.Error)
 """Replies that an engine's scheduler waits for: they go out at once, the others with the end of the turn.
 
@@ -67,6 +69,7 @@ class Server:
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._sockets: list[zmq.Socket[bytes]] = []
         self._poller = zmq.Poller()
+        self._authenticates = False
         self._stop_fd = -1
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -174,6 +177,7 @@ class Server:
         stack.callback(os.close, self._stop_fd)
         self._poller = zmq.Poller()
         self._poller.register(self._stop_fd, zmq.POLLIN)
+        self._authenticates = False
         self._context = zmq.Context()
         stack.callback(self._context.destroy, 0)
         self._sockets = []
@@ -220,6 +224,7 @@ class Server:
             raise AssertionError("no context to listen in")
         socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.SNDHWM, 100_000)
         socket.setsockopt(zmq.RCVHWM, 100_000)
@@ -240,16 +245,26 @@ class Server:
     def _protect(self, socket: "zmq.Socket[bytes]", stack: ExitStack) -> None:
         """Admit only the clients whose certificates are in the folder."""
         from zmq.auth import load_certificate  # noqa: PLC0415 - rarely needed
-        from zmq.auth.thread import ThreadAuthenticator  # noqa: PLC0415
 
         public, secret = load_certificate(self.settings.curve_key)
         if secret is None:
             raise StartError(f"{self.settings.curve_key} holds no secret key")
+        if not self._authenticates:
+            self._authenticate(stack)
+            self._authenticates = True
+        socket.curve_publickey, socket.curve_secretkey, socket.curve_server = public, secret, True
+
+    def _authenticate(self, stack: ExitStack) -> None:
+        """Start what libzmq asks about clients: one a context, whatever the number of its sockets."""
+        from zmq.auth.thread import ThreadAuthenticator  # noqa: PLC0415
+
+        folder = self.settings.curve_clients
+        if not folder or not Path(folder).is_dir():
+            raise StartError(f"--curve-clients {folder or '(none)'}: no such folder")
         authenticator = ThreadAuthenticator(self._context)
         authenticator.start()
         stack.callback(authenticator.stop)
-        authenticator.configure_curve(domain="*", location=self.settings.curve_clients)
-        socket.curve_publickey, socket.curve_secretkey, socket.curve_server = public, secret, True
+        authenticator.configure_curve(domain="*", location=folder)
 
     def _recover(self, paths: ArenaPaths, stack: ExitStack) -> Found | None:
         """Return what the journal tells, which is ours from now on; arena and L2 are still as they were left."""
@@ -299,7 +314,7 @@ class Server:
         settings = self.settings
         queue_bytes = int(settings.l2_queue_gb * GB)
         # A delete may come after the put that it makes room for, so the store itself is allowed a little more.
-        size_bytes = int(settings.l2_size_gb * GB) + queue_bytes if settings.l2_size_gb else None
+        size_bytes = settings.l2_bytes + queue_bytes if settings.l2_size_gb else None
         store = open_store(settings.l2, size_bytes)
         threads = settings.copying_threads
         pool = StorePool(store, queue_bytes=queue_bytes, writers=threads, readers=threads)

@@ -3,12 +3,13 @@
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,44 @@ def test_a_journal_has_one_server(start, folder):
         server.start()
     with SyncEngine(server.endpoint) as engine:
         assert engine.serve("again", PROMPTS[0])[0].hits == (5,)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_every_signal_that_ends_a_server_leaves_nothing(start, folder, number):
+    server = start()
+    server.process.send_signal(number)
+    assert server.process.wait(20) == 0
+    assert [path.name for path in folder.iterdir()] == ["server.log"]
+
+
+def test_a_server_takes_the_descriptors_that_it_may_have(start):
+    server = start()
+    server.kill()
+    server.command = ["sh", "-c", 'ulimit -Sn 100; exec "$@"', "sh", *server.command]
+    server.start()
+    soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+    assert soft == hard != 100
+
+
+def test_connections_without_a_word_do_not_end_a_server_that_has_no_descriptors_left(start, folder):
+    server = start()
+    with ExitStack() as stack, Client(server.endpoint) as client:
+        client.ping()
+        used = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+        _, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (used + 8, hard))
+        for _ in range(40):
+            peer = stack.enter_context(socket.socket(socket.AF_UNIX))
+            peer.connect(f"{folder}/kvcore-t.sock")
+        wait_for(lambda: "workers' connections are not taken" in (folder / "server.log").read_text())
+        for _ in range(20):
+            client.ping()
+            time.sleep(0.05)
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (hard, hard))
+        with SyncEngine(server.endpoint) as engine:  # it waits for less than a second
+            assert engine.serve("r", PROMPTS[0])[1].chunks == (0, 1, 2, 3, 4)
+            wait_for(lambda: len(os.listdir(f"/proc/{server.process.pid}/fd")) < used + 8)
+            engine.renew()
 
 
 @pytest.mark.parametrize("journal", [True, False])
