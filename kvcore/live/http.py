@@ -35,6 +35,8 @@ from kvcore.live.settings import is_loopback
 
 _LOG = logging.getLogger("kvcore.http")
 _PATIENCE_S = 1.0
+_LAST_REQUESTS_S = 2
+"""How long a server that stops waits for requests under way; an upload may never end."""
 _STATUS_OF = {"refused": 409, "bad_message": 400, "unknown_operation": 400, "unknown_instance": 409, "internal": 500}
 
 
@@ -97,7 +99,13 @@ class HttpThread:
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str, host: str, port: int) -> None:
         self._loop = _Loop(context, endpoint)
         config = uvicorn.Config(
-            self._app(host), host=host, port=port, log_level="warning", lifespan="off", access_log=False
+            self._app(host),
+            host=host,
+            port=port,
+            log_level="warning",
+            lifespan="off",
+            access_log=False,
+            timeout_graceful_shutdown=_LAST_REQUESTS_S,
         )
         self._server = uvicorn.Server(config)
         self._config = config
@@ -128,6 +136,8 @@ class HttpThread:
     def stop(self) -> None:
         """Stop and wait."""
         self._server.should_exit = True
+        self._thread.join(_LAST_REQUESTS_S + 3)
+        self._server.force_exit = True
         self._thread.join(5)
         self._socket.close()
 

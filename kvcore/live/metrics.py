@@ -19,6 +19,8 @@ SAMPLED_BELOW: Final = 4
 """Chunks whose digest's last byte is below this, one in 64, are followed for reuse gap and lifetime."""
 _EVICTED_REMEMBERED = 262_144
 _PROBES_REMEMBERED = 65_536
+_MOST = 2**63 - 1
+"""A counter that engines have brought further is shown as this, which can travel."""
 _TENANTS = 1000
 """Salts with counters of their own; later ones share the label `other`."""
 
@@ -173,7 +175,7 @@ class Metrics:
     def report(self, extra: Iterable[tuple[tuple[str, ...], float]]) -> dict[str, Any]:
         """Return every number as plain data; `extra` are gauges and counters that others keep."""
         return {
-            "values": [[*key, value] for key, value in (*self.counts.items(), *extra)],
+            "values": [[*key, min(value, _MOST)] for key, value in (*self.counts.items(), *extra)],
             "histograms": [[list(key), list(h.bounds), h.counts, h.sum] for key, h in self.histograms.items()],
         }
 
@@ -226,12 +228,8 @@ def model_of(work: Work) -> str:
 
 
 def sampled(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Return the chunks, digests of one length, that are followed one by one."""
-    if not chunks:
-        return []
-    last = np.frombuffer(b"".join(cast("Sequence[bytes]", chunks)), np.uint8)
-    width = last.size // len(chunks)
-    return [chunks[at] for at in np.flatnonzero(last[width - 1 :: width] < SAMPLED_BELOW).tolist()]
+    """Return the chunks, digests of any length, that are followed one by one."""
+    return [chunk for chunk in cast("Sequence[bytes]", chunks) if chunk[-1] < SAMPLED_BELOW]
 
 
 def render(report: dict[str, Any]) -> bytes:

@@ -1,6 +1,7 @@
 """A server as a process: signals, logging, and one line where it cannot start."""
 
 import logging
+import resource
 import signal
 import sys
 from types import FrameType
@@ -10,7 +11,7 @@ from kvcore.live.settings import Settings
 
 
 def serve(settings: Settings) -> int:
-    """Serve until SIGINT or SIGTERM; return the exit code: 0, or 2 where the server cannot start."""
+    """Serve until SIGINT, SIGTERM or SIGHUP; return the exit code: 0, or 2 where the server cannot start."""
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -20,8 +21,10 @@ def serve(settings: Settings) -> int:
     def stop(_signal: int, _frame: FrameType | None) -> None:
         server.stop()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last: its terminal is gone
         signal.signal(number, stop)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # libzmq ends a process that has none left
     try:
         server.open()
     except StartError as error:

@@ -11,7 +11,9 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from kvcore.live.settings import GB, Settings, check, http_address, naming
 from kvcore.live.stores.base import Store, StoreError
 from kvcore.live.stores.pool import StorePool
 from kvcore.live.stores.registry import open_store
-from kvcore.live.takeover import State, go_on, recover
+from kvcore.live.takeover import Found, State, go_on, recover
 from kvtraces.journal import Head, JournalWriter, take_snapshot
 
 _LOG = logging.getLogger("kvcore.server")
@@ -40,6 +42,8 @@ _TURN_MESSAGES = 256
 _SLOW_TURN_S = 0.2
 _LAST_COPIES_S = 5.0
 """How long a server that stops waits for what is on its way to L2."""
+_HANDSHAKE_MS = 5000
+"""Whoever connects and does not speak ZMQ is let go of then: descriptors are few."""
 _AWAITED = (wire.Found, wire.Granted, wire.Error)
 """Replies that an engine's scheduler waits for: they go out at once, the others with the end of the turn.
 
@@ -54,7 +58,7 @@ class StartError(Exception):
 class Server:
     """A server that can run in the calling thread (`run`) or in one of its own (`start`).
 
-    `open` acquires everything or nothing; `close` lets go of it, the arena included.
+    `open` acquires everything or nothing; `close` lets go of it, the arena included, unless `run` ended by a fault.
 
     Raises SettingsError for settings that do not go together.
     """
@@ -65,12 +69,15 @@ class Server:
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._sockets: list[zmq.Socket[bytes]] = []
         self._poller = zmq.Poller()
+        self._authenticates = False
         self._stop_fd = -1
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._store: Store | None = None
         self._logged: set[str] = set()
         self._journal_s = 0.0
+        self._failed = False
+        """Whether the loop has ended by a fault."""
 
     # Start and stop
 
@@ -84,7 +91,17 @@ class Server:
             raise StartError(str(error)) from error
 
     def run(self) -> None:
-        """Serve until `stop`. The calling thread owns everything that `open` made."""
+        """Serve until `stop`. The calling thread owns everything that `open` made.
+
+        Whatever this raises, `close` then leaves the arena to the next server, if there is a journal to tell of it.
+        """
+        try:
+            self._serve()
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _serve(self) -> None:
         next_sweep = last_turn = time.monotonic()
         sweep_s = min(0.25, self.settings.lease_s / 8)
         while not self._stopping:
@@ -96,7 +113,8 @@ class Server:
             self._turn(ready)
             took_s = time.monotonic() - now
             if now >= next_sweep and took_s < sweep_s:  # after a long turn those who renewed are heard first
-                self.service.sweep()
+                self._survive(self.service.sweep)
+                self._survive(self._liveness.sweep)
                 self._flush()
                 next_sweep = now + sweep_s
             self._time_turn(took_s)
@@ -122,8 +140,18 @@ class Server:
         return True
 
     def close(self) -> None:
-        """Let go of everything, the arena included, in reverse order."""
+        """Let go of everything, in reverse order."""
         self._resources.close()
+
+    def _close_arena(self, arena: Arena) -> None:
+        arena.close(unlink=not (self._failed and self.settings.journal))
+
+    def _close_journal(self, journal: JournalWriter) -> None:
+        """Close it; after a fault without what nobody was told of, which may be half of a step."""
+        if self._failed:
+            journal.abandon()
+        else:
+            journal.close()
 
     def __enter__(self) -> "Server":
         """Start in a thread."""
@@ -149,6 +177,7 @@ class Server:
         stack.callback(os.close, self._stop_fd)
         self._poller = zmq.Poller()
         self._poller.register(self._stop_fd, zmq.POLLIN)
+        self._authenticates = False
         self._context = zmq.Context()
         stack.callback(self._context.destroy, 0)
         self._sockets = []
@@ -158,11 +187,14 @@ class Server:
             paths = ArenaPaths(Path(settings.arena_dir), settings.name)
         except ArenaError as error:
             raise StartError(f"--name: {error}") from error
-        previous_epoch = _epoch_of(paths) if settings.journal else 0
-        arena = Arena.open(paths, size_bytes=settings.l1_bytes, page_bytes=settings.page_bytes)
-        stack.callback(arena.close)
         with naming("journal", settings.journal):
-            journal, state = self._open_journal(arena, previous_epoch, stack)
+            found = self._recover(paths, stack)
+        arena = Arena.open(paths, size_bytes=settings.l1_bytes, page_bytes=settings.page_bytes)
+        stack.callback(self._close_arena, arena)
+        if found is not None and found.has_l1 and not arena.taken_over:
+            found = found.without_l1()
+        with naming("journal", settings.journal):
+            journal, state = self._open_journal(arena, found, stack)
         clock = MonotonicClock(state.now_ns)
         allocator = PageAllocator(arena.generations, arena.page_writers, page_ids(state.book.resident.values()))
         held = HeldTable(paths.held)
@@ -198,6 +230,7 @@ class Server:
             raise AssertionError("no context to listen in")
         socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.SNDHWM, 100_000)
         socket.setsockopt(zmq.RCVHWM, 100_000)
@@ -219,32 +252,52 @@ class Server:
     def _protect(self, socket: "zmq.Socket[bytes]", stack: ExitStack) -> None:
         """Admit only the clients whose certificates are in the folder."""
         from zmq.auth import load_certificate  # noqa: PLC0415 - rarely needed
-        from zmq.auth.thread import ThreadAuthenticator  # noqa: PLC0415
 
         with naming("curve_key", self.settings.curve_key):
             public, secret = load_certificate(self.settings.curve_key)
         if secret is None:
             raise StartError(f"--curve-key {self.settings.curve_key}: holds no secret key")
+        if not self._authenticates:
+            self._authenticate(stack)
+            self._authenticates = True
+        socket.curve_publickey, socket.curve_secretkey, socket.curve_server = public, secret, True
+
+    def _authenticate(self, stack: ExitStack) -> None:
+        """Start what libzmq asks about clients: one a context, whatever the number of its sockets."""
+        from zmq.auth.thread import ThreadAuthenticator  # noqa: PLC0415
+
+        folder = self.settings.curve_clients
+        if not folder or not Path(folder).is_dir():
+            raise StartError(f"--curve-clients {folder or '(none)'}: no such folder")
         authenticator = ThreadAuthenticator(self._context)
         authenticator.start()
         stack.callback(authenticator.stop)
-        authenticator.configure_curve(domain="*", location=self.settings.curve_clients)
-        socket.curve_publickey, socket.curve_secretkey, socket.curve_server = public, secret, True
+        authenticator.configure_curve(domain="*", location=folder)
 
-    def _open_journal(self, arena: Arena, previous_epoch: int, stack: ExitStack) -> tuple[JournalWriter | None, State]:
-        """Return the journal to write to, and the state in which the server starts."""
-        settings, config = self.settings, self.settings.core_config()
+    def _recover(self, paths: ArenaPaths, stack: ExitStack) -> Found | None:
+        """Return what the journal tells, which is ours from now on; arena and L2 are still as they were left."""
+        settings = self.settings
         if not settings.journal:
-            return None, State.empty(config)
+            return None
+        _lock_journal(Path(settings.journal), stack)
+        return recover(Path(settings.journal), self._head(epoch=0), epoch=_epoch_of(paths))
+
+    def _head(self, epoch: int) -> Head:
+        settings = self.settings
         meta = {
-            "epoch": arena.epoch,
-            "page_bytes": arena.page_bytes,
+            "epoch": epoch,
+            "page_bytes": settings.page_bytes,
             "name": settings.name,
             "chunk_tokens": settings.chunk_size,
             "l2": settings.l2_place,
         }
-        head = Head(config=config, meta=meta)
-        found = recover(Path(settings.journal), head, epoch=previous_epoch if arena.taken_over else 0)
+        return Head(config=settings.core_config(), meta=meta)
+
+    def _open_journal(self, arena: Arena, found: Found | None, stack: ExitStack) -> tuple[JournalWriter | None, State]:
+        """Return the journal to write to, and the state in which the server starts."""
+        settings, head = self.settings, self._head(arena.epoch)
+        if not settings.journal:
+            return None, State.empty(head.config)
         journal = JournalWriter(
             settings.journal,
             head if found is None else found.head_for(head),
@@ -252,9 +305,9 @@ class Server:
             segment_bytes=settings.journal_segment_mb << 20,
             keep=settings.journal_segments,
         )
-        stack.callback(journal.close)
+        stack.callback(self._close_journal, journal)
         if found is None:
-            return journal, State.empty(config)
+            return journal, State.empty(head.config)
         now_ns = MonotonicClock(found.state.now_ns).now_ns()
         state = go_on(journal, found, head, arena.generations, now_ns)
         _LOG.info(
@@ -269,7 +322,7 @@ class Server:
         settings = self.settings
         queue_bytes = int(settings.l2_queue_gb * GB)
         # A delete may come after the put that it makes room for, so the store itself is allowed a little more.
-        size_bytes = int(settings.l2_size_gb * GB) + queue_bytes if settings.l2_size_gb else None
+        size_bytes = settings.l2_bytes + queue_bytes if settings.l2_size_gb else None
         try:
             store = open_store(settings.l2, size_bytes)
         except StoreError as error:
@@ -333,15 +386,26 @@ class Server:
                 self._receive(source, replies)
             elif source == self._stop_fd:
                 continue
-            elif not self._liveness.ready(source):
-                self.service.collect()
+            else:
+                self._survive(partial(self._take_in, source))
         self._flush()
         for socket, frames in replies:
             _send(socket, frames)
         if self.service.later:
             later, self.service.later = self.service.later, []
             for task in later:
-                task()
+                self._survive(task)
+
+    def _take_in(self, fd: int) -> None:
+        if not self._liveness.ready(fd):
+            self.service.collect()
+
+    def _survive(self, task: Callable[[], object]) -> None:
+        """Do what is nobody's request: a fault of ours there must not end the server either."""
+        try:
+            task()
+        except Exception as error:  # it is logged
+            self._log_once("the request loop met a fault, and goes on", error)
 
     def _finish_copies(self) -> None:
         """Let what is on its way to L2 arrive and the journal know of it, for the next server to find."""
@@ -365,7 +429,7 @@ class Server:
         for _ in range(_TURN_MESSAGES):
             identity, *frames = socket.recv_multipart(zmq.NOBLOCK)
             correlation, reply = self._answer(frames)
-            answer = [identity, *wire.encode(reply, correlation)]
+            answer = [identity, *self._encoded(reply, correlation)]
             if isinstance(reply, _AWAITED):
                 self._flush()
                 _send(socket, answer)
@@ -390,11 +454,20 @@ class Server:
             reply = wire.Error("unknown_instance", str(error))
         except Exception as error:  # a fault of ours must cost one request, not the server; it is logged and told
             reply = wire.Error("internal", f"{type(error).__name__}: {error}")
-            self._log_once(error)
+            self._log_once("a request failed", error)
         self.service.metrics.counts["kvcore_errors", reply.kind] += 1
         return correlation, reply
 
-    def _log_once(self, error: Exception) -> None:
+    def _encoded(self, reply: wire.Reply, correlation: int) -> list[bytes]:
+        """Return a reply's frames; those of an error where it cannot be encoded."""
+        try:
+            return wire.encode(reply, correlation)
+        except Exception as error:  # a fault of ours, as above
+            self._log_once("a reply cannot be encoded", error)
+            self.service.metrics.counts["kvcore_errors", "internal"] += 1
+            return wire.encode(wire.Error("internal", f"{type(error).__name__}: {error}"), correlation)
+
+    def _log_once(self, what: str, error: Exception) -> None:
         """Log a fault with its traceback, once for every place it comes from."""
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
@@ -402,7 +475,7 @@ class Server:
         place = "" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
         if place not in self._logged:
             self._logged.add(place)
-            _LOG.error("a request failed", exc_info=error)
+            _LOG.error(what, exc_info=error)
 
     def _here(self, token: int, pid: int) -> Member:
         return self.service.here(token, pid)
@@ -461,3 +534,14 @@ def _lock_ipc(path: Path, stack: ExitStack) -> None:
         os.close(fd)
 
     stack.callback(release)
+
+
+def _lock_journal(folder: Path, stack: ExitStack) -> None:
+    """Hold a journal for ourselves: a second server would take its end for the first one's, and L2 for its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    stack.callback(os.close, fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StartError(f"--journal {folder}: another server uses this journal") from None

@@ -27,6 +27,7 @@ from kvcore.live.status import kept_elsewhere, status
 from kvcore.live.stores.pool import StorePool
 from kvcore.live.takeover import State
 from kvcore.live.transport import QUARANTINE, LiveTransport, Shape
+from kvcore.live.writers import MEMBER_SLOTS
 from kvcore.policy import (
     Chunk,
     Cleared,
@@ -171,6 +172,8 @@ class Service:
         if old is not None:
             self.gone(old)
             instance = self.members.instances.get(message.instance)
+        if message.role == "worker":
+            self._refuse_beyond_the_table()
         if instance is None:
             instance = sized
             self._feed(
@@ -201,8 +204,19 @@ class Service:
             held_token=0 if self.parts.held is None else self.parts.held.token,
         )
 
+    def _refuse_beyond_the_table(self) -> None:
+        """Raise RefusedError where the arena's table has no room for one worker more, those on their way counted."""
+        coming = sum(member.role == "worker" and not member.here for member in self.members)
+        if self.parts.arena.writers.free <= coming:
+            raise RefusedError(f"the arena's table of workers is full: {MEMBER_SLOTS} processes are the most")
+
     def here(self, token: int, pid: int) -> Member:
-        """Take in a member's liveness connection. Raises UnknownMemberError."""
+        """Take in a member's liveness connection.
+
+        Raises:
+            UnknownMemberError: it is not registered.
+            ArenaError: the table of workers is full, for all that registration could see.
+        """
         member = self.members.heard(token, self.clock.now_ns())
         if member.role == "worker":
             writers = self.parts.arena.writers
@@ -217,16 +231,24 @@ class Service:
         """Take in that a member is gone for certain, or starts anew with its copies ended."""
         instance = member.instance
         self.members.remove(member)
-        self._expire(instance)
-        if member.role == "worker":
-            self._acknowledge_all(instance, member.rank)
-            self.parts.arena.writers.leave(member.name, member.pid)
-        if not instance.members:
-            self._feed(InstanceLeft(now_ns=self.clock.now_ns(), instance=instance.name))
-            for acknowledgements in (self._stores, self._loads):
-                for name in acknowledgements.of(instance.prefix):
-                    acknowledgements.forget(name)
-        self.transport.answers.clear()
+        try:
+            self._expire(instance)
+            if member.role == "worker":
+                self._acknowledge_all(instance, member.rank)
+        finally:  # after a fault, too: with its last member all that an instance holds is given up
+            if member.role == "worker":
+                self.parts.arena.writers.leave(member.name, member.pid)
+            if not instance.members:
+                self._left(instance)
+            self.transport.answers.clear()
+
+    def _left(self, instance: Instance) -> None:
+        for acknowledgements in (self._stores, self._loads):
+            for name in acknowledgements.of(instance.prefix):
+                acknowledgements.forget(name)
+        for name in tuple(instance.works):
+            self._forget(name)
+        self._feed(InstanceLeft(now_ns=self.clock.now_ns(), instance=instance.name))
 
     def _leave(self, message: wire.Leave) -> wire.Done:
         self.gone(self._heard(message.member))
@@ -401,8 +423,13 @@ class Service:
         if name not in self.works or not instance.ready:
             return wire.Granted(refused={"unknown": len(message.chunks)}, epoch=epoch)
         _refuse_duplicates(message.chunks)
-        self._feed(RoomAsked(now_ns=self.clock.now_ns(), request=name, chunks=message.chunks))
+        chunks, strangers = message.chunks, set(message.chunks).difference(self.works[name].chunks)
+        if strangers:  # the end of a request tells the policy of its prompt's chunks
+            chunks = tuple(chunk for chunk in chunks if chunk not in strangers)
+        self._feed(RoomAsked(now_ns=self.clock.now_ns(), request=name, chunks=chunks))
         answer = self.transport.answers[name]
+        if strangers:
+            answer.refused["unknown"] = answer.refused.get("unknown", 0) + len(strangers)
         placed = answer.placed
         if not placed:
             return wire.Granted(refused=answer.refused, epoch=epoch)

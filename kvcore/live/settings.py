@@ -125,6 +125,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return int(self.l1_size_gb * GB)
 
     @property
+    def l2_bytes(self) -> int:
+        """Bytes of L2, 0 where it has no bound."""
+        return int(self.l2_size_gb * GB)
+
+    @property
     def copying_threads(self) -> int:
         """Threads that copy to L2, and as many that copy from it.
 
@@ -158,7 +163,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         l1 = TierConfig(name="l1", pages=pages - self.staging_pages, eviction=self.eviction_policy)
         tiers: tuple[TierConfig, ...] = (l1,)
         if self.l2:
-            l2_pages = int(self.l2_size_gb * GB) // self.page_bytes or None
+            l2_pages = self.l2_bytes // self.page_bytes if self.l2_size_gb else None
             tiers = (l1, TierConfig(name="l2", pages=l2_pages, eviction=self.l2_eviction_policy))
         return CoreConfig(
             tiers=tiers,
@@ -244,6 +249,10 @@ def check(settings: Settings) -> Settings:
             raise SettingsError(f"{flag(name)}: no eviction policy {policy!r}; there are {', '.join(POLICIES)}")
     if not settings.l1_bytes // settings.page_bytes >= 1:
         raise SettingsError(f"--l1-size-gb {settings.l1_size_gb:g}: less than one page of {settings.page_bytes} bytes")
+    if settings.l2_size_gb and settings.l2_bytes < settings.page_bytes:
+        raise SettingsError(
+            f"--l2-size-gb {settings.l2_size_gb:g}: less than one page of {settings.page_bytes} bytes (0 is no bound)"
+        )
     try:
         settings.core_config()
     except SettingsError:

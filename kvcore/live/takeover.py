@@ -5,8 +5,10 @@ L2 were not made, engines' requests are over. Chunks whose pages were handed out
 that the journal does not tell of, are cleared. Pages that a worker may still be writing stay with the arena's
 allocator until that worker has drained its copies or is proved gone.
 
-An arena is gone after a clean stop or a reboot, and another one where L1 is of another size. Then L1 is cleared as a
-whole, before anything else, and what lies in L2 is kept: a chunk's name and checksum tell whether it is there still.
+An arena is gone after a clean stop or a reboot, and another one where L1 is of another size. Then, and where any other
+setting has changed, L1 is cleared as a whole, before anything else, and what lies in L2 is kept, or as much of it as an
+L2 that is smaller now has room for: a chunk's name and checksum tell whether it is there still. A start with which what
+L2 holds would be lost is refused.
 """
 
 import logging
@@ -14,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -38,7 +41,7 @@ from kvcore.policy import (
     StoreAborted,
     TierCleared,
 )
-from kvcore.policy.snapshot import dump, with_other_top
+from kvcore.policy.snapshot import dump, reconfigured, surplus
 from kvtraces.journal import (
     Engine,
     Head,
@@ -54,10 +57,16 @@ from kvtraces.journal import (
 )
 
 _LOG = logging.getLogger("kvcore.server")
+_OF_L2: Final = {"chunk_tokens": "--chunk-size", "page_bytes": "--page-size", "l2": "--l2"}
+"""What a journal says of a server without which it does not tell what L2 holds, and the setting."""
 
 
 class _Unusable(Exception):  # noqa: N818 - a reason, told in a log line
     """Why a journal does not prove what the arena holds."""
+
+
+class OtherL2Error(ValueError):
+    """A server would start so that what L2 holds is lost; the message says what to do instead."""
 
 
 @dataclass(slots=True, eq=False)
@@ -87,6 +96,10 @@ class Found:
     has_l1: bool
     """Whether its pages are the arena's; where not, only what lies in L2 is to be kept."""
 
+    def without_l1(self) -> "Found | None":
+        """Return what is left of it where the arena is another after all."""
+        return replace(self, has_l1=False) if len(self.head.config.tiers) > 1 else None
+
     def head_for(self, new: Head) -> Head:
         """Return the head of the segment that begins with this, written by the server of the `new` one.
 
@@ -101,9 +114,11 @@ def recover(folder: Path, head: Head, *, epoch: int) -> Found | None:
 
     Args:
         folder: The journal.
-        head: Of the server that starts. A core whose configuration has changed cannot go on where another ended; that
-            of an L1 that is to be cleared may have.
+        head: Of the server that starts.
         epoch: The arena's, before it was taken over; 0 where it is new.
+
+    Raises:
+        OtherL2Error: What it tells of L2 cannot be kept under the settings of the server that starts.
     """
     paths = segments(folder)
     if not paths:
@@ -125,7 +140,7 @@ def _replay(path: Path, new: Head, epoch: int) -> Found:
             record = located.record
             match record:
                 case Head():
-                    has_l1 = _check(record, new, epoch)
+                    has_l1 = _has_l1(record, new, epoch)
                     head, state = record, State.empty(record.config)
                 case Snapshot() if head is not None:
                     state = State(restore_core(head, record), Book.restore(record.pages))
@@ -153,27 +168,39 @@ def _replay(path: Path, new: Head, epoch: int) -> Found:
         _LOG.warning("the journal ends at %s", error)
     if head is None or state is None:
         raise _Unusable(f"{path.name} is empty")
-    return Found(head, state, has_l1)
+    found = Found(head, state, has_l1)
+    _check_l2(found, new, path.parent)
+    return found
 
 
-def _check(old: Head, new: Head, epoch: int) -> bool:
-    """Return whether a journal tells what the arena holds; raise _Unusable where it does not tell what L2 holds either.
-
-    The same names are other bytes where a chunk has more tokens, and take other room where pages are larger.
-    """
-    if any(old.meta.get(key) != new.meta.get(key) for key in ("page_bytes", "chunk_tokens")):
-        raise _Unusable("its chunks or pages are of another size")
-    if epoch and old.meta.get("epoch") == epoch and old.config == new.config:
+def _has_l1(old: Head, new: Head, epoch: int) -> bool:
+    """Return whether a journal tells what the arena holds; raise _Unusable where it tells of nothing else."""
+    same_chunks = all(old.meta.get(key) == new.meta.get(key) for key in ("page_bytes", "chunk_tokens"))
+    if same_chunks and epoch and old.meta.get("epoch") == epoch and old.config == new.config:
         return True
-    has_l2 = len(new.config.tiers) > 1
-    l1 = (old if has_l2 else new).config.tiers[0]
-    if old.config != replace(new.config, tiers=(l1, *new.config.tiers[1:])):
-        raise _Unusable("its settings of tiers, policy or quotas are others")
-    if not has_l2:
-        raise _Unusable("it is of another arena")
-    if old.meta.get("l2") != new.meta.get("l2"):
-        raise _Unusable("it is of another arena, and of another L2")
+    if len(old.config.tiers) == 1:
+        raise _Unusable("it is of another arena" if same_chunks else "its chunks or pages are of another size")
     return False
+
+
+def _check_l2(found: Found, new: Head, folder: Path) -> None:
+    """Raise OtherL2Error where what lies in L2 would be lost, and _Unusable where that is nothing.
+
+    The same names are other bytes where a chunk has more tokens, and take other room where pages are larger. What is
+    deleted from a folder is what the journal does not tell of, so it must not come to tell of another one.
+    """
+    old, below = found.head, found.state.core.tiers[1:]
+    changed = [key for key in _OF_L2 if old.meta.get(key) != new.meta.get(key)]
+    if not changed:
+        return
+    if any(tier.resident for tier in below):
+        was = ", ".join(f"{_OF_L2[key]} {old.meta.get(key)} (now {new.meta.get(key) or 'none'})" for key in changed)
+        raise OtherL2Error(
+            f"the journal {folder} tells what lies in {old.meta.get('l2')}, with {was}: go back to that, or start "
+            f"with another --journal and another --l2, or remove the journal, which gives up what L2 holds"
+        )
+    if not found.has_l1:
+        raise _Unusable("it is of another arena, and of an L2 that is empty")
 
 
 def _taking_pages(decisions: Iterable[Decision]) -> Iterator[Place | Load]:
@@ -212,7 +239,9 @@ def go_on(journal: JournalWriter, found: Found, head: Head, generations: NDArray
     _carry_out(journal, state, end_of_what_was_under_way(state, now_ns, has_l1=found.has_l1))
     if not found.has_l1:
         if state.core.config != head.config:
-            state.core = with_other_top(state.core, head.config)
+            if chunks := surplus(state.core, head.config):
+                _carry_out(journal, state, [Cleared(now_ns=now_ns, chunks=chunks)])
+            state.core = reconfigured(state.core, head.config)
         journal.head = head
         journal.rotate(take_snapshot(state.core, state.book.dump()))
     elif (changed := clear_of_changed(state, generations, now_ns)) is not None:

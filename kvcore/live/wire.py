@@ -27,7 +27,9 @@ Role: TypeAlias = Literal["scheduler", "worker"]
 Digest: TypeAlias = Annotated[bytes, Meta(min_length=1, max_length=64)]
 Digests: TypeAlias = tuple[Digest, ...]
 Name: TypeAlias = Annotated[str, Meta(max_length=1024)]
-Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**53 - 1)]
+"""What counters add up: thousands of the largest fit into 64 bits, and one into a float."""
+Epoch: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
 Id: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=1e9)]
 
@@ -83,7 +85,7 @@ class Register(Message, frozen=True, tag="register"):
     namespace: dict[str, str] = {}
     """What the chunks' names were rooted in, to be shown; `model` is used as a label in /metrics."""
     pid: Count = 0
-    drained_epoch: Count = 0
+    drained_epoch: Epoch = 0
     """The server's epoch at the last registration, 0 for none."""
     engine: dict[str, int] = {}
     """What the journal is to tell of the engine, by a scheduler: see `kvtraces.journal.Engine`."""
@@ -118,7 +120,7 @@ class Poll(Message, frozen=True, tag="poll"):
 
 
 class Ask(Message, frozen=True, tag="ask"):
-    """Ask room for chunks of the request's prompt, head first. Reply: Granted."""
+    """Ask room for chunks of the request's prompt, head first; others are refused as unknown. Reply: Granted."""
 
     member: Id
     request: Name
@@ -301,7 +303,7 @@ class Pong(Message, frozen=True, tag="pong"):
     """The request loop turns."""
 
     version: str = ""
-    epoch: Count = 0
+    epoch: Epoch = 0
     pid: Count = 0
 
 

@@ -58,6 +58,11 @@ class WriterTable:
         row["writer"] = writer  # last: a row that names a writer is whole
         return writer
 
+    @property
+    def free(self) -> int:
+        """How many processes more can be entered."""
+        return int(np.count_nonzero(self._slots["writer"] == NO_WRITER))
+
     def leave(self, member: str, pid: int) -> None:
         """Forget a process that has drained its copies or is known to be gone. Unknown ones are no error."""
         theirs = (self._slots["name"] == _name(member)) & np.isin(self._slots["pid"], (0, pid))

@@ -52,7 +52,8 @@ Observer: TypeAlias = Callable[[Event, tuple[Decision, ...]], None]
 class Driver:
     """Feeds events to a core, in order, and its decisions to a transport.
 
-    `observe` sees every event with its decisions before they are carried out (a journal, a recorder, metrics).
+    `observe` sees every event with its decisions before they are carried out (a journal, a recorder, metrics). Whatever
+    it raises is raised behind them: the core believes that what it decided is done.
     """
 
     def __init__(self, core: Core, transport: Transport, observe: Observer | None = None) -> None:
@@ -76,10 +77,12 @@ class Driver:
 
     def _step(self, event: Event) -> None:
         decisions = self.core.handle(event)
-        if self._observe is not None:
-            self._observe(event, decisions)
-        for decision in decisions:
-            self._carry_out(decision)
+        try:
+            if self._observe is not None:
+                self._observe(event, decisions)
+        finally:
+            for decision in decisions:
+                self._carry_out(decision)
 
     def _carry_out(self, decision: Decision) -> None:
         match decision:

@@ -57,6 +57,9 @@ def finish(state: State, request: Request) -> None:
     if request.new:
         mine, there = request.new.get, top.resident.get
         new = [e for chunk in reversed(request.chunks) if (e := mine(chunk)) is not None and there(chunk) is e]
+        if len(new) < len(request.new):  # some were cleared meanwhile, or are no part of the prompt
+            known = dict.fromkeys(request.chunks)
+            new[:0] = [e for chunk, e in request.new.items() if chunk not in known and there(chunk) is e]
     if new:
         top.insert(new, state.now_ns)
         write_through(state, 0, new, request.name)

@@ -5,7 +5,6 @@ A restored core decides, from then on, what the one that was dumped would have d
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 from kvcore.policy.config import CoreConfig
@@ -74,19 +73,61 @@ def restore(config: CoreConfig, dumped: Plain) -> Core:
     return core
 
 
-def with_other_top(core: Core, config: CoreConfig) -> Core:
-    """Return a core of `config`, which differs in tier 0 at most, that goes on where `core` is.
+def surplus(core: Core, config: CoreConfig) -> tuple[Chunk, ...]:
+    """Return what must leave the lower tiers of `core`, which are at rest, for the sizes of `config`."""
+    lower = enumerate(config.tiers[1:], 1)
+    return tuple(entry.chunk for index, tier in lower for entry in _first_to_leave(core, index, tier.pages))
 
-    Tier 0's eviction policy begins anew: what it remembers is of another size, or of another policy.
+
+def reconfigured(core: Core, config: CoreConfig) -> Core:
+    """Return a core of `config` that goes on where `core` is; what lies in the lower tiers stays there.
+
+    The eviction policy of a tier that is of another size, or of another policy, begins anew, with the tier's chunks in
+    the order in which the old one would have evicted them. A quota that the configuration changes is as it says, the
+    others are as the operator has set them since.
 
     Raises:
-        ValueError: Something occupies tier 0, or more than that tier is configured otherwise.
+        ValueError: Tier 0 is not empty, a lower one is not at rest or holds too much (`surplus`), or there are others.
     """
-    if core.tiers[0].used or replace(core.config, tiers=(config.tiers[0], *core.config.tiers[1:])) != config:
-        raise ValueError("only a tier that is empty can be configured otherwise")
+    if core.tiers[0].used:
+        raise ValueError("only a core whose first tier is empty can be configured otherwise")
+    names = [[tier.name for tier in one.tiers[1:]] for one in (core.config, config)]
+    if names[0] != names[1]:
+        raise ValueError(f"a core of lower tiers {names[0]} cannot go on with {names[1]}")
     dumped = dump(core)
-    dumped["tiers"][0] |= {"name": config.tiers[0].name, "policy": _dump_tier(Core(config).tiers[0])["policy"]}
+    for index, tier in enumerate(core.tiers):
+        pages = config.tiers[index].pages
+        if tier.idle != tier.used or (pages is not None and tier.used > pages):
+            raise ValueError(f"tier {tier.name!r} is at work, or holds more than its new size")
+        dumped["tiers"][index] |= _reconfigured_tier(core, index, config)
+    was, wanted = dict(core.config.quotas), dict(config.quotas)
+    kept = {salt: pages for salt, pages in core.tiers[0].quotas.items() if was.get(salt) == wanted.get(salt)}
+    changed = {salt: pages for salt, pages in wanted.items() if was.get(salt) != pages}
+    dumped["tiers"][0]["quotas"] = [[salt, pages] for salt, pages in (kept | changed).items()]
     return restore(config, dumped)
+
+
+def _reconfigured_tier(core: Core, index: int, config: CoreConfig) -> Plain:
+    """Return what becomes otherwise in the dump of a tier under another configuration."""
+    old, new = core.config, config
+    if old.tiers[index] == new.tiers[index] and (old.ttl_ns is None) == (new.ttl_ns is None):
+        return {}
+    after = Core(new).tiers[index]
+    after.insert(_first_to_leave(core, index, 0), core._state.now_ns)
+    dumped = _dump_tier(after)
+    changed: Plain = {"name": after.name}
+    if old.tiers[index] != new.tiers[index]:
+        changed["policy"] = dumped["policy"]
+    if old.ttl_ns is None or new.ttl_ns is None:  # a chunk whose last use nobody noted was used just now
+        changed["expiry"] = dumped["expiry"]
+    return changed
+
+
+def _first_to_leave(core: Core, index: int, pages: int | None) -> list[Entry]:
+    """Return the chunks that a tier would evict to be within `pages` pages, in that order; nothing changes."""
+    tier = restore(core.config, dump(core)).tiers[index]
+    tier.capacity = pages
+    return tier.victims(0)
 
 
 def _dump_entry(entry: Entry) -> list[Any]:

@@ -3,11 +3,13 @@
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from live_fakes import SyncEngine, chain, clients, environment, wait_for
 
 from kvcore.live import wire
 from kvcore.live.client import MISS, NOT_YET, Client, Register, RemoteError, SchedulerClient, WorkerClient
+from kvcore.live.server import Server
+from kvcore.live.settings import Settings
 from kvsim.servers import served
 from kvtraces.journal import Equal, verify
 
@@ -65,6 +69,101 @@ def test_a_second_kill_is_survived_too(start, folder):
             assert engine.serve(f"{life}", PROMPTS[life] + chain("more", 1))[0].hits[0] >= 5
     server.stop()
     assert isinstance(verify(folder / "journal"), Equal)
+
+
+def test_a_journal_has_one_server(start, folder):
+    server = start("--journal", str(folder / "journal"))
+    with SyncEngine(server.endpoint) as engine:
+        fill(engine)
+        segments = sorted((folder / "journal").glob("*.kvj"))
+        other = ["--name", "other", "--bind", f"ipc://{folder}/other.ipc"]
+        command = [*server.command[: server.command.index("--bind")], *server.command[server.command.index("--http") :]]
+        refused = subprocess.run(
+            [*command, *other, "--arena-dir", str(folder)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=environment(),
+            check=False,
+        )
+        assert refused.returncode == 2
+        assert refused.stderr == f"kvcore: --journal {folder}/journal: another server uses this journal\n"
+        assert sorted((folder / "journal").glob("*.kvj")) == segments
+        server.kill()
+        server.start()
+    with SyncEngine(server.endpoint) as engine:
+        assert engine.serve("again", PROMPTS[0])[0].hits == (5,)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_every_signal_that_ends_a_server_leaves_nothing(start, folder, number):
+    server = start()
+    server.process.send_signal(number)
+    assert server.process.wait(20) == 0
+    assert [path.name for path in folder.iterdir()] == ["server.log"]
+
+
+def test_a_server_takes_the_descriptors_that_it_may_have(start):
+    server = start()
+    server.kill()
+    server.command = ["sh", "-c", 'ulimit -Sn 100; exec "$@"', "sh", *server.command]
+    server.start()
+    soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+    assert soft == hard != 100
+
+
+def test_connections_without_a_word_do_not_end_a_server_that_has_no_descriptors_left(start, folder):
+    server = start()
+    with ExitStack() as stack, Client(server.endpoint) as client:
+        client.ping()
+        used = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+        _, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (used + 8, hard))
+        for _ in range(40):
+            peer = stack.enter_context(socket.socket(socket.AF_UNIX))
+            peer.connect(f"{folder}/kvcore-t.sock")
+        wait_for(lambda: "workers' connections are not taken" in (folder / "server.log").read_text())
+        for _ in range(20):
+            client.ping()
+            time.sleep(0.05)
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (hard, hard))
+        with SyncEngine(server.endpoint) as engine:  # it waits for less than a second
+            assert engine.serve("r", PROMPTS[0])[1].chunks == (0, 1, 2, 3, 4)
+            wait_for(lambda: len(os.listdir(f"/proc/{server.process.pid}/fd")) < used + 8)
+            engine.renew()
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_a_fault_in_the_loop_leaves_l1_to_the_next_server_as_a_kill_does(folder, monkeypatch, journal):
+    endpoint = f"ipc://{folder}/s.ipc"
+    settings = Settings(
+        bind=(endpoint,),
+        http="off",
+        arena_dir=str(folder),
+        name="t",
+        page_size="65536",
+        l1_size_gb=64 * 65536 / 2**30,
+        pretouch=False,
+        journal=str(folder / "journal") if journal else "",
+    )
+    server = Server(settings)
+    server.open()
+    with ThreadPoolExecutor() as threads:
+        running = threads.submit(server.run)
+        engine = SyncEngine(endpoint)
+        fill(engine)
+        monkeypatch.setattr(server, "_time_turn", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            running.result(10)
+    server.close()
+    engine.close()
+    assert (folder / "kvcore-t.arena").exists() == journal
+    assert not (folder / "kvcore-t.sock").exists()
+    with Server(settings), SyncEngine(endpoint) as engine:
+        assert engine.serve("again", PROMPTS[0])[0].hits == ((5,) if journal else (0,))
+    assert not (folder / "kvcore-t.arena").exists()
+    if journal:
+        assert isinstance(verify(folder / "journal"), Equal)
 
 
 def test_without_a_journal_the_same_pages_start_empty(start):
@@ -128,7 +227,7 @@ def test_a_full_journal_goes_on_in_bounded_segments(start, folder):
     with SyncEngine(server.endpoint, facts={"l0_blocks": 9}) as engine:
         for at in range(1500):
             engine.serve(f"{at}", chain(f"{at % 30}", 20), real=False)
-        names = sorted(path.name for path in (folder / "journal").iterdir())
+        names = sorted(path.name for path in (folder / "journal").glob("*.kvj"))
         assert len(names) == 2
         assert names[-1] > "00000003.kvj"
         server.kill()

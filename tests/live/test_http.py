@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from http.client import HTTPResponse
@@ -239,3 +240,16 @@ def test_openapi_describes_every_route(served):
     assert answers["/pin"] == {"200", "400", "403", "404", "413", "500", "503"}
     assert str(MAX_BODY_BYTES) in document["paths"]["/pin"]["post"]["requestBody"]["description"]
     assert "OpenAPI" in ask(served, "/docs")[1]
+
+
+@pytest.mark.parametrize(
+    "sent", ["", "POST /chunks HT", "POST /chunks HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{"]
+)
+def test_a_request_that_never_ends_does_not_hold_up_a_stop(served, sent):
+    address = served.url.removeprefix("http://").split(":")
+    with socket.create_connection(address) as client:
+        client.sendall(sent.encode())
+        ask(served, "/healthz")
+        start_s = time.monotonic()
+        assert served.stop() == 0
+        assert time.monotonic() - start_s < 8

@@ -1,10 +1,11 @@
 """L2 behind a real server: what left L1 comes back with its own bytes, and a bad value is a miss."""
 
+import subprocess
 import threading
 import time
 
 import pytest
-from live_fakes import SyncEngine, chain, wait_for
+from live_fakes import SyncEngine, chain, environment, wait_for
 
 from kvcore.live import server as server_module
 from kvcore.live import wire
@@ -134,7 +135,16 @@ def served(engine, name):
     return [one.hits for one in found]
 
 
-@pytest.mark.parametrize("change", [(), ("--l1-size-gb", repr(20 * 65536 / 2**30)), ("--eviction-policy", "arc")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        (),
+        ("--l1-size-gb", repr(20 * 65536 / 2**30)),
+        ("--eviction-policy", "arc"),
+        ("--ttl-s", "1000", "--quota", "somebody=1", "--admission", "second-use"),
+        ("--l2-size-gb", "0.02", "--l2-eviction-policy", "s3fifo", "--placement", "write-back"),
+    ],
+)
 def test_l2_outlives_a_clean_stop_with_a_journal(start, folder, change):
     server = start(*flags(folder, "--journal", str(folder / "journal")), l1_pages=64)
     with SyncEngine(server.endpoint) as engine:
@@ -166,6 +176,39 @@ def test_l2_outlives_a_clean_stop_with_a_journal(start, folder, change):
     server.stop()
     result = verify(folder / "journal")
     assert isinstance(result, Equal), str(result)
+
+
+def test_an_l2_that_is_smaller_now_evicts_what_it_has_no_room_for(start, folder):
+    server = start(*flags(folder, "--journal", str(folder / "journal")), l1_pages=12)
+    with SyncEngine(server.endpoint) as engine:
+        fill(server, engine)
+    server.stop()
+    server.command += ["--l2-size-gb", repr(20 * 65536 / 2**30)]
+    server.start()
+    assert server.status()["tiers"][1]["chunks"] == 20
+    wait_for(lambda: len(files(folder)) == 20)
+    with SyncEngine(server.endpoint) as engine:
+        assert engine.serve("r", PROMPTS[-1])[0].hits == (0, 4), "the last that was stored"
+    server.stop()
+    assert isinstance(verify(folder / "journal"), Equal)
+
+
+def test_a_start_that_would_lose_l2_is_refused_and_loses_nothing(start, folder):
+    server = start(*flags(folder, "--journal", str(folder / "journal")), l1_pages=64)
+    with SyncEngine(server.endpoint) as engine:
+        fill(server, engine)
+        server.kill()
+        for change in (["--chunk-size", "512"], ["--l2", f"files:{folder}/other"], ["--l2", ""]):
+            command = [*server.command, *change]
+            refused = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+            assert refused.returncode == 2
+            assert refused.stderr.count("\n") == 1
+            assert "tells what lies in" in refused.stderr
+            assert change[0] in refused.stderr
+        server.start()
+    with SyncEngine(server.endpoint) as engine:
+        assert served(engine, "again") == [(4, 0)] * 8, "L1, too, is as it was"
+    assert len(files(folder)) == 32
 
 
 def test_what_was_demoted_outlives_a_clean_stop(start, folder):

@@ -1,16 +1,19 @@
 """Whatever arrives, the server answers and serves on."""
 
 import struct
+from contextlib import ExitStack
 
 import msgspec
 import pytest
 import zmq
-from live_fakes import SyncEngine, chain
+from live_fakes import SyncEngine, chain, wait_for
 
 from kvcore.live import wire
 from kvcore.live.client import Client, Register, RegistrationRefused, RemoteError, SchedulerClient
+from kvcore.live.presence import connect_liveness
 from kvcore.live.server import Server
 from kvcore.live.settings import load
+from kvcore.live.writers import MEMBER_SLOTS
 
 HEADER = struct.pack("<BQ", wire.VERSION, 7)
 BAD = {
@@ -61,10 +64,90 @@ def test_bad_messages_get_typed_errors_and_the_next_request_is_served(start):
     assert counters["kvcore_errors"] == len(BAD)
 
 
+def settings_of(folder):
+    return load({"bind": (f"ipc://{folder}/s.ipc",), "arena_dir": str(folder), "http": "off", "l1_size_gb": 0.01}, {})
+
+
+def test_a_reply_that_cannot_be_encoded_costs_one_request(folder, monkeypatch, caplog):
+    settings = settings_of(folder)
+    with Server(settings) as server, Client(settings.endpoints[0]) as client:
+        monkeypatch.setitem(server.service._handlers, wire.GetMetrics, lambda _: wire.Report({"count": 2**64}))
+        for _ in range(2):
+            with pytest.raises(RemoteError, match="OverflowError") as raised:
+                client.call(wire.GetMetrics())
+            assert raised.value.kind == "internal"
+            client.ping()
+    assert [record.message for record in caplog.records].count("a reply cannot be encoded") == 1
+
+
+def test_chunks_named_at_any_length_are_chunks(start):
+    server = start()
+    chunks = (b"\7", b"\x08", b"\x09", b"\0\0\0\0")
+    with SyncEngine(server.endpoint) as engine:
+        assert engine.serve("1", chunks)[1].chunks == (0, 1, 2, 3)
+        assert engine.serve("2", chunks)[0].hits == (4,)
+        engine.client.call(wire.Clear())
+        engine.lookup("3", chunks)
+        engine.ask("3", chunks)  # its engine goes in the middle of that
+    wait_for(lambda: not server.status()["instances"])
+    assert server.status()["arena"]["free_pages"] == 64
+
+
+@pytest.mark.parametrize("fails", ["liveness", "sweep"])
+def test_a_fault_beside_requests_is_logged_and_the_server_goes_on(folder, monkeypatch, caplog, fails):
+    settings = settings_of(folder)
+    with Server(settings) as server, Client(settings.endpoints[0]) as client:
+        with SyncEngine(settings.endpoints[0]) as engine:
+            engine.lookup("1", chain("p", 3))
+            assert engine.ask("1", chain("p", 3)).chunks == (0, 1, 2)
+            broken, name = (server.service, "sweep") if fails == "sweep" else (server.service, "_acknowledge_all")
+
+            def fail(*_):
+                raise ZeroDivisionError("a fault")
+
+            monkeypatch.setattr(broken, name, fail)
+        wait_for(lambda: "the request loop met a fault" in caplog.text)
+        assert "ZeroDivisionError: a fault" in caplog.text
+        client.ping()
+        wait_for(lambda: not client.call(wire.Status()).data["instances"])
+        report = client.call(wire.Status()).data
+        assert report["arena"]["free_pages"] == report["arena"]["pages"], "what the dead held is free"
+
+
+def test_a_worker_beyond_the_arenas_table_is_refused(start):
+    server = start()
+    with Client(server.endpoint) as client, ExitStack() as stack:
+        for at in range(MEMBER_SLOTS):
+            registered = client.call(wire.Register(f"e{at}", "worker", 16, 256))
+            stack.enter_context(connect_liveness(registered, 5))
+        with pytest.raises(RemoteError, match="table of workers is full: 1024") as raised:
+            client.call(wire.Register("one-more", "worker", 16, 256))
+        assert raised.value.kind == "refused"
+        client.ping()
+        client.call(wire.Leave(registered.member))
+        client.call(wire.Register("one-more", "worker", 16, 256))
+        with pytest.raises(RemoteError, match="table of workers is full"):  # that one is on its way
+            client.call(wire.Register("two-more", "worker", 16, 256))
+
+
+def test_room_is_for_chunks_of_the_prompt(start):
+    server = start(l1_pages=64)
+    prompt, others = chain("p", 3), chain("x", 45)
+    with SyncEngine(server.endpoint) as engine:
+        engine.lookup("r", prompt)
+        granted = engine.ask("r", others)
+        assert (granted.chunks, granted.refused) == ((), {"unknown": 45})
+        granted = engine.ask("r", (prompt[0], *others, prompt[2]))
+        assert (granted.chunks, granted.refused) == ((0, 46), {"unknown": 45})
+        assert engine.write(granted, (prompt[0], *others, prompt[2])) == [prompt[0], prompt[2]]
+        engine.committed("r", (prompt[0], prompt[2]))
+        engine.end("r")
+        for at in range(12):
+            assert len(engine.serve(f"{at}", chain(f"{at}", 10))[1].chunks) == 10
+
+
 def test_a_raising_handler_costs_one_request(folder, monkeypatch, caplog):
-    settings = load(
-        {"bind": (f"ipc://{folder}/s.ipc",), "arena_dir": str(folder), "http": "off", "l1_size_gb": 0.01}, {}
-    )
+    settings = settings_of(folder)
     with Server(settings) as server, Client(settings.endpoints[0]) as client:
 
         def fail(_):

@@ -21,7 +21,7 @@ from zlib import crc32
 import msgspec
 
 from kvcore.policy import Chunk, Core, CoreConfig, Decision, Event
-from kvcore.policy.snapshot import dump, restore, with_other_top
+from kvcore.policy.snapshot import dump, reconfigured, restore
 
 MAGIC = b"KVJRNL\x00\x01"
 DEFAULT_SEGMENT_BYTES = 256 << 20
@@ -411,7 +411,7 @@ class _Verifier:
         carried, config = self._carried, self._head.config
         if carried is not None and carried.config != config:
             try:
-                carried = with_other_top(carried, config)
+                carried = reconfigured(carried, config)
             except ValueError as error:
                 return self._at(located, f"its configuration is not the one of the steps before: {error}")
         if carried is not None and take_snapshot(carried).core != snapshot.core:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import itertools
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from kvcore.live.stores.base import (
 )
 
 _SHARDS = 256
+_NAME = re.compile(r"(?:[0-9a-f]{2}){1,64}")
 _MAX_VECTOR = 1024  # IOV_MAX of Linux
 _SUMMED_BYTES = 1 << 20
 """Read and summed at a time: a core's own cache holds them in between, which makes reading a fifth faster."""
@@ -180,11 +182,12 @@ class FileStore:
         try:
             with os.scandir(self._folder / f"{shard:02x}") as entries:
                 for entry in entries:
-                    self._set_size(bytes.fromhex(entry.name), entry.stat().st_size)
+                    if _NAME.fullmatch(entry.name) and entry.name.startswith(f"{shard:02x}"):  # others are not ours
+                        self._set_size(bytes.fromhex(entry.name), entry.stat().st_size)
         except FileNotFoundError:
             pass  # no chunk of this shard has been stored yet
-        except (OSError, ValueError) as error:
-            raise StoreError(f"files:{self._folder}: {error}") from error
+        except OSError as error:
+            raise _store_error(self._folder, error) from error
         self._unknown.discard(shard)
 
 

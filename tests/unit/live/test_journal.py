@@ -20,7 +20,7 @@ from kvcore.policy import (
     TierCleared,
     TierConfig,
 )
-from kvcore.policy.snapshot import with_other_top
+from kvcore.policy.snapshot import reconfigured
 from kvtraces.journal import (
     Difference,
     Engine,
@@ -176,7 +176,7 @@ def test_a_snapshot_of_another_state_is_a_difference(tmp_path):
     [
         (TierConfig(name="l1", pages=9, eviction="arc"), (("bob", 4),), True, None),
         (TierConfig(name="l1", pages=9, eviction="arc"), (("bob", 4),), False, "empty"),
-        (TierConfig(name="l1", pages=9, eviction="arc"), (("bob", 5),), True, "configured otherwise"),
+        (TierConfig(name="l1", pages=9, eviction="arc"), (("bob", 5),), True, "the state that the steps"),
     ],
 )
 def test_an_empty_l1_may_go_on_with_another_size(tmp_path, tier, quotas, emptied, reason):
@@ -187,7 +187,7 @@ def test_an_empty_l1_may_go_on_with_another_size(tmp_path, tier, quotas, emptied
         event = TierCleared(now_ns=1000, tier=0)
         with_event.step(event, core.handle(event))
         with_event.close()
-    moved = Core(config) if reason else with_other_top(core, config)
+    moved = Core(config) if reason else reconfigured(core, config)
     JournalWriter(tmp_path, Head(config=config, meta={}), take_snapshot(moved)).close()
     found = verify(tmp_path)
     assert isinstance(found, Equal if reason is None else Difference), str(found)

@@ -3,7 +3,7 @@ import re
 
 from kvcore.live.members import Instance, Work
 from kvcore.live.metrics import HELP, Metrics, render, sampled
-from kvcore.live.wire import Register
+from kvcore.live.wire import Register, Report, encode
 from kvcore.policy import Demote, Evict, Refuse, StoreCommitted
 
 SECOND_NS = 10**9
@@ -81,6 +81,20 @@ def test_one_chunk_in_64_is_followed_by_its_digest_alone():
     assert 200 < len(followed) < 430
     assert set(sampled(chunks[::-1])) == set(followed)
     assert sampled(()) == []
+
+
+def test_digests_of_any_length_are_followed():
+    chunks = [b"\3", b"\0" * 64, b"\0\4", b"ab\0", b"\4"]
+    assert sampled(chunks) == [b"\3", b"\0" * 64, b"ab\0"]
+
+
+def test_a_counter_beyond_what_can_travel_is_shown_as_the_most():
+    metrics = Metrics()
+    for _ in range(5000):
+        metrics.stored("m", tokens=0, nbytes=2**53 - 1, seconds=0.0, salt="")
+    (frame,) = encode(Report(metrics.report(())), 1)[1:]
+    assert len(frame) > 0
+    assert samples(metrics)['kvcore_stored_bytes_total{model="m"}'] == 2.0**63
 
 
 def test_tenants_share_a_label_beyond_a_bound():

@@ -35,6 +35,7 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path):
         ({"l1_size_gb": "0"}, "--l1-size-gb"),
         ({"l1_size_gb": "0.0001"}, "less than one page"),
         ({"l1_size_gb": "much"}, "--l1-size-gb"),
+        ({"l2": "files:/l2", "l2_size_gb": "0.001"}, "--l2-size-gb 0.001: less than one page of 2097152 bytes"),
         ({"chunk_size": "0"}, "--chunk-size"),
         ({"placement": "sideways"}, "--placement"),
         ({"eviction_policy": "belady"}, "belady"),

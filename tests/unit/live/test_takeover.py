@@ -1,12 +1,13 @@
 """What a journal proves to the next server: of L1, of L2 or of neither."""
 
+import re
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from kvcore.live.takeover import State, apply, go_on, recover
+from kvcore.live.takeover import OtherL2Error, State, apply, go_on, recover
 from kvcore.policy import (
     CoreConfig,
     InstanceRegistered,
@@ -112,27 +113,39 @@ def with_config(**fields):
     ("head", "epoch", "kept"),
     [
         (other(), 7, "both"),
-        (other(l2="files:///elsewhere"), 7, "both"),
         (other(), 0, "l2"),
         (other(), 6, "l2"),
         (with_config(tiers=(TierConfig(name="l1", pages=9, eviction="arc"), L2)), 0, "l2"),
         (with_config(tiers=(TierConfig(name="l1", pages=2, eviction="arc"), L2)), 7, "l2"),
-        (other(l2="files:///elsewhere"), 0, "nothing"),
-        (other(page_bytes=8192), 0, "nothing"),
-        (other(chunk_tokens=512), 0, "nothing"),
-        (other(chunk_tokens=512), 7, "nothing"),
-        (with_config(placement="write-back"), 0, "nothing"),
-        (with_config(quotas=(("t", 1),)), 7, "nothing"),
-        (with_config(tiers=(L1, TierConfig(name="l2", pages=5))), 0, "nothing"),
-        (with_config(tiers=(L1,)), 0, "nothing"),
+        (with_config(placement="write-back"), 0, "l2"),
+        (with_config(quotas=(("t", 1),)), 7, "l2"),
+        (with_config(ttl_ns=5), 7, "l2"),
+        (with_config(admission="second-use"), 7, "l2"),
+        (with_config(tiers=(L1, TierConfig(name="l2", pages=5, eviction="arc"))), 0, "l2"),
     ],
 )
 def test_what_of_a_journal_is_kept(tmp_path, head, epoch, kept):
     a_life(tmp_path)
     found = recover(tmp_path, head, epoch=epoch)
-    assert (found is None) == (kept == "nothing")
-    if found is not None:
-        assert found.has_l1 == (kept == "both")
+    assert found.has_l1 == (kept == "both")
+
+
+@pytest.mark.parametrize("epoch", [0, 7])
+@pytest.mark.parametrize(
+    ("head", "told"),
+    [
+        (other(l2="files:///elsewhere"), "--l2 files:///l2 (now files:///elsewhere)"),
+        (other(page_bytes=8192), "--page-size 4096 (now 8192)"),
+        (other(chunk_tokens=512), "--chunk-size 256 (now 512)"),
+        (Head(config=replace(CONFIG, tiers=(L1,)), meta=META | {"l2": ""}), "--l2 files:///l2 (now none)"),
+    ],
+)
+def test_what_would_lose_l2_is_refused_and_without_anything_there_a_start_from_nothing(tmp_path, head, epoch, told):
+    with pytest.raises(OtherL2Error, match=re.escape(told)):
+        recover(a_life(tmp_path / "full").journal.folder, head, epoch=epoch)
+    Life(tmp_path / "empty").journal.close()
+    found = recover(tmp_path / "empty", head, epoch=epoch)
+    assert found is None or (epoch == 7 and head.meta["l2"] == "files:///elsewhere" and found.has_l1)
 
 
 def test_without_l2_another_arena_is_a_start_from_nothing(tmp_path):
@@ -162,6 +175,38 @@ def test_with_l1_gone_l2_is_kept_and_nothing_else(tmp_path, pages, eviction):
     found = verify(tmp_path)
     assert isinstance(found, Equal), str(found)
     assert found.segments == len(segments(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("ttl_ns", [None, 100])
+@pytest.mark.parametrize("eviction", ["lru", "fifo", "lfu", "sieve", "gdsf", "arc", "s3fifo", "w-tinylfu"])
+def test_an_l2_of_another_size_keeps_what_it_would_evict_last(tmp_path, eviction, ttl_ns):
+    folder = tmp_path / "journal"
+    busy_life(folder)
+    _, same = start(shutil.copytree(folder, tmp_path / "copy"), other(), 0)
+    first, *rest = same.core.tiers[1].policy._pages
+    config = replace(CONFIG, tiers=(L1, TierConfig(name="l2", pages=2, eviction=eviction)), ttl_ns=ttl_ns)
+    _, state = start(folder, Head(config=config, meta=META | {"epoch": 8}), 7)
+    state.core.check()
+    below = state.core.tiers[1]
+    assert state.strays == [first], "its file is deleted"
+    assert set(below.resident) == set(rest)
+    assert (below.capacity, below.used, below.idle) == (2, 2, 2)
+    assert [entry.chunk for entry in below.victims(1)] == rest[:1], "the new policy begins with the old one's order"
+    found = verify(folder)
+    assert isinstance(found, Equal), str(found)
+
+
+def test_quotas_that_the_settings_change_are_theirs_and_others_are_the_operators(tmp_path):
+    config = replace(CONFIG, quotas=(("same", 1), ("changed", 1), ("gone", 1)))
+    life = a_life(tmp_path, Head(config=config, meta=META))
+    life.journal = JournalWriter(tmp_path, life.journal.head, take_snapshot(life.state.core, life.state.book.dump()))
+    for salt in ("same", "changed", "gone"):
+        life.tell(QuotaSet, salt=salt, pages=2)
+    life.journal.close()
+    config = replace(CONFIG, quotas=(("same", 1), ("changed", 5), ("new", 3)))
+    _, state = start(tmp_path, Head(config=config, meta=META | {"epoch": 8}), 7)
+    assert state.core.tiers[0].quotas == {"t": 1, "same": 2, "changed": 5, "new": 3}
+    assert isinstance(verify(tmp_path), Equal)
 
 
 def test_a_copy_to_l2_that_the_end_cut_off_is_given_up_and_its_remains_are_deleted(tmp_path):

@@ -138,6 +138,17 @@ def test_two_requests_do_not_store_a_chunk_twice():
     assert story.ask("s", ABC) == (Refuse(request="s", tier=0, chunks=ABC, reason="resident"),)
 
 
+@pytest.mark.parametrize("ttl_ns", [None, 1000])
+def test_what_is_stored_beside_the_prompt_can_be_evicted_too(ttl_ns):
+    story = Story(10, ttl_ns=ttl_ns)
+    story.look_up("r", (1, 2, 3))
+    story.ask("r", (1, 7, 8, 9, 3))
+    story.commit("r", (1, 7, 8, 9, 3))
+    story.tell(Cleared, chunks=(8,))
+    story.end("r")
+    assert Evict(tier=0, chunks=(7, 9, 3, 1), reason="room") in story.store("s", range(20, 30))
+
+
 def test_an_aborted_store_leaves_room():
     story = Story(3)
     story.look_up("r", ABC)

@@ -1,5 +1,7 @@
 """The driver carries every decision out, in order, and takes in what its transport reports meanwhile."""
 
+import pytest
+
 from kvcore.policy import (
     Core,
     CoreConfig,
@@ -103,3 +105,19 @@ def test_an_error_leaves_the_driver_usable():
     except ValueError:
         serve(driver, "r", (1,))
     assert ("store", 0, (1,)) in transport.log
+
+
+def test_what_is_decided_is_carried_out_whatever_the_observer_raises():
+    driver, transport, _ = start("write-back", 2)
+
+    def fail(*_):
+        raise ZeroDivisionError("a fault")
+
+    driver._observe = fail
+    for event in (
+        LookedUp(now_ns=0, request="r", instance="i", chunks=(1, 2)),
+        RoomAsked(now_ns=0, request="r", chunks=(1, 2)),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            driver.handle(event)
+    assert transport.log == [("matched", (0,)), ("store", 0, (1, 2))]

@@ -81,6 +81,22 @@ def test_the_limit_holds_after_a_restart_without_a_scan(tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("limit", [None, 10_000])
+def test_names_that_are_not_ours_are_left_alone(tmp_path: Path, limit: int | None) -> None:
+    store = FileStore(tmp_path, limit)
+    store.put(b"\0\1", [memoryview(b"x" * 100)])
+    store.close()
+    strange = [tmp_path / "00" / name for name in (".nfs0001", "0", "ab", "00AB", "0002.tmp")]
+    for path in strange:
+        path.write_bytes(b"theirs")
+    store = FileStore(tmp_path, limit)
+    assert [chunk for chunk, _ in store.scan()] == [b"\0\1"]
+    store.put(b"\0\2", [memoryview(b"y" * 100)])
+    store.delete([b"\0\1"])
+    assert all(path.exists() for path in strange)
+    store.close()
+
+
 def test_a_scan_is_lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FileStore(tmp_path)
     put(store, name(0))
