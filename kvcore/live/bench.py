@@ -77,9 +77,10 @@ def own_server(load: Load) -> Iterator[tuple[str, bool]]:
         "--log-level": "warning",
     }
     command = [sys.executable, "-m", "kvcore", "serve", *(part for pair in flags.items() for part in pair)]
-    with _ending_well():
+    with _ending_well() as from_here:
         process = subprocess.Popen(command)  # noqa: S603 - this very program
         try:
+            from_here()
             _wait_for(endpoint, process)
             _wait_until_touched(endpoint)
             yield endpoint, True
@@ -90,16 +91,28 @@ def own_server(load: Load) -> Iterator[tuple[str, bool]]:
 
 
 @contextmanager
-def _ending_well() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP end this process by way of its `finally`s, as Ctrl-C does: its server is to end too."""
+def _ending_well() -> Iterator[Callable[[], None]]:
+    """Have SIGTERM and SIGHUP end this process by way of its `finally`s, as Ctrl-C does: its server is to end too.
+
+    Not before the function that is yielded has been called: a server that is just being started is nobody's yet.
+    """
+    came, waits = list[int](), True
 
     def end(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        came.append(number)
+        if not waits:
+            raise SystemExit(128 + number)
+
+    def from_here() -> None:
+        nonlocal waits
+        waits = False
+        if came:
+            raise SystemExit(128 + came[0])
 
     heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, end) for number in heard}
     try:
-        yield
+        yield from_here
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
