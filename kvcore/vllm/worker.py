@@ -44,7 +44,7 @@ class _Running:
     mover: Mover
     started: float
     valid: NDArray[np.bool_]
-    """Chunks whose pages were of the right generation before the copy, and are copied."""
+    """Chunks whose pages were of the right generation before the copy, and are copied; fewer once some have failed."""
     report: StepReport = field(default_factory=StepReport)
     """Of the step that loads it (synchronous loads only)."""
     step: int = 0
@@ -54,8 +54,14 @@ class _Running:
     ordered: int = 0
     """Layers, from the first, that attention was made to wait for."""
     over: bool = False
+    copied: NDArray[np.intp] = field(init=False)
+    """The chunks that were handed to the mover, which counts them from 0."""
     bad_blocks: set[int] = field(default_factory=set)
     """Blocks that were to be loaded and were not, known when it is over."""
+
+    def __post_init__(self) -> None:
+        """Remember what is copied, of which some may turn out not to be valid."""
+        self.copied = np.flatnonzero(self.valid)
 
 
 class WorkerSide:
@@ -366,7 +372,7 @@ class WorkerSide:
                 if copy.asynchronous and self._in_step:
                     handle = _InThread(self._thread.submit(mover.load, pages, blocks))
                 else:
-                    handle = mover.load(pages, blocks)
+                    handle = _begun(mover.load, pages, blocks)
             one = _Running(copy, handle, mover, started, valid, self._report, self._step)
             self._loading = [*self._loading, one]
             if not copy.asynchronous:
@@ -384,7 +390,7 @@ class WorkerSide:
             if not self._stores:
                 handle = _Behind([one.handle for one in self._loading if not one.copy.asynchronous])
             elif valid.any():
-                handle = mover.store(copy.pages[valid], copy.blocks[valid], rest_s=_LATER_S)
+                handle = _begun(mover.store, copy.pages[valid], copy.blocks[valid], rest_s=_LATER_S)
             one = _Running(copy, handle, mover, started, valid, failures_seen=failures_seen)
             self._storing.append(one)
         if self._in_step:
@@ -487,7 +493,7 @@ class WorkerSide:
             self._storing.remove(one)
             self._end_loads()  # those before it have ended: the device read its blocks behind them
             if rejected:
-                one.valid[rejected] = False
+                one.valid[one.copied[rejected]] = False
                 self._reject(len(rejected))
             if one.failures_seen < self._failed_steps:
                 one.valid[:] = False  # it may hold what was computed on blocks that were not loaded
@@ -622,6 +628,29 @@ class _InThread:
     def measured(self) -> Measured | None:
         """What it measured."""
         return self._future.result().measured()
+
+
+def _begun(copy: Callable[..., Handle], *given: Any, **named: Any) -> Handle:
+    """Begin a copy; one that the device refuses at once fails like one that it refuses later, and not the engine."""
+    try:
+        return copy(*given, **named)
+    except DeviceError as error:
+        return _Refused(error)
+
+
+class _Refused(DoneHandle):
+    """A copy that could not be begun."""
+
+    def __init__(self, error: DeviceError) -> None:
+        self._error = error
+
+    def done(self) -> bool:
+        """Raises why."""
+        raise self._error
+
+    def wait(self) -> None:
+        """Raises why."""
+        raise self._error
 
 
 class _Behind(DoneHandle):

@@ -194,6 +194,17 @@ def test_a_chunk_that_cannot_be_packed_is_aborted_and_the_others_are_stored(pack
     assert [said[2] for said in packed.said("aborted")] == [(b"chunk1",)]
 
 
+def test_a_chunk_that_cannot_be_packed_is_told_from_one_whose_pages_are_anothers(packed):
+    packed.tensors["layer.1"][5] = torch.randint(-(1 << 15), 1 << 15, (2, BLOCK, 8), dtype=torch.int16).view(
+        torch.bfloat16
+    )
+    copy = packed.copy(range(12))
+    packed.arena.generations[copy.pages[0]] += 1
+    packed.step(StepPlan(stores=[copy]))
+    assert [said[2] for said in packed.said("committed")] == [(b"chunk2",)]
+    assert [said[2] for said in packed.said("aborted")] == [(b"chunk0", b"chunk1")]
+
+
 def test_what_cannot_be_packed_at_all_is_left_as_it_is_or_refused():
     tensors = {"layer": torch.randn(BLOCKS, 2, BLOCK, 8)}  # float32
     assert not Cache(tensors, num_blocks=BLOCKS, block_tokens=BLOCK, order="", packing="auto").packed
@@ -707,6 +718,36 @@ def test_ranks_that_hold_the_same_kv_store_nothing_that_one_of_them_computed_on_
         time.sleep(0.01)
     assert [one[2] for one in rig.said("aborted")] == [(b"chunk0",)]
     assert not rig.said("committed")
+    rig.side.close()
+    rig.arena.close()
+
+
+@pytest.mark.parametrize("kind", ["load", "store"])
+def test_a_copy_that_the_device_refuses_at_once_fails_and_not_the_engine(tmp_path, kind):
+    made = []
+
+    class Refusing(Plain):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+            self.inner, self.transfer = self.transfer, self
+            self.load = self.store = self.refuse
+
+        def refuse(self, *_, **__):
+            raise DeviceError("out of events")
+
+        def close(self):
+            self.inner.close()
+
+    rig = Rig(tmp_path, in_step=False, factory=Refusing)
+    copy = rig.copy(range(4))
+    rig.step(StepPlan(loads=[copy]) if kind == "load" else StepPlan(stores=[copy]))
+    said = "load_failed" if kind == "load" else "aborted"
+    until = time.monotonic() + 5
+    while not rig.said(said) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [one[2] for one in rig.said(said)] == [(b"chunk0",)]
+    assert set(rig.side.bad_blocks()) == (set(range(4)) if kind == "load" else set())
     rig.side.close()
     rig.arena.close()
 
