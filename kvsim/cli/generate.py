@@ -28,12 +28,16 @@ def generate(
     output_hashes: Annotated[bool, typer.Option("--output-hashes", help="Write the outputs' blocks too.")] = False,
 ) -> None:
     """Make a realistic log: prompts shared by Zipf's law, sessions of several turns, arrivals by chance."""
-    from kvsim.files import check_writable  # noqa: PLC0415
+    from kvsim.files import check_outputs, whole  # noqa: PLC0415
     from kvtraces import generate as make  # noqa: PLC0415
     from kvtraces import write  # noqa: PLC0415
+    from kvtraces.sources import rotated_set  # noqa: PLC0415
+    from kvtraces.writer import SUFFIXES  # noqa: PLC0415
 
-    check_writable(out)
-    if out.exists():
+    if not out.name.endswith(SUFFIXES):
+        raise UsageError(f"{out}: a log is written to {', '.join(SUFFIXES)}")
+    check_outputs((out,))
+    if out.exists() or rotated_set(out):
         raise UsageError(f"{out}: is there already; nothing is written over a log")
     if sessions_per_s is not None and not 0 < sessions_per_s < float("inf"):
         raise UsageError(f"--sessions-per-s {sessions_per_s:g}: it must be above zero")
@@ -45,7 +49,8 @@ def generate(
         raise UsageError(f"--seed {seed}: it cannot be negative")
     config = _config(kind, requests, seed, sessions_per_s, bursty, block_size)
     log = make(config, output_hashes=output_hashes)
-    write(log, out)
+    with whole(out) as place:
+        write(log, place)
     typer.echo(f"{len(log):,} requests, {int(log.input_tokens.sum()):,} prompt tokens: {out}")
 
 

@@ -145,7 +145,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
 
     from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415
     from kvsim.cli.engine_options import with_journal  # noqa: PLC0415
-    from kvsim.files import check_writable, make_folder  # noqa: PLC0415
+    from kvsim.files import check_outputs, files_read, make_folder  # noqa: PLC0415
     from kvsim.tuner import Rule, costs  # noqa: PLC0415
     from kvsim.tuner import tune as run  # noqa: PLC0415
 
@@ -183,7 +183,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
         from kvsim.report import check_available  # noqa: PLC0415
 
         check_available()
-        check_writable(report)
+        check_outputs((report,), files_read(trace, journal, profile, model))
     if ray is not None:
         from kvsim import cluster  # noqa: PLC0415
 
