@@ -74,6 +74,15 @@ def spread(low: float, high: float, points: int, most: float | None = None) -> l
     return sorted(rounded if most is None else {min(size, most) for size in rounded})
 
 
+def smaller(least: float, size: float) -> list[float]:
+    """Return the sizes below `size` from `least` on, each four times the one before, rounded as those of `spread`."""
+    found = []
+    while (rounded := _round_up(least)) < size:
+        found.append(rounded)
+        least *= 4
+    return found
+
+
 def _round_up(size: float) -> float:
     """Return a size rounded up: to three digits from 100 on, to two below."""
     digits = 3 if size >= 100 else 2

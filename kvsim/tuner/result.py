@@ -165,7 +165,7 @@ class TuneResult:
         more, here = larger.cold, self.point.cold
         return {
             "l1_size_gb": larger.l1_size_gb,
-            "token_hit_ratio": round(more.token_hit_ratio - here.token_hit_ratio, 6),
+            "gained_token_hit_ratio": round(more.token_hit_ratio - here.token_hit_ratio, 6),
             "ttft_mean_saved_s": round(here.ttft.mean_s - more.ttft.mean_s, 9),
             "ttft_p50_saved_s": round(here.ttft.p50_s - more.ttft.p50_s, 9),
             "ttft_p95_saved_s": round(here.ttft.p95_s - more.ttft.p95_s, 9),

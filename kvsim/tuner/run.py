@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from kvcore.policy import POLICIES
 from kvsim.errors import UsageError
-from kvsim.tuner.evaluate import ChunkedLog, Evaluator, Priced, chunked_logs, useful_range
-from kvsim.tuner.grid import check_chunk_sizes, check_l1_sizes, check_policies, default_chunk_sizes, spread
+from kvsim.tuner.evaluate import ChunkedLog, Evaluator, Priced, chunked_logs, one_chunk_gains, useful_range
+from kvsim.tuner.grid import check_chunk_sizes, check_l1_sizes, check_policies, default_chunk_sizes, smaller, spread
 from kvsim.tuner.points import Point
 from kvsim.tuner.pricing import Costs
 from kvsim.tuner.result import Alignment, LogSummary, TuneResult
@@ -47,7 +47,8 @@ def tune(  # noqa: PLR0913 - what a sweep is
         costs: What prefill and copies cost, and the KV's size.
         chunk_sizes: Tokens of a chunk, multiples of the log's block; default: powers of two times the block.
         l1_sizes_gb: L1 sizes in GiB, all ranks together.
-        l1_points: How many sizes to spread over the useful range where none are given.
+        l1_points: How many sizes to spread over the useful range where none are given; smaller ones are tried too where
+            a single chunk gains.
         l1_max_gb: The largest size to try then: what the host has.
         policies: Eviction policies; default: all that a server can run.
         rule: The choice's thresholds.
@@ -73,6 +74,7 @@ def tune(  # noqa: PLR0913 - what a sweep is
         l1_sizes = check_l1_sizes(l1_sizes_gb)
     else:
         l1_sizes = _spread_l1(chunked[sizes[0]], costs, l1_points, l1_max_gb)
+    _check_fits(costs, l1_sizes[-1], sizes[0])
     tasks = [(size, policy, l1) for size in sizes for policy in names for l1 in l1_sizes]
     priced, points = _sweep(evaluator, chunked, tasks, threads, progress)
     rule = rule or Rule()
@@ -92,12 +94,25 @@ def _block_of(log: Log) -> int:
     return log.block_tokens
 
 
+def _check_fits(costs: Costs, l1_gb: float, chunk_tokens: int) -> None:
+    """Raise UsageError where not even the smallest chunk fits into the largest L1."""
+    if not costs.kv.capacity_chunks(l1_gb, chunk_tokens):
+        least = costs.kv.size_gb(1, chunk_tokens)
+        raise UsageError(f"an L1 of {l1_gb:g} GiB holds no chunk: one of {chunk_tokens:,} tokens takes {least:.2g} GiB")
+
+
 def _spread_l1(chunked: ChunkedLog, costs: Costs, points: int, largest_gb: float | None) -> list[float]:
-    """Return L1 sizes over the range in which an LRU cache of the smallest chunks gains."""
+    """Return L1 sizes over the range in which an LRU cache of the smallest chunks gains.
+
+    What a tiny one gains already, such as a system prompt that all share, is below that range: there are sizes from one
+    chunk on, too, then.
+    """
     low_gb, high_gb = (costs.kv.size_gb(capacity, chunked.chunk_tokens) for capacity in useful_range(chunked))
     if largest_gb is not None:
         check_l1_sizes([largest_gb])
-    return spread(low_gb, high_gb, points, largest_gb)
+    sizes = spread(low_gb, high_gb, points, largest_gb)
+    tiny = smaller(costs.kv.size_gb(1, chunked.chunk_tokens), sizes[0]) if one_chunk_gains(chunked) else []
+    return [*tiny, *sizes]
 
 
 def _sweep(
