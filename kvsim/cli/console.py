@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvsim.errors import UsageError
 from kvtraces import Log, read
 from kvtraces.schema import MAX_BLOCK_TOKENS
+from kvtraces.words import counted
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -61,7 +62,7 @@ def read_log(paths: Sequence[str], block_size: int | None, skip_bad: bool, shown
         progress=lambda done, total: shown.update("reading", done, total),
     )
     if log.skipped:
-        sys.stderr.write(f"kvsim: {log.skipped:,} bad rows left out; the first: {log.skipped_messages[0]}\n")
+        sys.stderr.write(f"kvsim: {counted(log.skipped, 'bad row')} left out; the first: {log.skipped_messages[0]}\n")
     return log
 
 

@@ -32,6 +32,7 @@ def generate(
     from kvtraces import generate as make  # noqa: PLC0415
     from kvtraces import write  # noqa: PLC0415
     from kvtraces.sources import rotated_set  # noqa: PLC0415
+    from kvtraces.words import counted  # noqa: PLC0415
     from kvtraces.writer import SUFFIXES  # noqa: PLC0415
 
     if not out.name.endswith(SUFFIXES):
@@ -51,7 +52,7 @@ def generate(
     log = make(config, output_hashes=output_hashes)
     with whole(out) as place:
         write(log, place)
-    typer.echo(f"{len(log):,} requests, {int(log.input_tokens.sum()):,} prompt tokens: {out}")
+    typer.echo(f"{counted(len(log), 'request')}, {int(log.input_tokens.sum()):,} prompt tokens: {out}")
 
 
 def _config(

@@ -140,6 +140,11 @@ class RunSettings:
         return max(0, int(size // (profile.kv_bytes_per_token * self.l0_block_tokens)))
 
     @property
+    def l0_tokens(self) -> int:
+        """Tokens that one instance's GPU cache holds."""
+        return self.l0_blocks * self.l0_block_tokens
+
+    @property
     def model_len(self) -> int:
         """Longest prompt and output together."""
         return self.profile.max_model_len if self.max_model_len is None else self.max_model_len

@@ -5,6 +5,7 @@ from kvsim.report.trial_words import trial_headline, trial_sentences
 from kvsim.report.units import gib, mib, percent, seconds
 from kvsim.tuner.points import Figures, Point
 from kvsim.tuner.result import TuneResult
+from kvtraces.words import counted
 
 
 def headline(result: TuneResult) -> str:
@@ -12,7 +13,7 @@ def headline(result: TuneResult) -> str:
     chosen = None if result.settled is None else result.settled.chosen
     if not result.pays:
         if result.settled is not None and chosen is not None:
-            return trial_headline(chosen, result.settled.trial.slo_ttft_p95_s)
+            return trial_headline(result.settled, chosen)
         return "No L1: reuse does not pay on this log."
     point = result.point
     size = mib(result.costs.kv.chunk_bytes(point.chunk_tokens))
@@ -22,7 +23,7 @@ def headline(result: TuneResult) -> str:
     lower, engines = chosen.settings.l2_gb, chosen.settings.engines
     if lower:
         words += f", an L2 of {gib(lower)}"
-    return f"{words}, on {engines} engine{'s' if engines > 1 else ''}."
+    return f"{words}, on {counted(engines, 'engine')}."
 
 
 def sentences(result: TuneResult) -> list[str]:

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from kvcore.policy import POLICIES
+from kvsim.engine.arrivals import why_refused
 from kvsim.errors import UsageError
 from kvsim.tuner.evaluate import ChunkedLog, Evaluator, Priced, chunked_logs, one_chunk_gains, useful_range
 from kvsim.tuner.grid import check_chunk_sizes, check_l1_sizes, check_policies, default_chunk_sizes, smaller, spread
@@ -14,6 +15,7 @@ from kvsim.tuner.result import Alignment, LogSummary, TuneResult
 from kvsim.tuner.rule import Choice, Rule, choose
 from kvsim.tuner.trial import Settled, Trial, settle
 from kvtraces import Log
+from kvtraces.words import counted
 
 DEFAULT_L1_POINTS = 20
 COMMON_HOST_GB = 2048.0
@@ -68,6 +70,8 @@ def tune(  # noqa: PLR0913 - what a sweep is
         raise UsageError("--l1-sizes-gb and --l1-max-gb: give one")
     sizes = check_chunk_sizes(chunk_sizes, block_tokens) if chunk_sizes else default_chunk_sizes(block_tokens)
     names = check_policies(policies, POLICIES) if policies else list(POLICIES)
+    if trial is not None:
+        trial.refused(log)  # before the sweep, not after it
     evaluator = Evaluator(log, costs)
     chunked = chunked_logs(log, sizes)
     if l1_sizes_gb:
@@ -249,13 +253,19 @@ def _notes(evaluator: Evaluator, choice: Choice, unbounded: Point, settled: Sett
 
 
 def _too_long(evaluator: Evaluator, settled: Settled | None) -> list[str]:
-    """Return a note where prompts are longer than the model takes."""
-    most = evaluator.costs.profile.max_model_len if settled is None else settled.trial.base.model_len
-    count = int((evaluator.log.input_tokens > most).sum())
-    if not count:
-        return []
-    but = "but counted all the same" if settled is None else "which the sweep counts and the simulation refuses"
-    return [f"{count:,} prompts are longer than the model's {most:,} tokens, {but}"]
+    """Return a note where requests are longer than an engine takes."""
+    log, most = evaluator.log, evaluator.costs.profile.max_model_len
+    if settled is not None:
+        if not settled.refused:
+            return []
+        why = f"{why_refused(settled.trial.base)}; the sweep counts them"
+        return [
+            f"{settled.refused:,} of {counted(len(log), 'request')} refused, and in no figure of the simulations: {why}"
+        ]
+    count = int((log.input_tokens + log.output_tokens > most).sum())
+    return (
+        [f"{counted(count, 'request')} longer than the model's {most:,} tokens, counted all the same"] if count else []
+    )
 
 
 def _warnings(settled: Settled) -> list[str]:

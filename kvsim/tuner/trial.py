@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from kvsim.engine.arrivals import refused, why_refused
 from kvsim.engine.load import Load
-from kvsim.engine.settings import RunSettings
+from kvsim.engine.settings import RunSettings, SettingsError
 from kvsim.errors import UsageError
 from kvsim.runner import RunResult, run_many
 from kvsim.tuner.points import Point
@@ -84,6 +85,15 @@ class Trial:
         if self.slo_ttft_p95_s is not None and not 0 < self.slo_ttft_p95_s < math.inf:
             raise UsageError(f"--slo-ttft-p95 {self.slo_ttft_p95_s:g}: seconds, above zero")
 
+    def refused(self, log: Log) -> int:
+        """Return how many requests every setting refuses. Raises SettingsError where that is all of them."""
+        count = int(refused(log, self.base).sum())
+        if count == len(log):
+            raise SettingsError(
+                f"nothing can be simulated: every request is refused, all {count:,}: {why_refused(self.base)}"
+            )
+        return count
+
     def settings(self, point: Point | None, l2_gb: float, engines: int) -> RunSettings:
         """Return the setting of a point of the sweep; of no cache for None. Raises SettingsError."""
         if point is None:
@@ -153,6 +163,7 @@ class Settled:
         trial: What was asked for.
         no_cache: Without L1 and L2, by number of engines.
         tried: The settings with a cache.
+        refused: Requests that every one of them refuses: the figures, and the target, are of the others.
         chosen: What is recommended, which may be no cache; None where no setting is good.
         reason: Why, in one sentence.
     """
@@ -160,6 +171,7 @@ class Settled:
     trial: Trial
     no_cache: tuple[Tried, ...]
     tried: tuple[Tried, ...]
+    refused: int
     chosen: Tried | None
     reason: str
 
@@ -176,6 +188,7 @@ class Settled:
             "routing": trial.base.routing,
             "l0_blocks": trial.base.l0_blocks,
             "max_model_len": trial.base.model_len,
+            "refused_requests": self.refused,
             "slo_ttft_p95_s": trial.slo_ttft_p95_s,
             "prices": None
             if prices is None
@@ -217,6 +230,7 @@ def settle(
     Raises:
         SettingsError: A setting that cannot be run with this log.
     """
+    turned_away = trial.refused(log)
     engines = sorted(set(trial.engines))
     wanted: list[tuple[Point | None, float, int]] = [(None, 0.0, count) for count in engines]
     lower = sorted(set(trial.l2_sizes_gb))
@@ -226,7 +240,9 @@ def settle(
     tried = [_tried(trial, point, result) for (point, _, _), result in zip(wanted, results, strict=True)]
     bare, cached = tuple(tried[: len(engines)]), tuple(tried[len(engines) :])
     chosen, reason = _chosen(bare, cached, trial, rule)
-    return Settled(trial=trial, no_cache=bare, tried=cached, chosen=chosen, reason=reason)
+    if turned_away:
+        reason = f"{reason}, not counting {turned_away:,} of {len(log):,} requests, which are refused"
+    return Settled(trial=trial, no_cache=bare, tried=cached, refused=turned_away, chosen=chosen, reason=reason)
 
 
 def _tried(trial: Trial, point: Point | None, result: RunResult) -> Tried:

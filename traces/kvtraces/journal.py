@@ -22,6 +22,7 @@ import msgspec
 
 from kvcore.policy import Chunk, Core, CoreConfig, Decision, Event
 from kvcore.policy.snapshot import dump, restore, with_other_top
+from kvtraces.words import counted
 
 MAGIC = b"KVJRNL\x00\x01"
 DEFAULT_SEGMENT_BYTES = 256 << 20
@@ -322,7 +323,7 @@ class Equal:
     steps: int
 
     def __str__(self) -> str:
-        return f"equal: {self.steps} steps in {self.segments} segments decided again as recorded"
+        return f"equal: {counted(self.steps, 'step')} in {counted(self.segments, 'segment')} decided again as recorded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

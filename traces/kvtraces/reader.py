@@ -13,6 +13,7 @@ from kvtraces.log import IntArray, Log, join_columns, offsets
 from kvtraces.rows import Rows, leading
 from kvtraces.schema import MAX_BLOCK_TOKENS
 from kvtraces.sources import Progress, Stream, expand, read_pieces
+from kvtraces.words import counted
 
 CANDIDATES = tuple(1 << i for i in range(21))
 """Block sizes that are tried where a log does not give its own."""
@@ -143,7 +144,9 @@ def _empty(streams: Sequence[Stream], bad: BadRows) -> LogError:
     others = sum(len(stream.files) for stream in streams) - 1
     where = f"empty log: no requests in it{f' or the {others} files after it' if others > 0 else ''}"
     if bad.count:
-        return LogError(path, None, None, f"{where}, {bad.count} bad rows left out; the first: {bad.messages[0]}")
+        return LogError(
+            path, None, None, f"{where}, {counted(bad.count, 'bad row')} left out; the first: {bad.messages[0]}"
+        )
     return LogError(path, None, None, f"{where}; record some, or check the path")
 
 

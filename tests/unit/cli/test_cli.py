@@ -216,7 +216,7 @@ def test_bad_rows_are_named_or_counted(capsys, tmp_path, kind):
     code, out, err = run(capsys, *command, "--json", "--skip-bad")
     assert code == 0
     assert json.loads(out)["requests"] == 1
-    assert "1 bad rows left out" in err
+    assert "1 bad row left out" in err
 
 
 def test_bad_logs(capsys, tmp_path):

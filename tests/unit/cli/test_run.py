@@ -116,6 +116,16 @@ def test_long_requests_are_refused_and_counted(kvsim_command, command, chat_trac
     assert f"{refused} of 400 requests refused" in kvsim_command.shown(*command, "--max-model-len", 2000)
 
 
+@pytest.mark.filterwarnings("error")
+def test_all_requests_refused_is_said_and_is_json(kvsim_command, command):
+    given = (*command, "--max-model-len", 10, "--l2-size-gb", 5)
+    found = kvsim_command.json(*given)
+    assert set(found["ttft_s"].values()) == set(found["queue_s"].values()) == {None}
+    assert set(found["utilisation"].values()) == {0.0}
+    assert found["load"]["says"] == "nothing is served: every request is refused, all 400"
+    assert "Nothing is served: every request is refused, all 400" in kvsim_command.shown(*given)
+
+
 @pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz", "t.parquet"])
 def test_the_timeline_has_a_row_a_request(kvsim_command, command, tmp_path, name):
     path = tmp_path / name

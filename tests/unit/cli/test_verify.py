@@ -29,7 +29,7 @@ def test_equal(journal, capsys):
     assert main(["verify", "--journal", str(journal), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"equal": True, "segments": 1, "steps": 4}
     assert main(["verify", "--journal", str(journal)]) == 0
-    assert "4 steps in 1 segments decided again as recorded" in capsys.readouterr().out
+    assert "4 steps in 1 segment decided again as recorded" in capsys.readouterr().out
 
 
 def test_any_byte_changed_is_found(journal, capsys):
