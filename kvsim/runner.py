@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -215,20 +215,29 @@ def run_many(
         return results
     with _file_of(log) as file, _processes(min(workers, total)) as pool:
         futures = [_submit(pool, _with_log, file, run, chosen, baseline=baseline) for chosen in settings]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                done += 1
-                report(done, total)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in as_completed(futures):
+            future.result()
+            done += 1
+            report(done, total)
         return [future.result() for future in futures]
 
 
-def _processes(count: int) -> ProcessPoolExecutor:
-    """Return a pool whose processes start afresh: a fork would copy the locks of whatever library has threads."""
-    return ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_end_on_interrupt)
+@contextmanager
+def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Give a pool whose processes start afresh: a fork would copy the locks of whatever library has threads.
+
+    Where the block is left by an error or a signal, their work is of no use, and they are ended with it.
+    """
+    before = active_children()
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_end_on_interrupt) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                if process not in before:
+                    process.terminate()
+            raise
 
 
 @contextmanager

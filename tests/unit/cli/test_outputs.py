@@ -127,3 +127,28 @@ def test_generate_refuses_other_names_and_parts_of_a_set(kvsim_command, tmp_path
         kvsim_command.shown("generate", tmp_path / name, "--requests", 5)
         assert len(read(tmp_path / name)) == 5
     assert {path.name for path in tmp_path.iterdir()} == {"a.1.jsonl", "b.jsonl", "c.jsonl.gz", "d.jsonl.zst"}
+
+
+def shell(line):
+    """Run a line of bash in which $kvsim is the command; return its exit code and stderr."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment["kvsim"] = f"{sys.executable} -m kvsim"
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 100}
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", line], check=False, **options)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("json", ["", "--json"])
+def test_what_stdout_does_not_take_is_one_line_and_a_reader_that_has_gone_is_none(chat_trace, json):
+    command = f"$kvsim describe --trace {chat_trace} {json}"
+    assert shell(f"{command} > /dev/full") == (
+        2,
+        "kvsim: error: the output cannot be written: No space left on device\n",
+    )
+    assert shell(f"{command} | true") == (0, "")
+
+
+def test_a_terminal_without_our_characters_is_no_error(chat_trace):
+    for name, encoding in (("run", "ascii"), ("tune --l1-points 2 --policies lru", "latin-1")):
+        given = f"--trace {chat_trace} {' '.join(COSTS)}"
+        assert shell(f"PYTHONIOENCODING={encoding} $kvsim {name} {given} | tail -1") == (0, "")

@@ -241,8 +241,12 @@ def stopped_worker(group, deadline):
     raise AssertionError("no worker was started")
 
 
-@pytest.mark.parametrize(("at", "stop"), [("[1-9]", False), ("([3-9]|\\d\\d)", False), ("[1-9]", True)])
-def test_ctrl_c_ends_every_process_and_leaves_nothing(tmp_path, at, stop):
+@pytest.mark.parametrize(
+    ("at", "stop", "sent"),
+    [("[1-9]", False, "INT"), ("([3-9]|\\d\\d)", False, "INT"), ("[1-9]", True, "INT"), ("[1-9]", False, "TERM")],
+)
+def test_ctrl_c_and_sigterm_end_every_process_and_leave_nothing(tmp_path, at, stop, sent):
+    """Ctrl-C goes to the whole group; SIGTERM, as a supervisor sends it, to the command alone."""
     log, out, temporary = tmp_path / "log.jsonl", tmp_path / "out", tmp_path / "temporary"
     out.mkdir()
     temporary.mkdir()
@@ -259,12 +263,15 @@ def test_ctrl_c_ends_every_process_and_leaves_nothing(tmp_path, at, stop):
             seen += os.read(process.stderr.fileno(), 4096).decode(errors="replace")
         if worker is not None:
             os.kill(worker, signal.SIGKILL)
-        os.killpg(process.pid, signal.SIGINT)
+        if sent == "INT":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.terminate()
         try:
             printed, err = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert process.returncode == 130, seen + err
+    assert process.returncode == {"INT": 130, "TERM": 143}[sent], seen + err
     assert "Traceback" not in seen + err
     assert (printed, list(out.iterdir()), list(temporary.iterdir())) == ("", [], [])
     deadline = time.monotonic() + 20
