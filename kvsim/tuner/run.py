@@ -8,7 +8,15 @@ from kvcore.policy import POLICIES
 from kvsim.engine.arrivals import why_refused
 from kvsim.errors import UsageError
 from kvsim.tuner.evaluate import ChunkedLog, Evaluator, Priced, chunked_logs, one_chunk_gains, useful_range
-from kvsim.tuner.grid import check_chunk_sizes, check_l1_sizes, check_policies, default_chunk_sizes, smaller, spread
+from kvsim.tuner.grid import (
+    check_chunk_sizes,
+    check_l1_size,
+    check_l1_sizes,
+    check_policies,
+    default_chunk_sizes,
+    smaller,
+    spread,
+)
 from kvsim.tuner.points import Point
 from kvsim.tuner.pricing import Costs
 from kvsim.tuner.result import Alignment, LogSummary, TuneResult
@@ -17,7 +25,7 @@ from kvsim.tuner.trial import Settled, Trial, settle
 from kvtraces import Log
 from kvtraces.words import counted
 
-DEFAULT_L1_POINTS = 20
+DEFAULT_L1_POINTS, MOST_L1_POINTS = 20, 10_000
 COMMON_HOST_GB = 2048.0
 
 Progress = Callable[[int, int], None]
@@ -68,6 +76,10 @@ def tune(  # noqa: PLR0913 - what a sweep is
         raise UsageError(f"--threads {threads}: at least 1")
     if l1_sizes_gb and l1_max_gb is not None:
         raise UsageError("--l1-sizes-gb and --l1-max-gb: give one")
+    if l1_max_gb is not None:
+        check_l1_size("--l1-max-gb", l1_max_gb)
+    if not 1 <= l1_points <= MOST_L1_POINTS:
+        raise UsageError(f"--l1-points {l1_points}: at least 1, and at most {MOST_L1_POINTS:,}")
     sizes = check_chunk_sizes(chunk_sizes, block_tokens) if chunk_sizes else default_chunk_sizes(block_tokens)
     names = check_policies(policies, POLICIES) if policies else list(POLICIES)
     if trial is not None:
@@ -112,8 +124,6 @@ def _spread_l1(chunked: ChunkedLog, costs: Costs, points: int, largest_gb: float
     chunk on, too, then.
     """
     low_gb, high_gb = (costs.kv.size_gb(capacity, chunked.chunk_tokens) for capacity in useful_range(chunked))
-    if largest_gb is not None:
-        check_l1_sizes([largest_gb])
     sizes = spread(low_gb, high_gb, points, largest_gb)
     tiny = smaller(costs.kv.size_gb(1, chunked.chunk_tokens), sizes[0]) if one_chunk_gains(chunked) else []
     return [*tiny, *sizes]

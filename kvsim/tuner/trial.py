@@ -10,7 +10,7 @@ import numpy as np
 
 from kvsim.engine.arrivals import refused, why_refused
 from kvsim.engine.load import Load
-from kvsim.engine.settings import RunSettings, SettingsError
+from kvsim.engine.settings import MOST, RunSettings, SettingsError
 from kvsim.errors import UsageError
 from kvsim.runner import RunResult, run_many
 from kvsim.tuner.points import Point
@@ -38,8 +38,9 @@ class Prices:
     def __post_init__(self) -> None:
         """Refuse a price that is none."""
         for name in ("gpu_hour", "ram_gb_hour", "disk_gb_hour"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"--price-{name.replace('_', '-')} {getattr(self, name):g}: not negative, and finite")
+            if not 0 <= getattr(self, name) <= MOST:
+                flag = f"--price-{name.replace('_', '-')}"
+                raise UsageError(f"{flag} {getattr(self, name):g}: not negative, and at most {MOST:g}")
 
     def an_hour(self, settings: RunSettings) -> float | None:
         """Return what a setting's servers cost an hour; None for a tier without end."""
@@ -76,12 +77,14 @@ class Trial:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be tried."""
-        if self.top < 1 or self.workers < 1:
-            raise UsageError("--simulate and --workers: at least 1")
+        if self.top < 1:
+            raise UsageError(f"--simulate {self.top}: at least 1, or 0 for none")
+        if self.workers < 1:
+            raise UsageError(f"{self.workers} workers: at least 1")
         if not self.engines or not self.l2_sizes_gb:
             raise UsageError("--engines and --l2-sizes-gb: an empty list")
-        if any(not 0 <= size < math.inf for size in self.l2_sizes_gb):
-            raise UsageError("--l2-sizes-gb: sizes are not negative, and finite")
+        if any(not 0 <= size <= MOST for size in self.l2_sizes_gb):
+            raise UsageError(f"--l2-sizes-gb: sizes are not negative, and at most {MOST:g}")
         if self.slo_ttft_p95_s is not None and not 0 < self.slo_ttft_p95_s < math.inf:
             raise UsageError(f"--slo-ttft-p95 {self.slo_ttft_p95_s:g}: seconds, above zero")
 

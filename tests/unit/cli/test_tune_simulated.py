@@ -101,7 +101,9 @@ def test_a_log_of_which_nothing_can_be_simulated_is_refused(kvsim_command, comma
 
 def test_bad_settings(kvsim_command, command):
     for arguments, word in (
-        (("--simulate", -1), "at least 1"),
+        (("--simulate", -1), "--simulate -1: at least 1"),
+        (("--l2-sizes-gb", 1e300), "--l2-sizes-gb"),
+        (("--price-gpu-hour", 1e300), "--price-gpu-hour 1e+300"),
         (("--simulate", 0, "--rate-scale", 2), "--simulate 0"),
         (("--engines", "two"), "whole numbers"),
         (("--engines", "1,0"), "engines is 0"),
