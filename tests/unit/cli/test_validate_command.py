@@ -126,7 +126,7 @@ def test_the_journal_is_decided_again_beside(kvsim_command, command, tmp_path):
     writer.step(event, core.handle(event))
     writer.close()
     found = kvsim_command.json(*command, "--journal", tmp_path / "journal")
-    assert found["journal"] == {"equal": True, "segments": 1, "steps": 1}
+    assert found["journal"] == {"equal": True, "segments": 1, "steps": 1, "torn": []}
 
 
 class Server:
