@@ -142,7 +142,7 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
     )
     _check(timeline, chrome_trace, files_read(trace, journal, profile, model))
     with stages(progress) as shown:
-        log = read_log(trace, block_size, skip_bad, shown)
+        log = read_log(trace, block_size, skip_bad, shown, settings.profile.model)
         check_log_chunk(settings.chunk_tokens, log.block_tokens)
         settings = routed(context, settings, log, journal)
         result = simulated(

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _SWEEP = "Sweep"
 _CHOICE = "Choice"
 _TRIAL = "Simulation of the best settings (on when a flag of these is given)"
-_PRICES = "Prices (in any currency; simulated too)"
+_PRICES = "Prices (in any currency; simulated too; they decide with --slo-ttft-p95, else they are only told)"
 
 
 def tune(  # noqa: PLR0913, PLR0917 - a command's options
@@ -191,7 +191,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
     if plot is not None:
         make_folder(plot)
     with stages(progress) as shown:
-        log = read_log(trace, block_size, skip_bad, shown)
+        log = read_log(trace, block_size, skip_bad, shown, priced.profile.model)
         result = run(
             log,
             priced,

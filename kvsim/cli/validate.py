@@ -146,7 +146,7 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
         check_outputs((report,), files_read(trace, journal, profile, model))
     replayed = None if journal is None else replay(journal)
     with stages(progress) as shown:
-        log = read_log(trace, block_size, skip_bad, shown)
+        log = read_log(trace, block_size, skip_bad, shown, settings.profile.model)
         check_log_chunk(settings.chunk_tokens, log.block_tokens)
         if not block_known and log.block_tokens is not None:
             settings = replace(settings, l0_block_tokens=log.block_tokens)

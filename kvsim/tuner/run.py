@@ -258,6 +258,8 @@ def _notes(evaluator: Evaluator, choice: Choice, unbounded: Point, settled: Sett
         notes.append("TTFT is without a queue and without the engine's own prefix cache: kvsim run adds both")
     else:
         notes += _warnings(settled)
+        if settled.trial.prices is not None and settled.trial.slo_ttft_p95_s is None:
+            notes.append("prices decide nothing without a target (--slo-ttft-p95): the cheapest would be the slowest")
         notes.append("the sweep's TTFT is without a queue and without the engine's own prefix cache")
     return tuple(notes)
 

@@ -343,3 +343,16 @@ def test_ctrl_c_exits_130_and_leaves_nothing(tmp_path):
     assert "Traceback" not in seen + err
     assert out == ""
     assert list(folder.iterdir()) == []
+
+
+def test_rows_of_other_models_are_told(capsys, tmp_path):
+    path = rows(tmp_path, *({**GOOD, "block_size": 512, "timestamp": i, "model": "Qwen/Qwen3-8B"} for i in range(3)))
+    command = ("tune", "--trace", path, "--policies", "lru", "--gpu", "h100")
+    assert run(capsys, *command, "--model", "qwen3-8b")[2] == ""
+    err = run(capsys, *command, "--model", "qwen3-1.7b")[2]
+    assert err == "kvsim: the log has rows of Qwen/Qwen3-8B, and is priced as qwen3-1.7b's\n"
+    with path.open("a") as file:
+        file.write(json.dumps({**GOOD, "timestamp": 3, "model": "b"}) + "\n")
+    code, _, err = run(capsys, "describe", "--trace", path)
+    assert code == 0
+    assert "rows of Qwen/Qwen3-8B, b: equal hash_ids are taken for the same KV" in err

@@ -112,6 +112,12 @@ def test_prices_take_the_cheapest_that_meets_the_target():
     assert found.chosen.point is None
 
 
+def test_prices_without_a_target_are_said_to_decide_nothing(result):
+    told = "prices decide nothing without a target"
+    assert any(told in note for note in result.notes)
+    assert not any(told in note for note in settled(slo_ttft_p95_s=10.0, prices=Prices(gpu_hour=1.0)).notes)
+
+
 def test_a_target_that_nothing_meets_is_said():
     found = settled(slo_ttft_p95_s=1e-6)
     assert found.settled.chosen is None
