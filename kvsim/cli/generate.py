@@ -27,7 +27,10 @@ def generate(
     block_size: Annotated[int, typer.Option(help="Tokens of a block.")] = 64,
     output_hashes: Annotated[bool, typer.Option("--output-hashes", help="Write the outputs' blocks too.")] = False,
 ) -> None:
-    """Make a realistic log: prompts shared by Zipf's law, sessions of several turns, arrivals by chance."""
+    """Make a realistic log: prompts shared by Zipf's law, sessions of several turns, arrivals by chance.
+
+    Example: kvsim generate chat.jsonl.gz --kind chat --requests 5000 --sessions-per-s 0.5 --bursty
+    """
     from kvsim.files import check_outputs, whole  # noqa: PLC0415
     from kvtraces import generate as make  # noqa: PLC0415
     from kvtraces import write  # noqa: PLC0415

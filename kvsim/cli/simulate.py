@@ -39,7 +39,10 @@ def simulate(  # noqa: PLR0913, PLR0917 - a command's options
     json: Json = False,
     progress: ShowProgress = None,
 ) -> None:
-    """Count what one setting hits: exactly, each request taking no time, from an empty cache."""
+    """Count what one setting hits: exactly, each request taking no time, from an empty cache.
+
+    Example: kvsim simulate --trace prod.jsonl --chunk-tokens 256 --l1-size-gb 20 --model qwen3-8b --policy s3fifo
+    """
     from kvsim import api  # noqa: PLC0415 - numpy is loaded when it runs, not for --help
     from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415
 

@@ -1,5 +1,6 @@
 """`tune`: from a log to a recommendation."""
 
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,6 +29,7 @@ from kvtraces.words import counted
 DEFAULT_L1_POINTS, MOST_L1_POINTS = 20, 10_000
 COMMON_HOST_GB = 2048.0
 
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 Progress = Callable[[int, int], None]
 """Called with steps done and steps in all: one a chunk size, one a setting."""
 
@@ -281,9 +283,14 @@ def _too_long(evaluator: Evaluator, settled: Settled | None) -> list[str]:
 
 
 def _warnings(settled: Settled) -> list[str]:
-    """Return the simulations' warnings, each once."""
-    tried = (*settled.no_cache, *settled.tried)
-    return list(dict.fromkeys(warning for one in tried for warning in one.figures["warnings"]))
+    """Return the simulations' warnings, each once: of those that differ in numbers alone, that with the largest."""
+    found: dict[str, tuple[list[float], str]] = {}
+    for one in (*settled.no_cache, *settled.tried):
+        for warning in one.figures["warnings"]:
+            numbers = [float(number.replace(",", "")) for number in _NUMBER.findall(warning)]
+            kind = _NUMBER.sub("#", warning)
+            found[kind] = max(found.get(kind, (numbers, warning)), (numbers, warning))
+    return [warning for _, warning in found.values()]
 
 
 def _why_not(choice: Choice, unbounded: Point) -> str:

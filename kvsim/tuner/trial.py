@@ -226,7 +226,8 @@ def settle(
 ) -> Settled:
     """Simulate the best settings of a sweep, and no cache, and choose.
 
-    With a target, the cheapest setting that meets it, no cache included: by price, without prices by fewest engines,
+    With a target, the cheapest setting that meets it, no cache included, and the sweep's sizes next below are simulated
+    until one does not: by price, without prices by fewest engines,
     then smallest L1, then smallest L2. Without one, on the fewest engines that sustain the load, the smallest L1 whose
     mean TTFT saves within `rule.within` of the most that any saves.
 
@@ -243,9 +244,27 @@ def settle(
     tried = [_tried(trial, point, result) for (point, _, _), result in zip(wanted, results, strict=True)]
     bare, cached = tuple(tried[: len(engines)]), tuple(tried[len(engines) :])
     chosen, reason = _chosen(bare, cached, trial, rule)
+    if trial.slo_ttft_p95_s is not None and chosen is not None:
+        further = _smaller(log, choice, trial, chosen, cached)
+        cached = tuple(sorted((*cached, *further), key=lambda one: one.settings.l1_gb or 0.0))
+        chosen, reason = _chosen(bare, cached, trial, rule)
     if turned_away:
         reason = f"{reason}, not counting {turned_away:,} of {len(log):,} requests, which are refused"
     return Settled(trial=trial, no_cache=bare, tried=cached, refused=turned_away, chosen=chosen, reason=reason)
+
+
+def _smaller(log: Log, choice: Choice, trial: Trial, chosen: Tried, cached: Sequence[Tried]) -> list[Tried]:
+    """Simulate the sweep's next smaller sizes below one that meets the target, until one does not or is known."""
+    known = [one.settings for one in cached]
+    found: list[Tried] = []
+    below = [point for point in choice.frontier if point.l1_size_gb < (chosen.settings.l1_gb or 0.0)]
+    for point in reversed(below):
+        setting = trial.settings(point, chosen.settings.l2_gb or 0.0, chosen.settings.engines)
+        if setting in known or (found and not found[-1].good):
+            break
+        (result,) = run_many(log, [setting], workers=1, cluster=trial.cluster)
+        found.append(_tried(trial, point, result))
+    return found
 
 
 def _tried(trial: Trial, point: Point | None, result: RunResult) -> Tried:

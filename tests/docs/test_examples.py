@@ -48,6 +48,15 @@ def test_tune_a_log(tmp_path, log, given):
     assert "recommended: chunks of" in printed
 
 
+def test_a_log_that_reuses_nothing_has_nothing_recommended(tmp_path):
+    row = {"timestamp": 0, "input_length": 128, "output_length": 5, "block_size": 64}
+    rows = [{**row, "hash_ids": [2 * i, 2 * i + 1]} for i in range(20)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    printed = run("tune_a_log.py", "log.jsonl", folder=tmp_path)
+    assert "nothing is recommended: reuse cannot pay" in printed
+    assert "recommended: chunks" not in printed
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_run_under_load(tmp_path, log, given):
     printed = run("run_under_load.py", *([log] if given else []), folder=tmp_path)
