@@ -226,14 +226,14 @@ def run_many(
 def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
     """Give a pool whose processes start afresh: a fork would copy the locks of whatever library has threads.
 
-    Where the block is left by an error or a signal, their work is of no use, and they are ended with it.
+    Where the block is left by an error or a signal, their work is of no use, and they are ended with it. The pool's own
+    thread is waited for then, too: one that goes on while the interpreter ends may fail there (3.11).
     """
     before = active_children()
     with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_end_on_interrupt) as pool:
         try:
             yield pool
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
             for process in active_children():
                 if process not in before:
                     process.terminate()
