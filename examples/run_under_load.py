@@ -30,6 +30,9 @@ def main() -> None:
         result = kvsim.run(log, settings)
         print(result.load.sentence())
 
+    if not result.load.requests:
+        sys.exit("no request fits the model: nothing was served")
+
     # Where the time goes: every request is a row of the columns.
     columns = result.columns
     for part in ("handling_s", "queue_s", "load_s", "prefill_s"):

@@ -29,9 +29,10 @@ def main() -> None:
     # All settings, and one of them recommended.
     result = kvsim.tune(log, costs, policies=["lru", "s3fifo"], l1_points=8)
     best = result.point
-    print(f"recommended: chunks of {best.chunk_tokens} tokens, {best.l1_size_gb:g} GiB, {best.policy}")
+    setting = f"chunks of {best.chunk_tokens} tokens, {best.l1_size_gb:g} GiB, {best.policy}"
+    print(f"recommended: {setting}" if result.pays else f"nothing is recommended: {result.notes[0]}")
 
-    # The sweep as columns: hit ratio by L1 size at the recommended chunk size and policy.
+    # The sweep as columns: hit ratio by L1 size at the best chunk size and policy.
     columns = result.columns()
     rows = (columns["chunk_tokens"] == best.chunk_tokens) & (columns["policy"] == best.policy)
     for size, ratio in zip(columns["l1_size_gb"][rows], columns["token_hit_ratio"][rows], strict=True):

@@ -29,18 +29,22 @@ def main() -> None:
     }
     for name, result in zip(what_if, kvsim.run_many(log, list(what_if.values())), strict=True):
         p50, p95 = result.ttft_s["p50"], result.ttft_s["p95"]
-        times = "overloaded" if p50 is None else f"TTFT p50 {1e3 * p50:6.1f} ms, p95 {1e3 * p95:6.1f} ms"
+        why = "nothing served" if not result.load.requests else "overloaded"
+        times = why if p50 is None else f"TTFT p50 {1e3 * p50:6.1f} ms, p95 {1e3 * p95:6.1f} ms"
         print(f"{name:26} {times}, GPU busy {result.utilisation['gpu']:.0%}")
 
     # The same questions to `tune`: the smallest cache that holds a target, on one engine or two.
     trial = kvsim.Trial(base=replace(today, rate_scale=2.0), engines=(1, 2), slo_ttft_p95_s=0.5, top=3)
-    found = kvsim.tune(log, kvsim.costs(model="qwen3-8b", gpu="h100"), policies=["lru"], trial=trial)
+    try:
+        found = kvsim.tune(log, kvsim.costs(model="qwen3-8b", gpu="h100"), policies=["lru"], trial=trial)
+    except kvsim.UsageError as error:
+        sys.exit(str(error))
     chosen = found.settled.chosen
     if chosen is None:
         print(found.settled.reason)
     else:
         size = "no L1" if chosen.point is None else f"an L1 of {chosen.settings.l1_gb:g} GiB"
-        print(f"within 0.5 s at p95: {size} on {chosen.settings.engines} engines; {found.settled.reason}")
+        print(f"within 0.5 s at p95: {size}, engines: {chosen.settings.engines}; {found.settled.reason}")
 
 
 if __name__ == "__main__":

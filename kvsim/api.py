@@ -105,10 +105,12 @@ def simulate(
 def _check(log: Log, chunk_tokens: int, capacity: int | None, policy: str, engine: str) -> None:
     if log.block_tokens is None:
         raise UsageError("the log has lengths alone, no hash_ids: it can drive load, but has no hit ratio")
+    if chunk_tokens > 1 << 30:
+        raise UsageError(f"chunk size {chunk_tokens}: at most {1 << 30:,} tokens")
     if chunk_tokens < 1 or chunk_tokens % log.block_tokens:
         raise UsageError(f"chunk size {chunk_tokens} is no multiple of the log's block of {log.block_tokens} tokens")
-    if capacity is not None and capacity < 0:
-        raise UsageError(f"a capacity of {capacity} chunks: it cannot be negative")
+    if capacity is not None and not 0 <= capacity < 1 << 62:
+        raise UsageError(f"a capacity of {capacity} chunks: it cannot be negative, or 2^62 and more")
     if engine not in ("sweep", "core"):
         raise UsageError(f"unknown engine {engine!r}; there are sweep, core")
     if policy == "belady":

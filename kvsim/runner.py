@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvcore.policy.driver import Observer
 from kvsim.cluster import run_on_cluster
@@ -39,7 +38,8 @@ class RunResult:
             but not above, whatever L0 held), `loaded_tokens` (copied beyond L0). Also `engine`, `preemptions` and
             `refused`.
         load: What was offered against what was served.
-        ttft_s: Percentiles of TTFT, `p50` to `p99`, and `mean`; None each where the engines cannot sustain the load.
+        ttft_s: Percentiles of TTFT, `p50` to `p99`, and `mean`; None each where the engines cannot sustain the load,
+            or all requests are refused.
         ttft_no_cache_s: The same of a run without L1 and L2, with L0 as vLLM has it; None where it was not asked for.
         load_no_cache: What that run was offered and served.
         utilisation: Busy share of each resource between the first arrival and the end, 0 to 1, averaged over engines.
@@ -87,7 +87,10 @@ class RunResult:
                 "l2": self.total("matched_l2"),
             },
             "loaded_tokens": self.total("loaded_tokens"),
-            **{name: self._spread(name) for name in ("handling_s", "queue_s", "load_s", "prefill_s")},
+            **{
+                name: _spread(self.columns, name, self.load)
+                for name in ("handling_s", "queue_s", "load_s", "prefill_s")
+            },
             "load": self.load.as_dict(),
             "load_no_cache": None if self.load_no_cache is None else self.load_no_cache.as_dict(),
             "utilisation": dict(self.utilisation),
@@ -99,18 +102,14 @@ class RunResult:
             "warnings": list(self.warnings),
         }
 
-    def _spread(self, column: str) -> dict[str, float | None]:
-        values = self.columns[column].astype(np.float64)
-        spread = percentiles(values) if self.load.sustained else dict.fromkeys(f"p{p}" for p in PERCENTILES)
-        return {"mean": float(np.nanmean(values)) if self.load.sustained and len(values) else None, **spread}
 
-
-def percentiles(values: NDArray[np.float64]) -> dict[str, float | None]:
-    """Return p50, p90, p95 and p99 of the values that are numbers; None each where there are none."""
-    finite = values[np.isfinite(values)]
-    if not len(finite):
-        return dict.fromkeys(f"p{p}" for p in PERCENTILES)
-    return {f"p{p}": float(np.percentile(finite, p)) for p in PERCENTILES}
+def _spread(columns: Columns, name: str, load: Load) -> dict[str, float | None]:
+    """Return p50, p90, p95, p99 and mean of a column of times; None each without a sustained load."""
+    values = columns[name].astype(np.float64)
+    served = values[np.isfinite(values)]
+    if not load.sustained or not len(served):
+        return dict.fromkeys((*(f"p{p}" for p in PERCENTILES), "mean"))
+    return {**{f"p{p}": float(np.percentile(served, p)) for p in PERCENTILES}, "mean": float(served.mean())}
 
 
 def run(
@@ -158,7 +157,7 @@ def run(
         load = offered_load(columns, settings.engines)
         if baseline:
             if not cached:
-                without, load_without = _ttft(columns, load), load
+                without, load_without = _spread(columns, "ttft_s", load), load
             else:
                 without, load_without = _no_cache(log, workload, settings) if beside is None else beside.result()
     shell = finished.shell
@@ -167,7 +166,7 @@ def run(
         chunk_tokens=workload.chunk_tokens,
         columns=columns,
         load=load,
-        ttft_s=_ttft(columns, load),
+        ttft_s=_spread(columns, "ttft_s", load),
         ttft_no_cache_s=without,
         load_no_cache=load_without,
         utilisation=utilisation(finished),
@@ -216,20 +215,29 @@ def run_many(
         return results
     with _file_of(log) as file, _processes(min(workers, total)) as pool:
         futures = [_submit(pool, _with_log, file, run, chosen, baseline=baseline) for chosen in settings]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                done += 1
-                report(done, total)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in as_completed(futures):
+            future.result()
+            done += 1
+            report(done, total)
         return [future.result() for future in futures]
 
 
-def _processes(count: int) -> ProcessPoolExecutor:
-    """Return a pool whose processes start afresh: a fork would copy the locks of whatever library has threads."""
-    return ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_end_on_interrupt)
+@contextmanager
+def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Give a pool whose processes start afresh: a fork would copy the locks of whatever library has threads.
+
+    Where the block is left by an error or a signal, their work is of no use, and they are ended with it. The pool's own
+    thread is waited for then, too: one that goes on while the interpreter ends may fail there (3.11).
+    """
+    before = active_children()
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_end_on_interrupt) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for process in active_children():
+                if process not in before:
+                    process.terminate()
+            raise
 
 
 @contextmanager
@@ -271,11 +279,4 @@ def _no_cache(log: Log, workload: Workload | None, settings: RunSettings) -> tup
         workload = prepare(log, settings.chunk_tokens, reuse=False)
     columns = columns_of(log, simulate(workload, replace(settings, l1_gb=0.0, l2_gb=0.0)), None)
     load = offered_load(columns, settings.engines)
-    return _ttft(columns, load), load
-
-
-def _ttft(columns: Columns, load: Load) -> dict[str, float | None]:
-    values = columns["ttft_s"].astype(np.float64)
-    known = load.sustained and bool(np.isfinite(values).any())
-    spread = percentiles(values) if known else dict.fromkeys(f"p{p}" for p in PERCENTILES)
-    return {**spread, "mean": float(np.nanmean(values)) if known else None}
+    return _spread(columns, "ttft_s", load), load

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvsim.engine.arrivals import why_refused
 from kvsim.engine.settings import RunSettings, SettingsError
 from kvsim.engine.simulation import Progress
 from kvsim.runner import PERCENTILES, RunResult, run
 from kvtraces import Log
+from kvtraces.words import counted
 
 Floats = NDArray[np.float64]
 PARTS = ("queue", "load", "prefill")
@@ -164,7 +166,7 @@ def validate(
         predicted = predicted - result.columns["handling_s"].astype(np.float64)
     usable = np.flatnonzero(np.isfinite(recorded) & np.isfinite(predicted) & (recorded > 0))
     if len(usable) < 4 * BINS:
-        raise SettingsError(f"{len(usable)} requests have a recorded ttft_ms; a comparison needs {4 * BINS} at least")
+        raise SettingsError(_too_few(int((recorded > 0).sum()), len(usable), settings))
     baseline = from_others(log.input_tokens[usable], recorded[usable])
     parts = {name: _part(log, result, usable, name) for name in PARTS if _has(log, f"{name}_ms", usable)}
     if handling and "queue" in parts:
@@ -189,6 +191,13 @@ def validate(
         cdf=_cdf(predicted[usable], recorded[usable], baseline),
         result=result,
     )
+
+
+def _too_few(recorded: int, usable: int, settings: RunSettings) -> str:
+    """Return why nothing can be compared."""
+    refused = recorded - usable
+    but = f", but the simulation refuses {refused:,} of them: {why_refused(settings)}" if refused else ""
+    return f"{counted(recorded, 'request')} with a recorded ttft_ms{but}; a comparison needs {4 * BINS} at least"
 
 
 def from_others(tokens: NDArray[np.int64], ttft: Floats) -> Floats:

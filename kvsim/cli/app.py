@@ -1,8 +1,14 @@
 """The command's parts, and how its errors are shown."""
 
+import errno
+import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import typer
 
@@ -28,27 +34,80 @@ app.command("verify")(verify.verify)
 # Typer brings its own copy of click from some version on, and click's exceptions with it.
 _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+"""What a full disk says of stdout; a file that we write says it in words of its own."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 2 for what the user can mend, in one line; 130 after Ctrl-C.
 
-    What is not known to be the user's keeps its traceback.
+    143 after SIGTERM, which ends it as Ctrl-C does, with everything cleaned up. What is not known to be the user's
+    keeps its traceback.
     """
+    _encodable()
+    terminated = threading.Event()
     try:
-        return int(app(args=arguments, prog_name="kvsim", standalone_mode=False) or 0)
+        with _sigterm_as_ctrl_c(terminated):
+            code = _printed(arguments)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 128 + signal.SIGINT
+    return 128 + signal.SIGTERM if terminated.is_set() else code
+
+
+@contextmanager
+def _sigterm_as_ctrl_c(terminated: threading.Event) -> Iterator[None]:
+    """Let the first SIGTERM in the block do what Ctrl-C does, and pass over others while all is cleaned up."""
+
+    def end(*_: Any) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        terminated.set()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _encodable() -> None:
+    """Let what a terminal's encoding lacks be shown as a question mark, not end the command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _printed(arguments: Sequence[str] | None) -> int:
+    """Run the command until all that it prints is written; return its exit code."""
+    try:
+        code = int(app(args=arguments, prog_name="kvsim", standalone_mode=False) or 0)
+        sys.stdout.flush()
     except _CommandLineError as error:
         return _failed(_sentence(error))
-    except (KeyboardInterrupt, typer.Abort):
-        return 130
+    except SystemExit as left:  # what click and rich make of a reader that has gone
+        if not isinstance(left.__context__, BrokenPipeError):
+            raise
+        return _unread()
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _unread()
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in _NO_ROOM:
+            _unread()
+            return _failed(f"the output cannot be written: {error.strerror}")
         if isinstance(error, _known_errors()):
             from kvsim.cli.engine_options import in_flags  # noqa: PLC0415
 
             return _failed(in_flags(str(error)))
         raise
+    return code
+
+
+def _unread() -> int:
+    """Let go of what stdout does not take, so that the interpreter does not try again; return the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _known_errors() -> tuple[type[Exception], ...]:

@@ -93,7 +93,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - a command's options
     Example: kvsim calibrate --url http://localhost:8000 --model qwen3-8b --gpu h100 --out mine.json
     """
     from kvsim.cli.console import stages  # noqa: PLC0415 - loaded when it runs, not for --help
-    from kvsim.files import check_writable, write_text  # noqa: PLC0415
+    from kvsim.files import check_outputs, write_text  # noqa: PLC0415
     from kvsim.profiles.load import to_json  # noqa: PLC0415
 
     if (url is None) == (local is None):
@@ -102,7 +102,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 - a command's options
         raise UsageError("--model and --gpu are needed: a profile says what it is of, and how large its KV is")
     if local is None and (python is not None or engine_arg):
         raise UsageError("--python and --engine-arg go with --local")
-    check_writable(out)
+    state = out.with_name(f"{out.name}.partial")
+    check_outputs((out, state))
     arguments = _arguments(engine_arg or [])
     limits = {"max_num_batched_tokens": max_num_batched_tokens, "max_num_seqs": max_num_seqs}
     opened = (
@@ -110,7 +111,6 @@ def calibrate(  # noqa: PLR0913, PLR0917 - a command's options
         if local is not None
         else _live(url or "", served_model, max_model_len, timeout_s)
     )
-    state = out.with_name(f"{out.name}.partial")
     with opened as (endpoint, length), stages(progress) as shown:
         facts = _facts(
             model or local or "",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvsim.errors import UsageError
 from kvtraces import Log, read
 from kvtraces.schema import MAX_BLOCK_TOKENS
+from kvtraces.words import counted
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -50,8 +51,13 @@ def stages(show: bool | None) -> Iterator[Stages]:
         yield Stages(progress)
 
 
-def read_log(paths: Sequence[str], block_size: int | None, skip_bad: bool, shown: Stages) -> Log:
-    """Read a log with progress; bad rows left out are told on stderr. Raises as `kvtraces.read`, and UsageError."""
+def read_log(
+    paths: Sequence[str], block_size: int | None, skip_bad: bool, shown: Stages, model: str | None = None
+) -> Log:
+    """Read a log with progress; bad rows left out, and rows of other models, are told on stderr.
+
+    `model` is the one that it is priced by. Raises as `kvtraces.read`, and UsageError.
+    """
     if block_size is not None and not 1 <= block_size <= MAX_BLOCK_TOKENS:
         raise UsageError(f"--block-size {block_size}: from 1 to {MAX_BLOCK_TOKENS:,}")
     log = read(
@@ -61,8 +67,30 @@ def read_log(paths: Sequence[str], block_size: int | None, skip_bad: bool, shown
         progress=lambda done, total: shown.update("reading", done, total),
     )
     if log.skipped:
-        sys.stderr.write(f"kvsim: {log.skipped:,} bad rows left out; the first: {log.skipped_messages[0]}\n")
+        sys.stderr.write(f"kvsim: {counted(log.skipped, 'bad row')} left out; the first: {log.skipped_messages[0]}\n")
+    for doubt in _models(log, model):
+        sys.stderr.write(f"kvsim: {doubt}\n")
     return log
+
+
+def _models(log: Log, priced: str | None) -> list[str]:
+    """Return what is doubtful of the models that a log names."""
+    from kvsim.models.names import plain  # noqa: PLC0415 - most logs name none
+    from kvsim.models.table import canonical  # noqa: PLC0415
+
+    column = log.extra.get("model")
+    names = sorted({name for name in column.tolist() if name}) if column is not None else []
+    doubts = []
+    if len(names) > 1:
+        doubts.append(
+            f"the log has rows of {', '.join(names)}: equal hash_ids are taken for the same KV, as of one model"
+        )
+    if priced is not None:
+        ours = canonical(priced) or plain(priced)
+        others = [name for name in names if (canonical(name) or plain(name)) != ours]
+        if others:
+            doubts.append(f"the log has rows of {', '.join(others)}, and is priced as {priced}'s")
+    return doubts
 
 
 def print_json(data: dict[str, Any]) -> None:

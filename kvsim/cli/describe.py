@@ -10,7 +10,10 @@ def describe(
     json: Json = False,
     progress: ShowProgress = None,
 ) -> None:
-    """Describe a log: requests, lengths, and what a cache without end could hit."""
+    """Describe a log: requests, lengths, and what a cache without end could hit.
+
+    Example: kvsim describe --trace prod.jsonl
+    """
     from dataclasses import asdict  # noqa: PLC0415
 
     from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415

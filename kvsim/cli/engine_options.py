@@ -245,6 +245,7 @@ def plain(settings: "RunSettings") -> dict[str, Any]:
 
 def in_flags(message: str) -> str:
     """Return a settings error with the names of the flags in the place of the fields'."""
+    message = re.sub(r"^[a-z]+(?=(?: is \S+;|: no eviction))", _flag, message)
     return re.sub(r"\b[a-z0-9]+(?:_[a-z0-9]+)+\b", _flag, message)
 
 

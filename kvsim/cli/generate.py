@@ -27,13 +27,21 @@ def generate(
     block_size: Annotated[int, typer.Option(help="Tokens of a block.")] = 64,
     output_hashes: Annotated[bool, typer.Option("--output-hashes", help="Write the outputs' blocks too.")] = False,
 ) -> None:
-    """Make a realistic log: prompts shared by Zipf's law, sessions of several turns, arrivals by chance."""
-    from kvsim.files import check_writable  # noqa: PLC0415
+    """Make a realistic log: prompts shared by Zipf's law, sessions of several turns, arrivals by chance.
+
+    Example: kvsim generate chat.jsonl.gz --kind chat --requests 5000 --sessions-per-s 0.5 --bursty
+    """
+    from kvsim.files import check_outputs, whole  # noqa: PLC0415
     from kvtraces import generate as make  # noqa: PLC0415
     from kvtraces import write  # noqa: PLC0415
+    from kvtraces.sources import rotated_set  # noqa: PLC0415
+    from kvtraces.words import counted  # noqa: PLC0415
+    from kvtraces.writer import SUFFIXES  # noqa: PLC0415
 
-    check_writable(out)
-    if out.exists():
+    if not out.name.endswith(SUFFIXES):
+        raise UsageError(f"{out}: a log is written to {', '.join(SUFFIXES)}")
+    check_outputs((out,))
+    if out.exists() or rotated_set(out):
         raise UsageError(f"{out}: is there already; nothing is written over a log")
     if sessions_per_s is not None and not 0 < sessions_per_s < float("inf"):
         raise UsageError(f"--sessions-per-s {sessions_per_s:g}: it must be above zero")
@@ -45,8 +53,9 @@ def generate(
         raise UsageError(f"--seed {seed}: it cannot be negative")
     config = _config(kind, requests, seed, sessions_per_s, bursty, block_size)
     log = make(config, output_hashes=output_hashes)
-    write(log, out)
-    typer.echo(f"{len(log):,} requests, {int(log.input_tokens.sum()):,} prompt tokens: {out}")
+    with whole(out) as place:
+        write(log, place)
+    typer.echo(f"{counted(len(log), 'request')}, {int(log.input_tokens.sum()):,} prompt tokens: {out}")
 
 
 def _config(

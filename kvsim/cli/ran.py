@@ -13,13 +13,13 @@ def show(result: RunResult) -> None:
     """Print the setting, TTFT and its parts, hits by tier, what was busy, and what it comes to last."""
     console = Console(highlight=False)
     facts("Setting", setting_facts(result.settings, result.chunk_tokens))
-    if result.load.sustained:
+    good = result.load.sustained and result.load.requests > 0
+    if good:
         console.print(Text("\nTime to first token", style="bold"))
         console.print(named_table(SPREAD_HEADINGS, times_rows(result)))
     meter("Prompt tokens found", [(name, share, f"{tokens:,}") for name, tokens, share in hit_rows(result)])
     meter("\nBusy until the last token", [(name, share, "") for name, share in use_rows(result)])
     console.print()
-    good = result.load.sustained
     words = Text(_sentence(result.load.sentence()), style="bold green" if good else "bold yellow")
     gain = saved(result)
     if gain is not None:

@@ -121,6 +121,7 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
 
     from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415
     from kvsim.cli.engine_options import build, options, plain, routed, with_journal  # noqa: PLC0415
+    from kvsim.files import files_read  # noqa: PLC0415
     from kvsim.runner import run as simulated  # noqa: PLC0415
     from kvsim.tuner.grid import check_log_chunk  # noqa: PLC0415
     from kvsim.tuner.pricing import costs  # noqa: PLC0415
@@ -139,9 +140,9 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
         lookup_s=lookup_s,
         **recorded,
     )
-    _check(timeline, chrome_trace)
+    _check(timeline, chrome_trace, files_read(trace, journal, profile, model))
     with stages(progress) as shown:
-        log = read_log(trace, block_size, skip_bad, shown)
+        log = read_log(trace, block_size, skip_bad, shown, settings.profile.model)
         check_log_chunk(settings.chunk_tokens, log.block_tokens)
         settings = routed(context, settings, log, journal)
         result = simulated(
@@ -163,16 +164,14 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
         typer.echo(f"* {note[0].upper()}{note[1:]}.")
 
 
-def _check(timeline: Path | None, chrome_trace: Path | None) -> None:
+def _check(timeline: Path | None, chrome_trace: Path | None, read: list[Path]) -> None:
     """Raise UsageError or TimelineError for what cannot be written: before the run."""
     from kvsim.engine.timeline import check_kind  # noqa: PLC0415
-    from kvsim.files import check_writable  # noqa: PLC0415
+    from kvsim.files import check_outputs  # noqa: PLC0415
 
     if timeline is not None:
         check_kind(timeline)
-    for path in (timeline, chrome_trace):
-        if path is not None:
-            check_writable(path)
+    check_outputs((timeline, chrome_trace), read)
 
 
 def _write(result: "RunResult", timeline: Path | None, chrome_trace: Path | None) -> None:

@@ -1,6 +1,6 @@
 """`kvsim simulate`: one setting."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,6 +16,9 @@ from kvsim.cli.options import (
     Traces,
 )
 from kvsim.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvsim.tuner import KvSize
 
 
 def simulate(  # noqa: PLR0913, PLR0917 - a command's options
@@ -36,14 +39,18 @@ def simulate(  # noqa: PLR0913, PLR0917 - a command's options
     json: Json = False,
     progress: ShowProgress = None,
 ) -> None:
-    """Count what one setting hits: exactly, each request taking no time, from an empty cache."""
+    """Count what one setting hits: exactly, each request taking no time, from an empty cache.
+
+    Example: kvsim simulate --trace prod.jsonl --chunk-tokens 256 --l1-size-gb 20 --model qwen3-8b --policy s3fifo
+    """
     from kvsim import api  # noqa: PLC0415 - numpy is loaded when it runs, not for --help
     from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415
 
+    if l1_size_gb is not None and capacity_chunks is not None:
+        raise UsageError("--capacity-chunks and --l1-size-gb say the same: give one")
+    size = _kv(model, tensor_parallel, kv_dtype, packing)
     if l1_size_gb is not None:
-        if capacity_chunks is not None:
-            raise UsageError("--capacity-chunks and --l1-size-gb say the same: give one")
-        capacity_chunks = _capacity(l1_size_gb, chunk_tokens, model, tensor_parallel, kv_dtype, packing)
+        capacity_chunks = _capacity(l1_size_gb, chunk_tokens, size)
     with stages(progress) as shown:
         log = read_log(trace, block_size, skip_bad, shown)
     result = api.simulate(
@@ -67,22 +74,29 @@ def simulate(  # noqa: PLR0913, PLR0917 - a command's options
     )
 
 
+def _kv(model: str | None, tensor_parallel: int | None, kv_dtype: str, packing: PackingName) -> "KvSize | None":
+    """Return the KV's size; None without a model, which then nothing may be said of."""
+    from kvsim.tuner.pricing import kv_size  # noqa: PLC0415
+
+    if model is not None:
+        ranks = 1 if tensor_parallel is None else tensor_parallel
+        return kv_size(model, tensor_parallel=ranks, kv_dtype=kv_dtype, packing=packing)
+    if tensor_parallel is not None or kv_dtype != "auto" or packing != "none":
+        raise UsageError("--tensor-parallel, --kv-dtype and --packing say how large a model's KV is: give --model")
+    return None
+
+
 def _capacity(
     l1_size_gb: float,
     chunk_tokens: int,
-    model: str | None,
-    tensor_parallel: int | None,
-    kv_dtype: str,
-    packing: PackingName,
+    size: "KvSize | None",
 ) -> int:
-    from kvsim.tuner.pricing import kv_size  # noqa: PLC0415
+    from kvsim.engine.settings import MOST  # noqa: PLC0415
 
-    if model is None:
+    if size is None:
         raise UsageError("--l1-size-gb needs --model: how many chunks fit depends on the KV's size")
-    if not 0 <= l1_size_gb < float("inf"):
-        raise UsageError(f"--l1-size-gb {l1_size_gb:g}: it cannot be negative or infinite")
+    if not 0 <= l1_size_gb <= MOST:
+        raise UsageError(f"--l1-size-gb {l1_size_gb:g}: it cannot be negative, or above {MOST:g}")
     if chunk_tokens < 1:
         raise UsageError(f"--chunk-tokens {chunk_tokens}: at least 1")
-    ranks = 1 if tensor_parallel is None else tensor_parallel
-    size = kv_size(model, tensor_parallel=ranks, kv_dtype=kv_dtype, packing=packing)
     return size.capacity_chunks(l1_size_gb, chunk_tokens)

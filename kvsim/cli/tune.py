@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _SWEEP = "Sweep"
 _CHOICE = "Choice"
 _TRIAL = "Simulation of the best settings (on when a flag of these is given)"
-_PRICES = "Prices (in any currency; simulated too)"
+_PRICES = "Prices (in any currency; simulated too; they decide with --slo-ttft-p95, else they are only told)"
 
 
 def tune(  # noqa: PLR0913, PLR0917 - a command's options
@@ -145,7 +145,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
 
     from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415
     from kvsim.cli.engine_options import with_journal  # noqa: PLC0415
-    from kvsim.files import check_writable, make_folder  # noqa: PLC0415
+    from kvsim.files import check_outputs, files_read, make_folder  # noqa: PLC0415
     from kvsim.tuner import Rule, costs  # noqa: PLC0415
     from kvsim.tuner import tune as run  # noqa: PLC0415
 
@@ -183,7 +183,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
         from kvsim.report import check_available  # noqa: PLC0415
 
         check_available()
-        check_writable(report)
+        check_outputs((report,), files_read(trace, journal, profile, model))
     if ray is not None:
         from kvsim import cluster  # noqa: PLC0415
 
@@ -191,7 +191,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
     if plot is not None:
         make_folder(plot)
     with stages(progress) as shown:
-        log = read_log(trace, block_size, skip_bad, shown)
+        log = read_log(trace, block_size, skip_bad, shown, priced.profile.model)
         result = run(
             log,
             priced,

@@ -122,7 +122,7 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415
     from kvsim.cli.engine_options import build, options, plain, routed, with_journal  # noqa: PLC0415
     from kvsim.cli.verify import as_json, replay  # noqa: PLC0415
-    from kvsim.files import check_writable  # noqa: PLC0415
+    from kvsim.files import check_outputs, files_read  # noqa: PLC0415
     from kvsim.tuner.grid import check_log_chunk  # noqa: PLC0415
     from kvsim.tuner.pricing import costs  # noqa: PLC0415
     from kvsim.validation import validate as compared  # noqa: PLC0415
@@ -143,10 +143,10 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
         from kvsim.report import check_available  # noqa: PLC0415
 
         check_available()
-        check_writable(report)
+        check_outputs((report,), files_read(trace, journal, profile, model))
     replayed = None if journal is None else replay(journal)
     with stages(progress) as shown:
-        log = read_log(trace, block_size, skip_bad, shown)
+        log = read_log(trace, block_size, skip_bad, shown, settings.profile.model)
         check_log_chunk(settings.chunk_tokens, log.block_tokens)
         if not block_known and log.block_tokens is not None:
             settings = replace(settings, l0_block_tokens=log.block_tokens)

@@ -18,12 +18,16 @@ def verify(
 ) -> None:
     """Replay a server's journal and say whether every decision comes out equal; exit code 1 where one does not.
 
+    A last record that a crash has cut short is told, and is no error; a journal without a step is one.
+
     Example: kvsim verify --journal journal/
     """
     from kvsim.cli.console import print_json  # noqa: PLC0415 - loaded when it runs, not for --help
 
     found = replay(journal)
     told = as_json(found)
+    if not told.get("steps", 1):
+        raise UsageError(f"{journal}: {found}")
     if json:
         print_json(told)
     else:

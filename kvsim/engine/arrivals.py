@@ -29,5 +29,12 @@ def arrival_times(log: Log, settings: RunSettings) -> NDArray[np.float64]:
 def refused(log: Log, settings: RunSettings) -> NDArray[np.bool_]:
     """Return which requests are turned away: no prompt, longer than the model's length, or than the GPU's cache."""
     tokens = log.input_tokens + log.output_tokens
-    room = settings.l0_blocks * settings.l0_block_tokens
-    return np.asarray((log.input_tokens < 1) | (tokens > settings.model_len) | (tokens > room))
+    return np.asarray((log.input_tokens < 1) | (tokens > min(settings.model_len, settings.l0_tokens)))
+
+
+def why_refused(settings: RunSettings) -> str:
+    """Return what `refused` turns away, in words."""
+    return (
+        f"longer with their output than the model's {settings.model_len:,} tokens or the GPU's cache of "
+        f"{settings.l0_tokens:,}, or without a prompt"
+    )

@@ -55,9 +55,7 @@ def _row(job: Job, chunk_tokens: int) -> tuple[float, ...]:
 def utilisation(finished: Finished) -> dict[str, float]:
     """Return the busy share of each resource until the run's end, 0 to 1, averaged over the engines."""
     engines, span = finished.engines, finished.now
-    if span <= 0:
-        return {}
-    share = 1 / (span * len(engines))
+    share = 1 / (span * len(engines)) if span > 0 else 0.0  # nothing happened where all requests were refused
     used = {
         "gpu": share * sum(engine.busy_s for engine in engines),
         "gpu_prefill": share * sum(engine.prefill_s for engine in engines),
@@ -65,8 +63,8 @@ def utilisation(finished: Finished) -> dict[str, float]:
         "pcie_d2h": share * sum(engine.link.busy_s[1] for engine in engines),
     }
     if finished.lower is not None:
-        used["l2_read"] = finished.lower.busy_s[0] / span
-        used["l2_write"] = finished.lower.busy_s[1] / span
+        used["l2_read"] = finished.lower.busy_s[0] * share * len(engines)
+        used["l2_write"] = finished.lower.busy_s[1] * share * len(engines)
     return used
 
 

@@ -1,5 +1,6 @@
 """Links as shared resources: PCIe, a disk, a network."""
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
@@ -98,9 +99,10 @@ class Link:
         self._advance()
         first, second = self._queues
         ended = []
-        if first and first[0].seconds <= 1e-12:  # rounding leaves less than a picosecond
+        nothing = max(1e-12, 2 * math.ulp(self._env.now))  # what rounding leaves: of the clock, too, hours into a run
+        if first and first[0].seconds <= nothing:
             ended.append(self._end(0, first))
-        if second and second[0].seconds <= 1e-12:
+        if second and second[0].seconds <= nothing:
             ended.append(self._end(1, second))
         self._plan()
         for copy, following in ended:

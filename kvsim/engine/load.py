@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtraces.words import counted
+
 LEAST_REQUESTS = 50
 """Fewer requests on an engine are a burst, not a load."""
 
@@ -17,7 +19,11 @@ class Load:
 
     Attributes:
         engines: How many.
-        offered_requests_per_s: Requests that were let in, over the span of arrivals.
+        requests: Requests that were let in.
+        prompt_tokens: Their prompt tokens.
+        refused_requests: Requests that were not.
+        span_s: From the first arrival to the last, of those let in.
+        offered_requests_per_s: Requests over that span; 0 where all arrive at once, which is no rate.
         offered_prompt_tokens_per_s: Their prompt tokens.
         served_requests_per_s: Requests that had their first token before the last arrival. Where the load is not
             sustained, this is the engines' capacity.
@@ -29,6 +35,10 @@ class Load:
     """
 
     engines: int
+    requests: int
+    prompt_tokens: int
+    refused_requests: int
+    span_s: float
     offered_requests_per_s: float
     offered_prompt_tokens_per_s: float
     served_requests_per_s: float
@@ -43,15 +53,29 @@ class Load:
 
     def sentence(self) -> str:
         """Return what a reader has to know, in one line."""
-        one = self.engines == 1
+        if not self.requests:
+            return f"nothing is served: every request is refused, all {self.refused_requests:,}"
+        who = "one engine serves" if self.engines == 1 else f"{self.engines} engines serve"
         offered = (
             f"{self.offered_requests_per_s:.2f} requests/s ({self.offered_prompt_tokens_per_s:,.0f} prompt tokens/s)"
         )
         served = f"{self.served_requests_per_s:.2f} requests/s ({self.served_prompt_tokens_per_s:,.0f} prompt tokens/s)"
+        if self.sustained and self.burst:
+            many = f"{counted(self.requests, 'request')} ({self.prompt_tokens:,} prompt tokens)"
+            return f"{many} {self._within()}: a burst, which does not say what rate can be served"
         if self.sustained:
-            return f"{offered} offered, and {'one engine serves' if one else f'{self.engines} engines serve'} them"
-        who = "one engine serves" if one else f"{self.engines} engines serve"
+            return f"{offered} offered, and {who} them"
         return f"{offered} offered, but {who} {served}: the queue grows without bound, so no TTFT is given"
+
+    @property
+    def burst(self) -> bool:
+        """Whether most requests had no first token yet when the last one arrived: they were there, and then served."""
+        return self.span_s <= 0 or 2 * self.served_requests_per_s < self.offered_requests_per_s
+
+    def _within(self) -> str:
+        if self.requests == 1:
+            return "and no other"
+        return f"within {self.span_s:.3g} s" if self.span_s > 0 else "at once"
 
 
 def offered_load(columns: Mapping[str, NDArray[np.generic]], engines: int) -> Load:
@@ -71,10 +95,14 @@ def offered_load(columns: Mapping[str, NDArray[np.generic]], engines: int) -> Lo
         own = engine == number
         waiting = _waiting(enqueued[own], scheduled[own])
         backlog += int(waiting[-1]) if len(waiting) else 0
-        if len(waiting) >= LEAST_REQUESTS and np.ptp(enqueued[own]) > 0 and _grows(waiting):
+        if len(waiting) >= LEAST_REQUESTS and np.ptp(arrived[own]) > 0 and _grows(waiting):
             overloaded.append(number)
     return Load(
         engines=engines,
+        requests=len(arrived),
+        prompt_tokens=int(tokens.sum()),
+        refused_requests=int((~served).sum()),
+        span_s=span,
         offered_requests_per_s=len(arrived) * rate,
         offered_prompt_tokens_per_s=float(tokens.sum()) * rate,
         served_requests_per_s=int(before.sum()) * rate,

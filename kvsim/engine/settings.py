@@ -1,11 +1,10 @@
 """What a simulation is told: the engines, the tiers, the arrivals."""
 
 import math
-import sys
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from kvcore.policy import CoreConfig, LoadCost, TierConfig
+from kvcore.policy import POLICIES, CoreConfig, LoadCost, TierConfig
 from kvcore.policy.config import Admission, Placement
 from kvsim.errors import UsageError
 from kvsim.profiles import Profile
@@ -16,7 +15,9 @@ LoadMode: TypeAlias = Literal["auto", "layerwise", "sync", "async"]
 LowerKind: TypeAlias = Literal["disk", "network"]
 
 GIB = 2**30
-_FINITE = sys.float_info.max
+MOST = 1e9
+"""The most of what is given in GiB, seconds, requests a second or currency: more is a slip, and overflows somewhere."""
+_MOST_ENGINES = 10_000
 ROUTINGS: tuple[Routing, ...] = ("round-robin", "least-loaded", "prefix-aware", "recorded")
 
 
@@ -102,22 +103,14 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be simulated."""
-        counts = ("engines", "max_num_batched_tokens", "max_num_seqs", "l0_block_tokens", "page_bytes")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; at least 1 is needed")
-        for name in ("l0_gb", "l1_gb", "l2_gb", "lookup_s", "ttl_s"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise SettingsError(f"{name} is {value}; not negative, and finite")
-        for name, most in (("rate_scale", _FINITE), ("rate_per_s", _FINITE), ("packed_share", 1.0)):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= most:
-                raise SettingsError(f"{name} is {value}; above zero is needed, and at most {most:g}")
+        self._check_numbers()
+        for name in ("policy", "l2_policy"):
+            if getattr(self, name) not in POLICIES:
+                raise SettingsError(
+                    f"{name}: no eviction policy {getattr(self, name)!r}; there are {', '.join(POLICIES)}"
+                )
         if (self.arrivals == "recorded") != (self.rate_per_s is None):
             raise SettingsError("rate_per_s goes with arrivals poisson or uniform, and they with it")
-        if self.max_model_len is not None and self.max_model_len < 1:
-            raise SettingsError(f"max_model_len is {self.max_model_len}; at least 1 is needed")
         if self.l2_gb != 0 and f"{self.l2_kind}_read" not in self.profile.transfers:
             raise SettingsError(f"profile {self.profile.name} has no speed of a {self.l2_kind}")
         if self.l1_gb == 0 and self.l2_gb != 0:
@@ -130,6 +123,27 @@ class RunSettings:
             )
             raise SettingsError(f"no GPU memory is left for KV by profile {self.profile.name}: {what}")
 
+    def _check_numbers(self) -> None:
+        """Refuse a number that is out of its range."""
+        counts = ("engines", "max_num_batched_tokens", "max_num_seqs", "l0_block_tokens", "page_bytes")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}; at least 1 is needed")
+        for name in ("l0_gb", "l1_gb", "l2_gb", "lookup_s", "ttl_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MOST:
+                raise SettingsError(f"{name} is {value:g}; not negative, and at most {MOST:g}")
+        if self.seed < 0:
+            raise SettingsError(f"seed is {self.seed}; not negative")
+        for name, least, most in (("rate_scale", 1e-6, MOST), ("rate_per_s", 1e-6, MOST), ("packed_share", 1e-6, 1.0)):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise SettingsError(f"{name} is {value:g}; from {least:g} to {most:g} is needed")
+        if self.engines > _MOST_ENGINES:
+            raise SettingsError(f"engines is {self.engines}; at most {_MOST_ENGINES:,}")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise SettingsError(f"max_model_len is {self.max_model_len}; at least 1 is needed")
+
     @property
     def l0_blocks(self) -> int:
         """Engine blocks of one instance's GPU cache."""
@@ -138,6 +152,11 @@ class RunSettings:
             0.9 * profile.gpu_memory_bytes - profile.weight_bytes - 2 * GIB if self.l0_gb is None else self.l0_gb * GIB
         )
         return max(0, int(size // (profile.kv_bytes_per_token * self.l0_block_tokens)))
+
+    @property
+    def l0_tokens(self) -> int:
+        """Tokens that one instance's GPU cache holds."""
+        return self.l0_blocks * self.l0_block_tokens
 
     @property
     def model_len(self) -> int:

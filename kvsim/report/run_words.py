@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvsim.engine.arrivals import why_refused
 from kvsim.engine.settings import RunSettings
 from kvsim.report.units import gib, percent, seconds
 from kvsim.runner import PERCENTILES, RunResult
@@ -23,7 +24,7 @@ def setting_facts(settings: RunSettings, chunk_tokens: int | None) -> list[tuple
     """Return what was run, by name."""
     profile = settings.profile
     instances = "1 engine" if settings.engines == 1 else f"{settings.engines} engines, {settings.routing}"
-    l0 = settings.l0_blocks * settings.l0_block_tokens
+    l0 = settings.l0_tokens
     facts = [
         ("costs", f"{profile.name}: {profile.model} on {profile.gpu}, tensor parallel {profile.tensor_parallel}"),
         (
@@ -90,10 +91,7 @@ def run_notes(result: RunResult) -> list[str]:
     refused = int(result.columns["refused"].sum())
     if refused:
         notes = [
-            (
-                f"{refused:,} of {len(result.columns['refused']):,} requests refused: longer than "
-                f"{result.settings.model_len:,} tokens, or than the GPU's cache, or without a prompt"
-            )
+            (f"{refused:,} of {len(result.columns['refused']):,} requests refused: {why_refused(result.settings)}")
         ]
     skipped = {reason: count for reason, count in result.refused_chunks.items() if count and reason != "resident"}
     if skipped:

@@ -2,6 +2,7 @@
 
 from kvsim.report.units import gib, percent, seconds
 from kvsim.tuner.trial import Settled, Tried
+from kvtraces.words import counted
 
 
 def trial_sentences(settled: Settled) -> list[str]:
@@ -19,13 +20,14 @@ def trial_sentences(settled: Settled) -> list[str]:
     return words
 
 
-def trial_headline(chosen: Tried, target: float | None) -> str:
+def trial_headline(settled: Settled, chosen: Tried) -> str:
     """Return the recommendation of no cache in one line."""
-    engines = chosen.settings.engines
+    engines, target = chosen.settings.engines, settled.trial.slo_ttft_p95_s
     who = "one engine does" if engines == 1 else f"{engines} engines do"
     if target is None:
         return f"No L1: under this load reuse does not pay; {who} without."
-    return f"No L1: {who} without, within the target of {target:g} s."
+    but = f", but for {counted(settled.refused, 'request')} refused" if settled.refused else ""
+    return f"No L1: {who} without, within the target of {target:g} s{but}."
 
 
 def _against(chosen: Tried, bare: Tried, target: float | None) -> str:
@@ -42,7 +44,7 @@ def _dearer(settled: Settled, chosen: Tried) -> str:
     bare = min(good, key=lambda one: one.cost or 0.0, default=None)
     if bare is None or bare is chosen:
         return ""
-    return f", without L1 {bare.cost:.4g} on {bare.settings.engines} engines"
+    return f", without L1 {bare.cost:.4g} on {counted(bare.settings.engines, 'engine')}"
 
 
 def _times(one: Tried) -> str:
@@ -73,6 +75,7 @@ def _columns(settled: Settled) -> list[tuple[str, bool]]:
         ("queue p95", True),
         ("saved", True),
         ("GPU", True),
+        ("refused", settled.refused > 0),
         ("target", settled.trial.slo_ttft_p95_s is not None),
         ("cost", settled.trial.prices is not None),
     ]
@@ -95,7 +98,7 @@ def trial_marked(settled: Settled) -> int | None:
 
 
 def _cells(one: Tried, bare: Tried) -> list[str]:
-    settings, cached = one.settings, one.point is not None
+    settings, cached, refused = one.settings, one.point is not None, one.load.refused_requests
     queue = one.figures["queue_s"]["p95"]
     saved = None
     if one.ttft_mean_s is not None and bare.ttft_mean_s:
@@ -111,7 +114,8 @@ def _cells(one: Tried, bare: Tried) -> list[str]:
         _seconds(queue),
         "-" if saved is None else percent(saved),
         percent(one.figures["utilisation"].get("gpu", 0.0)),
-        {True: "met", False: "missed", None: "-"}[one.meets_target],
+        f"{refused:,}",
+        {True: f"met for {one.load.requests:,}" if refused else "met", False: "missed", None: "-"}[one.meets_target],
         "-" if one.cost is None else f"{one.cost:.4g}",
     ]
 

@@ -5,6 +5,7 @@ import numpy as np
 from kvsim.plots import Chart, Series
 from kvsim.report.units import percent, seconds
 from kvsim.validation import HITS, PARTS, Group, Validation
+from kvtraces.words import counted
 
 TTFT_HEADINGS = ("TTFT", "recorded", "predicted", "error", "95% interval", "by length", "its error")
 HIT_HEADINGS = ("tier", "recorded", "predicted", "error", "equal requests")
@@ -43,7 +44,7 @@ def sentences(found: Validation) -> list[str]:
         where(found),
         ""
         if found.compared == found.requests
-        else f"{found.compared:,} requests have a recorded TTFT to compare with.",
+        else f"{counted(found.compared, 'request')} with a recorded TTFT to compare with.",
     ]
     return [sentence for sentence in words if sentence]
 
@@ -80,12 +81,17 @@ def missing(found: Validation) -> list[str]:
 def notes(found: Validation) -> list[str]:
     """Return what must be said beside the figures."""
     told = missing(found)
-    load = found.result.load
+    load, l1 = found.result.load, found.hits.get("l1")
+    if l1 is not None and l1.recorded and found.result.settings.l1_gb == 0:
+        told.append(
+            "the log records hits in L1, and no L1 is simulated: give the server's --journal, or its --l1-size-gb and "
+            "--chunk-tokens"
+        )
     if not load.sustained:
         told.append(f"the simulation says that this load cannot be sustained: {load.sentence()}")
     refused = int(found.result.columns["refused"].sum())
     if refused:
-        told.append(f"{refused:,} requests were refused by the simulation and are not compared")
+        told.append(f"{counted(refused, 'request')} refused by the simulation, and not compared")
     return [*told, *found.result.warnings]
 
 

@@ -5,6 +5,7 @@ from kvsim.report.trial_words import trial_headline, trial_sentences
 from kvsim.report.units import gib, mib, percent, seconds
 from kvsim.tuner.points import Figures, Point
 from kvsim.tuner.result import TuneResult
+from kvtraces.words import counted
 
 
 def headline(result: TuneResult) -> str:
@@ -12,7 +13,7 @@ def headline(result: TuneResult) -> str:
     chosen = None if result.settled is None else result.settled.chosen
     if not result.pays:
         if result.settled is not None and chosen is not None:
-            return trial_headline(chosen, result.settled.trial.slo_ttft_p95_s)
+            return trial_headline(result.settled, chosen)
         return "No L1: reuse does not pay on this log."
     point = result.point
     size = mib(result.costs.kv.chunk_bytes(point.chunk_tokens))
@@ -22,7 +23,7 @@ def headline(result: TuneResult) -> str:
     lower, engines = chosen.settings.l2_gb, chosen.settings.engines
     if lower:
         words += f", an L2 of {gib(lower)}"
-    return f"{words}, on {engines} engine{'s' if engines > 1 else ''}."
+    return f"{words}, on {counted(engines, 'engine')}."
 
 
 def sentences(result: TuneResult) -> list[str]:
@@ -53,16 +54,18 @@ def _simulated(result: TuneResult) -> list[str]:
 
 
 def _more(result: TuneResult) -> str:
-    words = f"One GiB more would add {_gain(result.point, result.next_gib)} of the mean TTFT"
+    words = f"One GiB more would {_gain(result.point, result.next_gib)} of the mean TTFT"
     larger = result.next_size
     if larger is None:
         return f"{words}; no larger L1 was tried."
-    return f"{words}; {gib(larger.l1_size_gb)} would add {_gain(result.point, larger)}."
+    return f"{words}; {gib(larger.l1_size_gb)} would {_gain(result.point, larger)}."
 
 
 def _gain(here: Point, larger: Point) -> str:
     points = 100 * (larger.cold.token_hit_ratio - here.cold.token_hit_ratio)
-    return f"{points:.2g} points of hit ratio and save {seconds(here.cold.ttft.mean_s - larger.cold.ttft.mean_s)}"
+    saved = here.cold.ttft.mean_s - larger.cold.ttft.mean_s
+    hits = f"add {points:.2g} points of hit ratio" if points >= 0 else f"lose {-points:.2g} points of hit ratio"
+    return f"{hits} and {'save' if saved >= 0 else 'cost'} {seconds(abs(saved))}"
 
 
 def _share(result: TuneResult) -> str:
@@ -138,7 +141,7 @@ def frontier_rows(result: TuneResult) -> list[list[str]]:
                 seconds(cold.no_cache.p50_s - cold.ttft.p50_s),
                 seconds(cold.no_cache.p95_s - cold.ttft.p95_s),
                 percent(cold.saved_mean_s / cold.no_cache.mean_s if cold.no_cache.mean_s else 0.0),
-                f"{gain:.4f}",
+                f"{gain:,.1f}" if gain >= 10 else f"{gain:.4f}",
             ]
         )
     return rows

@@ -179,3 +179,11 @@ def useful_range(chunked: ChunkedLog) -> tuple[int, int]:
         return 1, most
     low, high = np.searchsorted(curve, (first + 0.01 * (last - first), first + 0.995 * (last - first)))
     return int(low), int(high)
+
+
+def one_chunk_gains(chunked: ChunkedLog) -> bool:
+    """Whether a cache of one chunk hits a hundredth of what one without end does: the head that all prompts share."""
+    if not chunked.chains.paths.is_tree:
+        return True  # not known: no curve
+    curve = lru_curve(chunked.chains)
+    return int(curve[min(1, len(curve) - 1)]) > 0.01 * int(curve[-1])

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Sequence
 
+from kvsim.engine.settings import MOST
 from kvsim.errors import UsageError
 
 LARGEST_CHUNK_TOKENS = 16384
 SMALLEST_CHUNK_TOKENS = 32
 """The default's ends: smaller chunks are many small copies, larger ones lose most hits to alignment."""
+MOST_CHUNK_TOKENS = 1 << 30
 
 
 def default_chunk_sizes(block_tokens: int) -> list[int]:
@@ -32,18 +34,25 @@ def check_log_chunk(chunk_tokens: int | None, block_tokens: int | None) -> None:
     """Raise UsageError for a chunk that is no multiple of the log's block; a log of lengths alone has none."""
     if chunk_tokens is None or block_tokens is None:
         return
+    if chunk_tokens > MOST_CHUNK_TOKENS:
+        raise UsageError(f"chunk size {chunk_tokens}: at most {MOST_CHUNK_TOKENS:,} tokens")
     if chunk_tokens < 1 or chunk_tokens % block_tokens:
         raise UsageError(f"chunk size {chunk_tokens} is no multiple of the log's block of {block_tokens} tokens")
 
 
 def check_l1_sizes(sizes: Sequence[float]) -> list[float]:
-    """Return the L1 sizes in GiB, sorted, each once. Raises UsageError for one that is not above zero."""
+    """Return the L1 sizes in GiB, sorted, each once. Raises UsageError for one that is not above zero, or absurd."""
     if not sizes:
         raise UsageError("no L1 size to try")
     for size in sizes:
-        if not 0 < size < math.inf:
-            raise UsageError(f"an L1 of {size:g} GiB: sizes are above zero")
+        check_l1_size("--l1-sizes-gb", size)
     return sorted(set(map(float, sizes)))
+
+
+def check_l1_size(option: str, size: float) -> None:
+    """Raise UsageError for what is no size of an L1 in GiB."""
+    if not 0 < size <= MOST:
+        raise UsageError(f"{option} {size:g}: sizes are above zero, and at most {MOST:g}")
 
 
 def check_policies(names: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -62,16 +71,23 @@ def spread(low: float, high: float, points: int, most: float | None = None) -> l
     """Return about `points` sizes from `low` to `high`, evenly spread by ratio, rounded up to two or three digits.
 
     None is above `most`, which then stands for those that would be; a range that would lie above it begins at an eighth
-    of it. Raises UsageError for no points.
+    of it.
     """
-    if points < 1:
-        raise UsageError(f"--l1-points {points}: at least 1")
     if most is not None and most < high:
         low, high = min(low, most / 8), most
     ratio = (high / low) ** (1 / max(points - 1, 1))
     sizes = [high] if points == 1 else [low * ratio**i for i in range(points)]
     rounded = {_round_up(size) for size in sizes}
     return sorted(rounded if most is None else {min(size, most) for size in rounded})
+
+
+def smaller(least: float, size: float) -> list[float]:
+    """Return the sizes below `size` from `least` on, each four times the one before, rounded as those of `spread`."""
+    found = []
+    while (rounded := _round_up(least)) < size:
+        found.append(rounded)
+        least *= 4
+    return found
 
 
 def _round_up(size: float) -> float:

@@ -139,7 +139,7 @@ class TuneResult:
         """Return the recommendation as plain JSON values; without a setting where reuse does not pay.
 
         Where settings were simulated, TTFT is that of the simulation (null where no setting is good), and that of the
-        sweep is under `unqueued`.
+        sweep is under `unqueued`; `meets_slo` is of the requests that are not refused.
         """
         cold = self.point.cold
         common = {"pays": self.pays, "no_cache": _times("ttft", cold.no_cache), "notes": list(self.notes)}
@@ -165,7 +165,7 @@ class TuneResult:
         more, here = larger.cold, self.point.cold
         return {
             "l1_size_gb": larger.l1_size_gb,
-            "token_hit_ratio": round(more.token_hit_ratio - here.token_hit_ratio, 6),
+            "gained_token_hit_ratio": round(more.token_hit_ratio - here.token_hit_ratio, 6),
             "ttft_mean_saved_s": round(here.ttft.mean_s - more.ttft.mean_s, 9),
             "ttft_p50_saved_s": round(here.ttft.p50_s - more.ttft.p50_s, 9),
             "ttft_p95_saved_s": round(here.ttft.p95_s - more.ttft.p95_s, 9),
@@ -234,6 +234,7 @@ def _under_load(found: dict[str, Any], settled: Settled) -> dict[str, Any]:
         "engines": engines,
         "l2_size_gb": 0.0 if chosen is None else chosen.settings.l2_gb,
         "sustained": chosen is not None or any(one.load.sustained for one in settled.tried),
+        "refused_requests": settled.refused,
         "meets_slo": False if chosen is None and settled.trial.slo_ttft_p95_s is not None else _meets(chosen),
         "cost_per_million_prompt_tokens": None if chosen is None else chosen.cost,
         "reason": settled.reason,

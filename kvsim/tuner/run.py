@@ -1,23 +1,35 @@
 """`tune`: from a log to a recommendation."""
 
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from kvcore.policy import POLICIES
+from kvsim.engine.arrivals import why_refused
 from kvsim.errors import UsageError
-from kvsim.tuner.evaluate import ChunkedLog, Evaluator, Priced, chunked_logs, useful_range
-from kvsim.tuner.grid import check_chunk_sizes, check_l1_sizes, check_policies, default_chunk_sizes, spread
+from kvsim.tuner.evaluate import ChunkedLog, Evaluator, Priced, chunked_logs, one_chunk_gains, useful_range
+from kvsim.tuner.grid import (
+    check_chunk_sizes,
+    check_l1_size,
+    check_l1_sizes,
+    check_policies,
+    default_chunk_sizes,
+    smaller,
+    spread,
+)
 from kvsim.tuner.points import Point
 from kvsim.tuner.pricing import Costs
 from kvsim.tuner.result import Alignment, LogSummary, TuneResult
 from kvsim.tuner.rule import Choice, Rule, choose
 from kvsim.tuner.trial import Settled, Trial, settle
 from kvtraces import Log
+from kvtraces.words import counted
 
-DEFAULT_L1_POINTS = 20
+DEFAULT_L1_POINTS, MOST_L1_POINTS = 20, 10_000
 COMMON_HOST_GB = 2048.0
 
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 Progress = Callable[[int, int], None]
 """Called with steps done and steps in all: one a chunk size, one a setting."""
 
@@ -47,7 +59,8 @@ def tune(  # noqa: PLR0913 - what a sweep is
         costs: What prefill and copies cost, and the KV's size.
         chunk_sizes: Tokens of a chunk, multiples of the log's block; default: powers of two times the block.
         l1_sizes_gb: L1 sizes in GiB, all ranks together.
-        l1_points: How many sizes to spread over the useful range where none are given.
+        l1_points: How many sizes to spread over the useful range where none are given; smaller ones are tried too where
+            a single chunk gains.
         l1_max_gb: The largest size to try then: what the host has.
         policies: Eviction policies; default: all that a server can run.
         rule: The choice's thresholds.
@@ -65,14 +78,21 @@ def tune(  # noqa: PLR0913 - what a sweep is
         raise UsageError(f"--threads {threads}: at least 1")
     if l1_sizes_gb and l1_max_gb is not None:
         raise UsageError("--l1-sizes-gb and --l1-max-gb: give one")
+    if l1_max_gb is not None:
+        check_l1_size("--l1-max-gb", l1_max_gb)
+    if not 1 <= l1_points <= MOST_L1_POINTS:
+        raise UsageError(f"--l1-points {l1_points}: at least 1, and at most {MOST_L1_POINTS:,}")
     sizes = check_chunk_sizes(chunk_sizes, block_tokens) if chunk_sizes else default_chunk_sizes(block_tokens)
     names = check_policies(policies, POLICIES) if policies else list(POLICIES)
+    if trial is not None:
+        trial.refused(log)  # before the sweep, not after it
     evaluator = Evaluator(log, costs)
     chunked = chunked_logs(log, sizes)
     if l1_sizes_gb:
         l1_sizes = check_l1_sizes(l1_sizes_gb)
     else:
         l1_sizes = _spread_l1(chunked[sizes[0]], costs, l1_points, l1_max_gb)
+    _check_fits(costs, l1_sizes[-1], sizes[0])
     tasks = [(size, policy, l1) for size in sizes for policy in names for l1 in l1_sizes]
     priced, points = _sweep(evaluator, chunked, tasks, threads, progress)
     rule = rule or Rule()
@@ -92,12 +112,23 @@ def _block_of(log: Log) -> int:
     return log.block_tokens
 
 
+def _check_fits(costs: Costs, l1_gb: float, chunk_tokens: int) -> None:
+    """Raise UsageError where not even the smallest chunk fits into the largest L1."""
+    if not costs.kv.capacity_chunks(l1_gb, chunk_tokens):
+        least = costs.kv.size_gb(1, chunk_tokens)
+        raise UsageError(f"an L1 of {l1_gb:g} GiB holds no chunk: one of {chunk_tokens:,} tokens takes {least:.2g} GiB")
+
+
 def _spread_l1(chunked: ChunkedLog, costs: Costs, points: int, largest_gb: float | None) -> list[float]:
-    """Return L1 sizes over the range in which an LRU cache of the smallest chunks gains."""
+    """Return L1 sizes over the range in which an LRU cache of the smallest chunks gains.
+
+    What a tiny one gains already, such as a system prompt that all share, is below that range: there are sizes from one
+    chunk on, too, then.
+    """
     low_gb, high_gb = (costs.kv.size_gb(capacity, chunked.chunk_tokens) for capacity in useful_range(chunked))
-    if largest_gb is not None:
-        check_l1_sizes([largest_gb])
-    return spread(low_gb, high_gb, points, largest_gb)
+    sizes = spread(low_gb, high_gb, points, largest_gb)
+    tiny = smaller(costs.kv.size_gb(1, chunked.chunk_tokens), sizes[0]) if one_chunk_gains(chunked) else []
+    return [*tiny, *sizes]
 
 
 def _sweep(
@@ -229,24 +260,37 @@ def _notes(evaluator: Evaluator, choice: Choice, unbounded: Point, settled: Sett
         notes.append("TTFT is without a queue and without the engine's own prefix cache: kvsim run adds both")
     else:
         notes += _warnings(settled)
+        if settled.trial.prices is not None and settled.trial.slo_ttft_p95_s is None:
+            notes.append("prices decide nothing without a target (--slo-ttft-p95): the cheapest would be the slowest")
         notes.append("the sweep's TTFT is without a queue and without the engine's own prefix cache")
     return tuple(notes)
 
 
 def _too_long(evaluator: Evaluator, settled: Settled | None) -> list[str]:
-    """Return a note where prompts are longer than the model takes."""
-    most = evaluator.costs.profile.max_model_len if settled is None else settled.trial.base.model_len
-    count = int((evaluator.log.input_tokens > most).sum())
-    if not count:
-        return []
-    but = "but counted all the same" if settled is None else "which the sweep counts and the simulation refuses"
-    return [f"{count:,} prompts are longer than the model's {most:,} tokens, {but}"]
+    """Return a note where requests are longer than an engine takes."""
+    log, most = evaluator.log, evaluator.costs.profile.max_model_len
+    if settled is not None:
+        if not settled.refused:
+            return []
+        why = f"{why_refused(settled.trial.base)}; the sweep counts them"
+        return [
+            f"{settled.refused:,} of {counted(len(log), 'request')} refused, and in no figure of the simulations: {why}"
+        ]
+    count = int((log.input_tokens + log.output_tokens > most).sum())
+    return (
+        [f"{counted(count, 'request')} longer than the model's {most:,} tokens, counted all the same"] if count else []
+    )
 
 
 def _warnings(settled: Settled) -> list[str]:
-    """Return the simulations' warnings, each once."""
-    tried = (*settled.no_cache, *settled.tried)
-    return list(dict.fromkeys(warning for one in tried for warning in one.figures["warnings"]))
+    """Return the simulations' warnings, each once: of those that differ in numbers alone, that with the largest."""
+    found: dict[str, tuple[list[float], str]] = {}
+    for one in (*settled.no_cache, *settled.tried):
+        for warning in one.figures["warnings"]:
+            numbers = [float(number.replace(",", "")) for number in _NUMBER.findall(warning)]
+            kind = _NUMBER.sub("#", warning)
+            found[kind] = max(found.get(kind, (numbers, warning)), (numbers, warning))
+    return [warning for _, warning in found.values()]
 
 
 def _why_not(choice: Choice, unbounded: Point) -> str:

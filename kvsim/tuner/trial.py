@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from kvsim.engine.arrivals import refused, why_refused
 from kvsim.engine.load import Load
-from kvsim.engine.settings import RunSettings
+from kvsim.engine.settings import MOST, RunSettings, SettingsError
 from kvsim.errors import UsageError
 from kvsim.runner import RunResult, run_many
 from kvsim.tuner.points import Point
@@ -37,8 +38,9 @@ class Prices:
     def __post_init__(self) -> None:
         """Refuse a price that is none."""
         for name in ("gpu_hour", "ram_gb_hour", "disk_gb_hour"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"--price-{name.replace('_', '-')} {getattr(self, name):g}: not negative, and finite")
+            if not 0 <= getattr(self, name) <= MOST:
+                flag = f"--price-{name.replace('_', '-')}"
+                raise UsageError(f"{flag} {getattr(self, name):g}: not negative, and at most {MOST:g}")
 
     def an_hour(self, settings: RunSettings) -> float | None:
         """Return what a setting's servers cost an hour; None for a tier without end."""
@@ -75,14 +77,25 @@ class Trial:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be tried."""
-        if self.top < 1 or self.workers < 1:
-            raise UsageError("--simulate and --workers: at least 1")
+        if self.top < 1:
+            raise UsageError(f"--simulate {self.top}: at least 1, or 0 for none")
+        if self.workers < 1:
+            raise UsageError(f"{self.workers} workers: at least 1")
         if not self.engines or not self.l2_sizes_gb:
             raise UsageError("--engines and --l2-sizes-gb: an empty list")
-        if any(not 0 <= size < math.inf for size in self.l2_sizes_gb):
-            raise UsageError("--l2-sizes-gb: sizes are not negative, and finite")
+        if any(not 0 <= size <= MOST for size in self.l2_sizes_gb):
+            raise UsageError(f"--l2-sizes-gb: sizes are not negative, and at most {MOST:g}")
         if self.slo_ttft_p95_s is not None and not 0 < self.slo_ttft_p95_s < math.inf:
             raise UsageError(f"--slo-ttft-p95 {self.slo_ttft_p95_s:g}: seconds, above zero")
+
+    def refused(self, log: Log) -> int:
+        """Return how many requests every setting refuses. Raises SettingsError where that is all of them."""
+        count = int(refused(log, self.base).sum())
+        if count == len(log):
+            raise SettingsError(
+                f"nothing can be simulated: every request is refused, all {count:,}: {why_refused(self.base)}"
+            )
+        return count
 
     def settings(self, point: Point | None, l2_gb: float, engines: int) -> RunSettings:
         """Return the setting of a point of the sweep; of no cache for None. Raises SettingsError."""
@@ -153,6 +166,7 @@ class Settled:
         trial: What was asked for.
         no_cache: Without L1 and L2, by number of engines.
         tried: The settings with a cache.
+        refused: Requests that every one of them refuses: the figures, and the target, are of the others.
         chosen: What is recommended, which may be no cache; None where no setting is good.
         reason: Why, in one sentence.
     """
@@ -160,6 +174,7 @@ class Settled:
     trial: Trial
     no_cache: tuple[Tried, ...]
     tried: tuple[Tried, ...]
+    refused: int
     chosen: Tried | None
     reason: str
 
@@ -176,6 +191,7 @@ class Settled:
             "routing": trial.base.routing,
             "l0_blocks": trial.base.l0_blocks,
             "max_model_len": trial.base.model_len,
+            "refused_requests": self.refused,
             "slo_ttft_p95_s": trial.slo_ttft_p95_s,
             "prices": None
             if prices is None
@@ -210,13 +226,15 @@ def settle(
 ) -> Settled:
     """Simulate the best settings of a sweep, and no cache, and choose.
 
-    With a target, the cheapest setting that meets it, no cache included: by price, without prices by fewest engines,
+    With a target, the cheapest setting that meets it, no cache included, and the sweep's sizes next below are simulated
+    until one does not: by price, without prices by fewest engines,
     then smallest L1, then smallest L2. Without one, on the fewest engines that sustain the load, the smallest L1 whose
     mean TTFT saves within `rule.within` of the most that any saves.
 
     Raises:
         SettingsError: A setting that cannot be run with this log.
     """
+    turned_away = trial.refused(log)
     engines = sorted(set(trial.engines))
     wanted: list[tuple[Point | None, float, int]] = [(None, 0.0, count) for count in engines]
     lower = sorted(set(trial.l2_sizes_gb))
@@ -226,7 +244,27 @@ def settle(
     tried = [_tried(trial, point, result) for (point, _, _), result in zip(wanted, results, strict=True)]
     bare, cached = tuple(tried[: len(engines)]), tuple(tried[len(engines) :])
     chosen, reason = _chosen(bare, cached, trial, rule)
-    return Settled(trial=trial, no_cache=bare, tried=cached, chosen=chosen, reason=reason)
+    if trial.slo_ttft_p95_s is not None and chosen is not None:
+        further = _smaller(log, choice, trial, chosen, cached)
+        cached = tuple(sorted((*cached, *further), key=lambda one: one.settings.l1_gb or 0.0))
+        chosen, reason = _chosen(bare, cached, trial, rule)
+    if turned_away:
+        reason = f"{reason}, not counting {turned_away:,} of {len(log):,} requests, which are refused"
+    return Settled(trial=trial, no_cache=bare, tried=cached, refused=turned_away, chosen=chosen, reason=reason)
+
+
+def _smaller(log: Log, choice: Choice, trial: Trial, chosen: Tried, cached: Sequence[Tried]) -> list[Tried]:
+    """Simulate the sweep's next smaller sizes below one that meets the target, until one does not or is known."""
+    known = [one.settings for one in cached]
+    found: list[Tried] = []
+    below = [point for point in choice.frontier if point.l1_size_gb < (chosen.settings.l1_gb or 0.0)]
+    for point in reversed(below):
+        setting = trial.settings(point, chosen.settings.l2_gb or 0.0, chosen.settings.engines)
+        if setting in known or (found and not found[-1].good):
+            break
+        (result,) = run_many(log, [setting], workers=1, cluster=trial.cluster)
+        found.append(_tried(trial, point, result))
+    return found
 
 
 def _tried(trial: Trial, point: Point | None, result: RunResult) -> Tried:

@@ -17,13 +17,14 @@ from kvtraces import Chat, Poisson, generate, write
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-def run(name, *arguments, folder):
+def run(name, *arguments, folder, code=0):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-W", "error", str(EXAMPLES / name), *map(str, arguments)]
     done = subprocess.run(
         command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
     return done.stdout
 
 
@@ -47,6 +48,15 @@ def test_tune_a_log(tmp_path, log, given):
     assert "recommended: chunks of" in printed
 
 
+def test_a_log_that_reuses_nothing_has_nothing_recommended(tmp_path):
+    row = {"timestamp": 0, "input_length": 128, "output_length": 5, "block_size": 64}
+    rows = [{**row, "hash_ids": [2 * i, 2 * i + 1]} for i in range(20)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    printed = run("tune_a_log.py", "log.jsonl", folder=tmp_path)
+    assert "nothing is recommended: reuse cannot pay" in printed
+    assert "recommended: chunks" not in printed
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_run_under_load(tmp_path, log, given):
     printed = run("run_under_load.py", *([log] if given else []), folder=tmp_path)
@@ -60,6 +70,14 @@ def test_what_if(tmp_path, log, given):
     printed = run("what_if.py", *([log] if given else []), folder=tmp_path)
     assert printed.count("GPU busy") == 6
     assert "within 0.5 s" in printed
+
+
+def test_a_log_that_fits_no_model_is_told(tmp_path):
+    path = tmp_path / "log.jsonl"
+    row = {"timestamp": 0, "input_length": 64_000, "output_length": 5, "hash_ids": list(range(100)), "block_size": 640}
+    path.write_text(json.dumps(row) + "\n")
+    for name, word in (("run_under_load.py", "every request is refused, all 1"), ("what_if.py", "nothing served")):
+        assert word in run(name, path, folder=tmp_path, code=1)
 
 
 def test_validate_a_prediction(tmp_path):

@@ -11,7 +11,7 @@ last one only. A crash may leave the last record torn; anything else that does n
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
@@ -22,6 +22,7 @@ import msgspec
 
 from kvcore.policy import Chunk, Core, CoreConfig, Decision, Event
 from kvcore.policy.snapshot import dump, reconfigured, restore
+from kvtraces.words import counted
 
 MAGIC = b"KVJRNL\x00\x01"
 DEFAULT_SEGMENT_BYTES = 256 << 20
@@ -242,8 +243,8 @@ def restore_core(head: Head, snapshot: Snapshot | None) -> Core:
         raise JournalError(f"the snapshot cannot be restored: {error}") from error
 
 
-def read_segment(path: Path) -> Iterator[Located]:
-    """Yield a segment's records; a torn last record ends it.
+def read_segment(path: Path) -> Generator[Located, None, bool]:
+    """Yield a segment's records; return whether the last one is torn, which a crash leaves and nothing follows.
 
     Raises JournalError for damage: a checksum, or a payload that is no record.
     """
@@ -251,17 +252,20 @@ def read_segment(path: Path) -> Iterator[Located]:
         if file.read(len(MAGIC)) != MAGIC:
             raise JournalError("not a journal of this format", path.name)
         offset = len(MAGIC)
-        while len(header := file.read(_HEADER.size)) == _HEADER.size:
+        while header := file.read(_HEADER.size):
+            if len(header) < _HEADER.size:
+                return True
             length, length_sum, payload_sum = _HEADER.unpack(header)
             if crc32(header[: _LENGTH.size]) != length_sum:
                 raise JournalError("a record's length does not fit its checksum", path.name, offset)
             payload = file.read(length)
             if len(payload) < length:
-                return
+                return True
             if crc32(payload) != payload_sum:
                 raise JournalError("a record does not fit its checksum", path.name, offset)
             yield Located(path.name, offset, _decode(payload, path.name, offset))
             offset += _HEADER.size + length
+    return False
 
 
 def _decode(payload: bytes, segment: str, offset: int) -> Record:
@@ -320,9 +324,16 @@ class Equal:
 
     segments: int
     steps: int
+    torn: tuple[str, ...] = ()
+    """Segments whose last record a crash has cut short: what it held is in no step."""
 
     def __str__(self) -> str:
-        return f"equal: {self.steps} steps in {self.segments} segments decided again as recorded"
+        within = counted(self.segments, "segment")
+        if not self.steps:
+            return f"nothing to decide again: no whole step in {within}"
+        words = f"equal: {counted(self.steps, 'step')} in {within} decided again as recorded"
+        cut = f"; the last record of {', '.join(self.torn)} is cut short, as a crash leaves it" if self.torn else ""
+        return f"{words}{cut}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -361,10 +372,11 @@ def verify(folder: str | Path) -> Equal | Difference:
     if not paths:
         raise JournalError(f"no journal in {folder}")
     check = _Verifier()
+    torn: list[str] = []
     try:
         for path in paths:
             check.begin(path.name)
-            for located in read_segment(path):
+            for located in _records(path, torn):
                 difference = check.take(located)
                 if difference is not None:
                     return difference
@@ -372,7 +384,13 @@ def verify(folder: str | Path) -> Equal | Difference:
         return Difference(
             segment=error.segment or path.name, offset=error.offset, step=check.steps, reason=error.reason
         )
-    return Equal(segments=len(paths), steps=check.steps)
+    return Equal(segments=len(paths), steps=check.steps, torn=tuple(torn))
+
+
+def _records(path: Path, torn: list[str]) -> Iterator[Located]:
+    """Yield a segment's records; note it in `torn` where the last one is."""
+    if (yield from read_segment(path)):
+        torn.append(path.name)
 
 
 class _Verifier:

@@ -1,6 +1,7 @@
 """Reading of logs: which format a file has, what its block size is, in which order its rows come."""
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from kvtraces.log import IntArray, Log, join_columns, offsets
 from kvtraces.rows import Rows, leading
 from kvtraces.schema import MAX_BLOCK_TOKENS
 from kvtraces.sources import Progress, Stream, expand, read_pieces
+from kvtraces.words import counted
 
 CANDIDATES = tuple(1 << i for i in range(21))
 """Block sizes that are tried where a log does not give its own."""
@@ -143,7 +145,9 @@ def _empty(streams: Sequence[Stream], bad: BadRows) -> LogError:
     others = sum(len(stream.files) for stream in streams) - 1
     where = f"empty log: no requests in it{f' or the {others} files after it' if others > 0 else ''}"
     if bad.count:
-        return LogError(path, None, None, f"{where}, {bad.count} bad rows left out; the first: {bad.messages[0]}")
+        return LogError(
+            path, None, None, f"{where}, {counted(bad.count, 'bad row')} left out; the first: {bad.messages[0]}"
+        )
     return LogError(path, None, None, f"{where}; record some, or check the path")
 
 
@@ -232,21 +236,56 @@ def _check_counts(rows: Rows, block: int | None, bad: BadRows) -> None:
 
 def _check_order(recording: Sequence[Rows], bad: BadRows) -> None:
     """Report rows out of order: time that runs backwards, `seq` in some rows only or twice. Drop them."""
-    sequenced = any("seq" in rows.extra for rows in recording)
-    latest = 0.0
+    if not any("seq" in rows.extra for rows in recording):
+        _check_times(recording, bad)
+        return
     seen: set[int] = set()
     for rows in recording:
-        if sequenced:
-            good = _check_seq(rows, seen, bad)
-        else:
-            before = np.maximum.accumulate(np.concatenate(([latest], rows.timestamp_ms)))
-            good = rows.timestamp_ms >= before[:-1]
-            latest = float(before[-1])
-            for row in np.flatnonzero(~good):
-                what = f"{rows.timestamp_ms[row]:.16g} comes after {before[row]:.16g}: time runs backwards"
-                bad.report(rows.error(int(row), "timestamp", f"{what}; sort the rows, or give them seq"))
+        good = _check_seq(rows, seen, bad)
         if not good.all():
             rows.keep(good)
+
+
+def _check_times(recording: Sequence[Rows], bad: BadRows) -> None:
+    """Report rows whose time runs backwards, or those that jump ahead of the others where these are fewer."""
+    times = np.concatenate([np.zeros(0), *(rows.timestamp_ms for rows in recording)])
+    before = np.maximum.accumulate(np.concatenate(([0.0], times)))[:-1]
+    kept = times >= before
+    if kept.all():
+        return
+    jumps = False
+    if bad.skip:
+        longest = _longest_in_order(times)
+        jumps = bool(longest.sum() > kept.sum())
+        kept = longest if jumps else kept
+    done = 0
+    for rows in recording:
+        good = kept[done : done + len(rows)]
+        for row in np.flatnonzero(~good).tolist():
+            at, latest = times[done + row], before[done + row]
+            what = f"{at:.16g} comes after {latest:.16g}: time runs backwards; sort the rows, or give them seq"
+            told = f"{at:.16g} is out of order with most rows; {MEND}" if jumps else what
+            bad.report(rows.error(row, "timestamp", told))
+        done += len(rows)
+        if not good.all():
+            rows.keep(good)
+
+
+def _longest_in_order(times: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which rows are in the longest run of rows whose times never fall: the fewest are left out."""
+    ends: list[float] = []  # the smallest time that a run of each length can end in, and the row of it
+    rows: list[int] = []
+    before = np.full(len(times), -1)
+    for row, time in enumerate(times.tolist()):
+        length = bisect_right(ends, time)
+        before[row] = rows[length - 1] if length else -1
+        ends[length : length + 1], rows[length : length + 1] = [time], [row]
+    found = np.zeros(len(times), bool)
+    row = rows[-1]
+    while row >= 0:
+        found[row] = True
+        row = int(before[row])
+    return found
 
 
 def _check_seq(rows: Rows, seen: set[int], bad: BadRows) -> NDArray[np.bool_]:

@@ -216,7 +216,7 @@ def test_bad_rows_are_named_or_counted(capsys, tmp_path, kind):
     code, out, err = run(capsys, *command, "--json", "--skip-bad")
     assert code == 0
     assert json.loads(out)["requests"] == 1
-    assert "1 bad rows left out" in err
+    assert "1 bad row left out" in err
 
 
 def test_bad_logs(capsys, tmp_path):
@@ -244,6 +244,10 @@ def test_bad_settings(capsys, trace):
         ((*simulate, "--l1-size-gb", 4, "--model", "qwen3-8b", "--kv-dtype", "int3"), "unknown KV dtype"),
         ((*simulate, "--l1-size-gb", 4, "--model", "qwen3-8b", "--tensor-parallel", 3), "8 KV heads"),
         ((*simulate, "--l1-size-gb", 4, "--model", "qwen3-8b", "--tensor-parallel", 0), "at least 1"),
+        ((*simulate, "--l1-size-gb", 1e300, "--model", "qwen3-8b"), "--l1-size-gb 1e+300"),
+        ((*simulate, "--capacity-chunks", 10**30), "2^62"),
+        ((*simulate, "--tensor-parallel", 0), "give --model"),
+        ((*simulate, "--model", "qwen3-9b"), "did you mean"),
         ((*simulate, "--block-size", 0), "--block-size 0"),
         ((*simulate, "--block-size", 128), "block_size"),
         (("simulate", "--trace", trace), "--chunk-tokens"),
@@ -267,6 +271,11 @@ def test_bad_settings_of_tune(capsys, trace, tmp_path):
         ((*tune, *COSTS, "--l1-sizes-gb", "1,-2"), "above zero"),
         ((*tune, *COSTS, "--l1-sizes-gb", "1,inf"), "finite"),
         ((*tune, *COSTS, "--l1-points", 0), "--l1-points 0"),
+        ((*tune, *COSTS, "--l1-points", 0, "--l1-sizes-gb", 4), "--l1-points 0"),
+        ((*tune, *COSTS, "--l1-sizes-gb", 1e300), "--l1-sizes-gb 1e+300"),
+        ((*tune, *COSTS, "--l1-max-gb", 1e300), "--l1-max-gb 1e+300"),
+        ((*tune, *COSTS, "--l1-max-gb", 0.001), "holds no chunk"),
+        ((*tune, *COSTS, "--chunk-sizes", 64 * 10**20), "at most"),
         ((*tune, *COSTS, "--policies", "lru,mru"), "unknown policy 'mru'"),
         ((*tune, *COSTS, "--policies", "belady"), "belady"),
         ((*tune, *COSTS, "--within", 2), "--within 2"),
@@ -334,3 +343,16 @@ def test_ctrl_c_exits_130_and_leaves_nothing(tmp_path):
     assert "Traceback" not in seen + err
     assert out == ""
     assert list(folder.iterdir()) == []
+
+
+def test_rows_of_other_models_are_told(capsys, tmp_path):
+    path = rows(tmp_path, *({**GOOD, "block_size": 512, "timestamp": i, "model": "Qwen/Qwen3-8B"} for i in range(3)))
+    command = ("tune", "--trace", path, "--policies", "lru", "--gpu", "h100")
+    assert run(capsys, *command, "--model", "qwen3-8b")[2] == ""
+    err = run(capsys, *command, "--model", "qwen3-1.7b")[2]
+    assert err == "kvsim: the log has rows of Qwen/Qwen3-8B, and is priced as qwen3-1.7b's\n"
+    with path.open("a") as file:
+        file.write(json.dumps({**GOOD, "timestamp": 3, "model": "b"}) + "\n")
+    code, _, err = run(capsys, "describe", "--trace", path)
+    assert code == 0
+    assert "rows of Qwen/Qwen3-8B, b: equal hash_ids are taken for the same KV" in err

@@ -116,6 +116,16 @@ def test_long_requests_are_refused_and_counted(kvsim_command, command, chat_trac
     assert f"{refused} of 400 requests refused" in kvsim_command.shown(*command, "--max-model-len", 2000)
 
 
+@pytest.mark.filterwarnings("error")
+def test_all_requests_refused_is_said_and_is_json(kvsim_command, command):
+    given = (*command, "--max-model-len", 10, "--l2-size-gb", 5)
+    found = kvsim_command.json(*given)
+    assert set(found["ttft_s"].values()) == set(found["queue_s"].values()) == {None}
+    assert set(found["utilisation"].values()) == {0.0}
+    assert found["load"]["says"] == "nothing is served: every request is refused, all 400"
+    assert "Nothing is served: every request is refused, all 400" in kvsim_command.shown(*given)
+
+
 @pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz", "t.parquet"])
 def test_the_timeline_has_a_row_a_request(kvsim_command, command, tmp_path, name):
     path = tmp_path / name
@@ -177,6 +187,17 @@ def test_bad_settings(kvsim_command, command, chat_trace, tmp_path):
         ((*command, "--arrivals", "poisson"), "--rate-per-s goes with"),
         ((*command, "--engines", 0), "engines is 0"),
         ((*command, "--max-num-seqs", 0), "--max-num-seqs is 0"),
+        ((*command, "--seed", -1), "--seed is -1"),
+        ((*command, "--ttl-s", 1e300), "--ttl-s is 1e+300"),
+        ((*command, "--lookup-s", 1e300), "--lookup-s is 1e+300"),
+        ((*command, "--l1-size-gb", 1e300), "--l1-size-gb is 1e+300"),
+        ((*command, "--l0-gb", 1e300), "--l0-gb is 1e+300"),
+        ((*command, "--rate-scale", 1e-300), "--rate-scale is 1e-300"),
+        ((*command, "--arrivals", "poisson", "--rate-per-s", 1e-300), "--rate-per-s is 1e-300"),
+        ((*command, "--engines", 10**23), "--engines is 1"),
+        ((*command, "--chunk-tokens", 64 * 10**20), "at most"),
+        ((*command, "--l1-size-gb", 0, "--policy", "mru"), "--policy: no eviction policy 'mru'"),
+        ((*command, "--l2-policy", "mru"), "--l2-policy: no eviction policy 'mru'"),
         ((*command, "--routing", "random"), "random"),
         ((*command, "--routing", "recorded"), "no instance column"),
         ((*command, "--policy", "belady"), "no eviction policy 'belady'; there are"),
@@ -231,8 +252,12 @@ def stopped_worker(group, deadline):
     raise AssertionError("no worker was started")
 
 
-@pytest.mark.parametrize(("at", "stop"), [("[1-9]", False), ("([3-9]|\\d\\d)", False), ("[1-9]", True)])
-def test_ctrl_c_ends_every_process_and_leaves_nothing(tmp_path, at, stop):
+@pytest.mark.parametrize(
+    ("at", "stop", "sent"),
+    [("[1-9]", False, "INT"), ("([3-9]|\\d\\d)", False, "INT"), ("[1-9]", True, "INT"), ("[1-9]", False, "TERM")],
+)
+def test_ctrl_c_and_sigterm_end_every_process_and_leave_nothing(tmp_path, at, stop, sent):
+    """Ctrl-C goes to the whole group; SIGTERM, as a supervisor sends it, to the command alone."""
     log, out, temporary = tmp_path / "log.jsonl", tmp_path / "out", tmp_path / "temporary"
     out.mkdir()
     temporary.mkdir()
@@ -249,12 +274,15 @@ def test_ctrl_c_ends_every_process_and_leaves_nothing(tmp_path, at, stop):
             seen += os.read(process.stderr.fileno(), 4096).decode(errors="replace")
         if worker is not None:
             os.kill(worker, signal.SIGKILL)
-        os.killpg(process.pid, signal.SIGINT)
+        if sent == "INT":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.terminate()
         try:
             printed, err = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert process.returncode == 130, seen + err
+    assert process.returncode == {"INT": 130, "TERM": 143}[sent], seen + err
     assert "Traceback" not in seen + err
     assert (printed, list(out.iterdir()), list(temporary.iterdir())) == ("", [], [])
     deadline = time.monotonic() + 20

@@ -76,15 +76,34 @@ def test_the_report_has_them(kvsim_command, command, tmp_path):
     assert data["simulated"] == found["simulated"]
 
 
-def test_long_prompts_are_told(kvsim_command, command, chat_trace):
-    count = int((read(chat_trace).input_tokens > 2000).sum())
-    notes = kvsim_command.json(*command, "--simulate", 1, "--max-model-len", 2000)["recommendation"]["notes"]
-    assert any(f"{count} prompts are longer than the model's 2,000 tokens" in note for note in notes)
+@pytest.mark.parametrize("limit", [("--max-model-len", 2000), ("--l0-gb", 2000.5 * 147_456 / 2**30)])
+def test_refused_requests_are_told_and_a_target_is_not_called_met_for_them(kvsim_command, command, chat_trace, limit):
+    log = read(chat_trace)
+    count = int((log.input_tokens + log.output_tokens > 2000).sum())
+    assert 0 < count < len(log)
+    given = (*command, "--simulate", 1, *limit, "--slo-ttft-p95", 5, "--rate-scale", 0.01)
+    found = kvsim_command.json(*given)["recommendation"]
+    assert found["refused_requests"] == count
+    assert any(f"{count} of 400 requests refused" in note for note in found["notes"])
+    assert found["meets_slo"]
+    assert f"not counting {count} of 400 requests" in found["reason"]
+    shown = " ".join(kvsim_command.shown(*given).replace("│", " ").split())
+    assert f"met for {400 - count}" in shown
+    assert f"but for {count} requests refused" in shown
+
+
+def test_a_log_of_which_nothing_can_be_simulated_is_refused(kvsim_command, command):
+    for flag in (("--rate-scale", 1), ("--slo-ttft-p95", 2)):
+        assert "every request is refused, all 400: longer" in kvsim_command.refused(
+            *command, *flag, "--max-model-len", 10
+        )
 
 
 def test_bad_settings(kvsim_command, command):
     for arguments, word in (
-        (("--simulate", -1), "at least 1"),
+        (("--simulate", -1), "--simulate -1: at least 1"),
+        (("--l2-sizes-gb", 1e300), "--l2-sizes-gb"),
+        (("--price-gpu-hour", 1e300), "--price-gpu-hour 1e+300"),
         (("--simulate", 0, "--rate-scale", 2), "--simulate 0"),
         (("--engines", "two"), "whole numbers"),
         (("--engines", "1,0"), "engines is 0"),

@@ -126,7 +126,7 @@ def test_the_journal_is_decided_again_beside(kvsim_command, command, tmp_path):
     writer.step(event, core.handle(event))
     writer.close()
     found = kvsim_command.json(*command, "--journal", tmp_path / "journal")
-    assert found["journal"] == {"equal": True, "segments": 1, "steps": 1}
+    assert found["journal"] == {"equal": True, "segments": 1, "steps": 1, "torn": []}
 
 
 class Server:
@@ -307,3 +307,15 @@ def test_the_settings_in_python(server):
     assert found.packing(kvsim.costs(model="qwen3-8b", gpu="h100").kv) == "none"
     with pytest.raises(kvsim.UsageError, match="no journal in"):
         kvsim.served(server.folder / "none")
+
+
+def test_what_the_simulation_refuses_is_told_where_nothing_is_left_to_compare(kvsim_command, command):
+    said = kvsim_command.refused(*command, "--max-model-len", 10)
+    assert "400 requests with a recorded ttft_ms, but the simulation refuses 400 of them: longer" in said
+
+
+def test_hits_in_l1_that_nothing_can_simulate_are_told(kvsim_command, command, trace):
+    hint = "the log records hits in L1, and no L1 is simulated: give the server's --journal"
+    bare = kvsim_command.json("validate", "--trace", trace, *COSTS, "--l0-gb", 6)
+    assert any(note.startswith(hint) for note in bare["notes"])
+    assert not any(note.startswith(hint) for note in kvsim_command.json(*command)["notes"])

@@ -27,9 +27,9 @@ def journal(tmp_path):
 
 def test_equal(journal, capsys):
     assert main(["verify", "--journal", str(journal), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"equal": True, "segments": 1, "steps": 4}
+    assert json.loads(capsys.readouterr().out) == {"equal": True, "segments": 1, "steps": 4, "torn": []}
     assert main(["verify", "--journal", str(journal)]) == 0
-    assert "4 steps in 1 segments decided again as recorded" in capsys.readouterr().out
+    assert "4 steps in 1 segment decided again as recorded" in capsys.readouterr().out
 
 
 def test_any_byte_changed_is_found(journal, capsys):
@@ -40,6 +40,19 @@ def test_any_byte_changed_is_found(journal, capsys):
         assert main(["verify", "--journal", str(journal), "--json"]) in {1, 2}, f"byte {at}"
         said = capsys.readouterr()
         assert said.err or not json.loads(said.out)["equal"]
+
+
+def test_a_torn_end_is_told_and_nothing_at_all_is_an_error(journal, capsys):
+    (segment,) = journal.iterdir()
+    data = segment.read_bytes()
+    segment.write_bytes(data[:-3])
+    assert main(["verify", "--journal", str(journal)]) == 0
+    said = capsys.readouterr().out
+    assert "equal: 3 steps in 1 segment" in said
+    assert "the last record of 00000001.kvj is cut short" in said
+    segment.write_bytes(data[:10])
+    assert main(["verify", "--journal", str(journal), "--json"]) == 2
+    assert "nothing to decide again: no whole step in 1 segment" in capsys.readouterr().err
 
 
 def test_no_journal(tmp_path, capsys):

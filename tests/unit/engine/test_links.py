@@ -67,3 +67,11 @@ def test_nothing_takes_no_time_and_ends_within_the_call():
     done = []
     link.send(0, 0, lambda: done.append("done"), lambda: done.append("started"))
     assert done == ["started", "done"]
+
+
+@pytest.mark.timeout(30)
+def test_copies_end_however_long_the_clock_has_run(send):
+    copies = [(i * 0.37, i % 2, 13 + i) for i in range(200)]
+    soon = send(copies, duplex=0.6)[0]
+    late = send([(at + 1e7, *copy) for at, *copy in copies], duplex=0.6)[0]
+    assert [end - 1e7 for end in late] == pytest.approx(soon, abs=1e-6)

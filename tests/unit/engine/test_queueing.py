@@ -80,6 +80,22 @@ def test_a_short_burst_is_not_an_overload(serve):
     result = serve(np.zeros(500), np.full(500, 1000), linear=1e-3)
     assert result.load.sustained
     assert result.ttft_s["p50"] == pytest.approx(250.5)
+    says = result.load.sentence()
+    assert says == "500 requests (500,000 prompt tokens) at once: a burst, which does not say what rate can be served"
+
+
+def test_requests_of_several_lengths_at_once_are_a_burst_too(serve):
+    result = serve(np.zeros(500), np.arange(500) + 1, linear=1e-3, handling=1e-3)
+    assert result.load.sustained
+    assert "a burst" in result.load.sentence()
+
+
+def test_only_what_was_served_while_requests_came_is_called_served(serve):
+    fast, slow = (serve(np.linspace(0, 1, 40), np.full(40, 1000), linear=each) for each in (1e-6, 1e-3))
+    assert "one engine serves them" in fast.load.sentence()
+    assert "40 requests (40,000 prompt tokens) within 1 s: a burst" in slow.load.sentence()
+    alone = serve(np.zeros(1), np.full(1, 1000), linear=1e-3)
+    assert "1 request (1,000 prompt tokens) and no other: a burst" in alone.load.sentence()
 
 
 def test_handling_is_served_beside_the_queue(make_profile, make_log, make_settings):

@@ -108,6 +108,18 @@ def test_time_running_backwards(tmp_path: Path) -> None:
     assert (log.timestamp_ms.tolist(), log.skipped) == ([0, 1, 2], 1)
 
 
+def test_a_row_that_jumps_ahead_costs_itself_alone(tmp_path: Path) -> None:
+    times = [0, 1, 2, 10**12, *range(3, 90)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(line(time) for time in times))
+    log = read(path, skip_bad=True)
+    assert log.timestamp_ms.tolist() == list(range(90))
+    assert log.skipped == 1
+    assert ":4: timestamp: 1000000000000 is out of order with most rows" in log.skipped_messages[0]
+    with pytest.raises(LogError, match=":5: timestamp: 3 comes after 1000000000000"):
+        read(path)
+
+
 def test_time_running_backwards_between_the_files_of_a_set(tmp_path: Path) -> None:
     (tmp_path / "a.1.jsonl").write_text(line(1) + "\n")
     (tmp_path / "a.jsonl").write_text("\n".join(GOOD))

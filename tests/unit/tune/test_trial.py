@@ -11,6 +11,7 @@ from kvsim.errors import UsageError
 from kvsim.report import render
 from kvsim.report.words import headline, sentences
 from kvsim.tuner import Prices, Trial, costs, tune
+from kvsim.tuner.run import _warnings
 from kvsim.tuner.trial import candidates
 from kvtraces import Chat, Poisson, generate
 
@@ -102,6 +103,19 @@ def test_a_target_takes_the_smallest_that_meets_it():
         assert found.to_dict()["recommendation"]["meets_slo"] is True
 
 
+def test_sizes_between_those_simulated_are_tried_below_one_that_meets_a_target():
+    everything = settled(top=6)
+    tried, frontier = everything.settled.tried, everything.choice.frontier
+    by_size = {one.point.l1_size_gb: one.ttft_s["p95"] for one in tried if one.point in frontier}
+    target = sorted(by_size.values())[len(by_size) // 2]
+    found = settled(top=2, slo_ttft_p95_s=target).settled
+    wanted = max(by_size)
+    while smaller := [size for size in by_size if size < wanted and by_size[size] <= target]:
+        wanted = max(smaller)
+    assert found.chosen.settings.l1_gb == wanted
+    assert [one.settings.l1_gb for one in found.tried] == sorted(one.settings.l1_gb for one in found.tried)
+
+
 def test_prices_take_the_cheapest_that_meets_the_target():
     free = Prices(gpu_hour=1.0)
     dear = Prices(ram_gb_hour=1.0)
@@ -110,6 +124,12 @@ def test_prices_take_the_cheapest_that_meets_the_target():
         good = [one for one in (*found.no_cache, *found.tried) if one.good]
         assert found.chosen.cost == min(one.cost for one in good)
     assert found.chosen.point is None
+
+
+def test_prices_without_a_target_are_said_to_decide_nothing(result):
+    told = "prices decide nothing without a target"
+    assert any(told in note for note in result.notes)
+    assert not any(told in note for note in settled(slo_ttft_p95_s=10.0, prices=Prices(gpu_hour=1.0)).notes)
 
 
 def test_a_target_that_nothing_meets_is_said():
@@ -186,3 +206,13 @@ def test_what_cannot_be_tried_is_refused():
         Prices(gpu_hour=-1)
     with pytest.raises(SettingsError, match="engines is 0"):
         settled(engines=(0,))
+
+
+def test_a_warning_that_differs_in_its_numbers_alone_is_told_once(result):
+    words = "prefill of up to {} tokens was asked for, measured are 1 to 32,768: extrapolated"
+    tried = [
+        dataclasses.replace(one, figures={**one.figures, "warnings": [words.format(count), "other"]})
+        for one, count in zip(result.settled.tried, ("40,000", "126,195", "9", "50,001", "40,000", "8.5"), strict=True)
+    ]
+    found = _warnings(dataclasses.replace(result.settled, no_cache=(), tried=tuple(tried)))
+    assert found == [words.format("126,195"), "other"]
