@@ -311,6 +311,27 @@ def test_a_failing_call_ends_its_transfer_only(driver, make, fails_at):
     transfer.close()
 
 
+@MAKERS
+def test_a_fault_is_not_forgotten_for_those_that_came_after_it(driver, monkeypatch, make):
+    monkeypatch.setattr("kvkernels.pump._FAULTS", 4)
+    case, ids, slots, arena = setting(4)
+    transfer = make(PumpRuntime(driver), case.layout, case.tensors, arena)
+    transfer.store(ids, slots).wait()
+    driver.set(fails_at=0)
+    failing = [transfer.load(slots, ids) for _ in range(7)]
+    for pump in transfer._runtime.pumps:
+        pump.catch_up()
+    for handle in failing[:3]:
+        with pytest.raises(DeviceError, match="no longer known"):
+            handle.wait()
+    for handle in failing[3:]:
+        with pytest.raises(DeviceError, match="OUT_OF_MEMORY"):
+            handle.wait()
+    driver.set()
+    transfer.load(slots, ids).wait()
+    transfer.close()
+
+
 def test_a_device_that_refuses_events_is_told(driver):
     case, ids, slots, arena = setting(4)
     transfer = batched(PumpRuntime(driver), case.layout, case.tensors, arena)
