@@ -60,8 +60,8 @@ class Registered:
 class RegisteredArena:
     """An `Arena` over a mapping that is registered in slices, from its start, in the background.
 
-    A slice that cannot be registered ends the work there: what lies beyond stays on the bounce path and `progress`
-    tells why. Slices are allocations of their own to CUDA, so copies never cross from one to the next.
+    A slice that cannot be registered ends the work there: what lies beyond stays on the bounce path; `ended_early` and
+    `progress` tell why. Slices are allocations of their own to CUDA, so copies never cross from one to the next.
 
     Args:
         buffer: the mapping, page-aligned (see `HostArena`).
@@ -70,6 +70,7 @@ class RegisteredArena:
         slice_bytes: size of a slice, a multiple of the page size: how long other threads' CUDA calls may have to wait
             (a few milliseconds for 32 MiB).
         rest: the pause after each slice, as a multiple of the time that it took.
+        ended_early: told, in another thread, why the rest will not be pinned.
     """
 
     def __init__(
@@ -80,12 +81,14 @@ class RegisteredArena:
         enter_thread: Callable[[], None] = lambda: None,
         slice_bytes: int = 32 << 20,
         rest: float = 1.0,
+        ended_early: Callable[[str], None] = lambda why: None,
     ) -> None:
         self._host = HostArena(buffer)
         self._registrar = registrar
         self._enter_thread = enter_thread
         self._slice_bytes = slice_bytes
         self._rest = rest
+        self._ended_early = ended_early
         self._pinned_bytes = 0
         self._error: str | None = None
         self._deferred_until = 0.0
@@ -143,7 +146,7 @@ class RegisteredArena:
         try:
             self._enter_thread()
         except (DeviceError, RuntimeError) as error:  # torch's errors are RuntimeErrors
-            self._error = f"the device cannot be used: {error}"
+            self._end(f"the device cannot be used: {error}")
             return
         total = len(self.array)
         for start in range(0, total, self._slice_bytes):
@@ -156,10 +159,14 @@ class RegisteredArena:
             try:
                 self._registrar.register(self.address + start, size)
             except DeviceError as error:
-                self._error = f"slice at {start} of {total} bytes: {error}"
+                self._end(f"slice at {start} of {total} bytes: {error}")
                 return
             self._pinned_bytes = start + size
             self._stop.wait(self._rest * (time.monotonic() - began))
+
+    def _end(self, why: str) -> None:
+        self._error = why
+        self._ended_early(why)
 
     def _hold_off(self) -> None:
         latest = time.monotonic() + _LONGEST_DEFERRAL_S
