@@ -165,9 +165,11 @@ class PipelinedTransfer(ABC, Generic[_DirectionT]):
 
     def close(self) -> None:
         """Wait for what is under way."""
-        self._flying.drain()
-        for side in (self._out, self._in):
-            side.submitter.close()
+        try:
+            self._flying.drain()
+        finally:
+            for side in (self._out, self._in):
+                side.submitter.close()
 
     def _checked(
         self, block_ids: BlockIds, slots: Slots, planes: range | None, *, loading: bool, rest_s: float = 0.0

@@ -435,6 +435,26 @@ def test_what_streams_read_outlives_a_dropped_handle(lazy_runtime, make):
     assert stored_right(case, ids, slots, arena)
 
 
+def test_an_event_that_cannot_be_waited_for_keeps_no_other_transfer_from_being(lazy_runtime):
+    case, ids, slots, arena = setting(5)
+    runtime = lazy_runtime(5)
+    transfer = staged(runtime, case.layout, case.tensors, arena)
+    first, *others = [transfer.store(ids, slots) for _ in range(3)]
+    closed = []
+    for one in runtime.submitters:
+        one.close = partial(closed.append, one)
+    runtime.submitters[0].until(lambda: first._ended)
+
+    def refuse():
+        raise DeviceError("cuEventSynchronize: CUDA_ERROR_UNKNOWN (999)")
+
+    first._last[0].synchronize = refuse
+    with pytest.raises(DeviceError, match="UNKNOWN"):
+        transfer.close()
+    assert all(one._ended and all(event.reached for event in one._last) for one in others)
+    assert len(closed) == len(runtime.submitters)
+
+
 @pytest.mark.parametrize("make", [staged, batched])
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32))
