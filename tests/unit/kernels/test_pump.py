@@ -737,6 +737,7 @@ def test_a_pointer_that_a_kernel_would_misread_is_refused(driver):
     with pytest.raises(ValueError, match="divisible by 16"):
         transfer.load(slots, ids).wait()
     assert driver.calls == before
+    assert not transfer._in.window._points, "events that nothing will record, for which a later transfer would wait"
     transfer.close()
 
 
