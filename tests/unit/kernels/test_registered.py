@@ -16,6 +16,7 @@ from kvkernels import DeviceError, HostArena, RequestError
 from kvkernels.cases import random_case, random_ids, random_slots
 from kvkernels.cuda_batch import BatchTransfer
 from kvkernels.registered import BounceTransfer, RegisteredArena, populate
+from kvkernels.streams import HostRuntime
 
 SLICE = 4096
 
@@ -284,6 +285,42 @@ def test_a_bounce_that_fails_is_over_when_all_of_it_is(pinned_runtime, loading, 
     assert len(started) > 1
     assert all(one.over() for one in (direct, *started))
     bounce.close()
+
+
+def test_a_load_does_not_stand_behind_stores_that_bounce():
+    case = random_case(np.random.default_rng(3), form="joined", block_tokens=16)
+    layout, size = case.layout, case.layout.slot_bytes
+    chunks = layout.num_blocks // layout.chunk_blocks
+    ids, slots = (
+        np.arange(layout.num_blocks)[: chunks * layout.chunk_blocks],
+        [[(i * size, size)] for i in range(chunks)],
+    )
+    arena, runtime = Splitting(np.zeros((chunks + 1) * size, np.uint8), 0), HostRuntime()
+    arena.array[-size:] = case.slot(ids[: layout.chunk_blocks])
+    empty = case.emptied()
+    bounce = BounceTransfer(BatchTransfer(layout, case.tensors, arena, runtime), arena, runtime, bounce_bytes=2 * size)
+    bounce._inner, of_stores = BatchTransfer(layout, empty.tensors, arena, runtime), bounce._bounced
+    loads, may_store, copy = bounce._inner.over(bounce._bounce), threading.Event(), bounce._copier.copy
+
+    def start(request, *, loading, after):
+        return (loads if loading else of_stores).start(request, loading=loading, after=after)
+
+    def copying(target, source, length):
+        of_store = arena.address <= target[0] < arena.address + len(arena.array)
+        assert not of_store or may_store.wait(20)
+        copy(target, source, length)
+
+    bounce._bounced, bounce._copier.copy = SimpleNamespace(start=start), copying
+    stored = bounce.store(ids, slots)
+    load = bounce.load([[(chunks * size, size)]], ids[: layout.chunk_blocks])
+    load._job.result(10)
+    load.wait_layer(0)
+    assert all(all(map(np.array_equal, empty.rows(b), case.rows(b))) for b in ids[: layout.chunk_blocks].tolist())
+    assert not stored.done()
+    may_store.set()
+    stored.wait()
+    bounce.close()
+    assert np.array_equal(arena.array[:-size], np.concatenate([case.slot(mine) for mine in ids.reshape(chunks, -1)]))
 
 
 @pytest.mark.parametrize(("upto", "rests"), [(1.0, [0.25]), (0.0, [0.0])])
