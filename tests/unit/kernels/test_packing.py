@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
+from pipelines import faults_of_blocks_far_apart
+
 from kvkernels import HostArena, LayoutError, RequestError, describe
 from kvkernels.cases import CASE_FORMS, random_ids
 from kvkernels.choose import UnpackableError, best_backend, measure
@@ -412,6 +414,14 @@ def test_triton_unpacks_what_was_not_packed_within_its_row(interpreted):
     interpreted.triton_pack_transfer(layout, tensors, arena, HostRuntime()).load([[(0, size)]], [2]).wait()
     assert tensors[0][2].view(torch.uint8).any()
     assert not tensors[0][[0, 1, 3, 4]].view(torch.uint8).any()
+
+
+def test_blocks_may_be_gigabytes_apart(interpreted):
+    def make(layout, tensors, arena):
+        return interpreted.triton_pack_transfer(layout, tensors, arena, HostRuntime(), staging_bytes=1 << 20)
+
+    wrong = faults_of_blocks_far_apart(make, slot_bytes_of=lambda layout: packed_layout(layout).slot_bytes)
+    assert wrong == ([], ())
 
 
 POINTERS = {"addresses": "*i64", "strides": "*i64", "ids": "*i64", "staging": "*u8"}
