@@ -90,6 +90,8 @@ class CudaDriver:
         self._stream_wait.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
         self._wait_event = self._lib.cuEventSynchronize
         self._wait_event.argtypes = [ctypes.c_void_p]
+        self._finish = self._lib.cuStreamSynchronize
+        self._finish.argtypes = [ctypes.c_void_p]
         self._elapsed = held.cuEventElapsedTime
         self._elapsed.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         self._launch = held.cuLaunchKernel
@@ -147,6 +149,10 @@ class CudaDriver:
     def wait(self, event: int) -> bool | None:
         """Block the calling thread, and no other, until an event is reached; None where it has no context."""
         return self._answer("cuEventSynchronize", self._wait_event(event))
+
+    def finish(self, stream: int) -> None:
+        """Block the calling thread, and no other, until all that is on a stream is done."""
+        self._check("cuStreamSynchronize", self._finish(stream))
 
     def elapsed(self, begin: int, end: int) -> float | None:
         """Seconds between two timed events that were reached; None where the calling thread has no context."""

@@ -189,6 +189,10 @@ class CudaStream:
         spare, program = self._spare[timed], self._writing.program
         return CudaEvent(self.handle, self._driver, spare, self._enter_thread, timed=timed, program=program)
 
+    def synchronize(self) -> None:
+        """Block until all that is on the stream is done."""
+        self._driver.finish(self.handle)
+
     def copy(self, target: Ints, source: Ints, length: Ints) -> None:
         """Enqueue copies; host ranges must be pinned and stay so until an event after them."""
         columns = np.array((target, source, length), np.int64)
@@ -360,6 +364,10 @@ class PumpSubmitter(ThreadSubmitter):
         super().__init__(pump.name, enter_thread, inline_s=inline_s)
         self._pump = pump
         self._writing = writing
+
+    def catch_up(self) -> None:
+        """Return when the pump has carried out what is written."""
+        self._pump.catch_up()
 
     def close(self) -> None:
         """Return when everything has been handed to the device."""

@@ -163,8 +163,17 @@ class InFlight:
             self._handles.append(handle)
 
     def drain(self) -> None:
-        """Wait for all; a failure is told by the transfer's own handle."""
+        """Wait for all; a failure is told by the transfer's own handle, but the first event that cannot be waited for.
+
+        That one keeps no other transfer from being waited for: its memory would be given out while it is read.
+        """
         with self._lock:
             handles, self._handles = self._handles, []
+        errors = []
         for handle in handles:
-            handle.settle()
+            try:
+                handle.settle()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]

@@ -1,4 +1,4 @@
-"""bf16 rows kept in 0.785 of their bytes, bit for bit.
+"""bf16 rows kept in 0.785 of their bytes where they are long, bit for bit.
 
 Eight bits of exponent carry about three bits of information: the values of a vector lie within a few powers of two of
 its largest. A packed row keeps four bits of exponent a value, below the largest one of each vector of 128, and the

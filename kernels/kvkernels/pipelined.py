@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, Self, TypeVar
 
@@ -74,6 +75,10 @@ class CopyLanes:
             first.wait(lane.record())
         return self.record()
 
+    def streams(self) -> list[Stream]:
+        """All of them."""
+        return list(self._lanes)
+
 
 class Direction:
     """One direction's streams for copies, and what enqueues on them.
@@ -93,6 +98,17 @@ class Direction:
     def give_up(self) -> list[Event]:
         """After a failure half-way: what was enqueued is over at these events."""
         return [self.copies.give_up()]
+
+    def streams(self) -> list[Stream]:
+        """All that something may be enqueued on."""
+        return self.copies.streams()
+
+    def finish(self) -> None:
+        """Return when what was enqueued is over, on a device that takes no events any more."""
+        self.submitter.catch_up()
+        for stream in self.streams():
+            with suppress(DeviceError, RuntimeError):  # then nothing is known of it, and nothing can be done
+                stream.synchronize()
 
 
 _DirectionT = TypeVar("_DirectionT", bound=Direction)
@@ -165,9 +181,11 @@ class PipelinedTransfer(ABC, Generic[_DirectionT]):
 
     def close(self) -> None:
         """Wait for what is under way."""
-        self._flying.drain()
-        for side in (self._out, self._in):
-            side.submitter.close()
+        try:
+            self._flying.drain()
+        finally:
+            for side in (self._out, self._in):
+                side.submitter.close()
 
     def _checked(
         self, block_ids: BlockIds, slots: Slots, planes: range | None, *, loading: bool, rest_s: float = 0.0
@@ -182,6 +200,7 @@ def _give_up(side: Direction, handle: StreamHandle, error: BaseException) -> Non
     """End a transfer that failed half-way, when what was enqueued of it is over."""
     try:
         over = side.give_up()
-    except (DeviceError, RuntimeError):  # a device that takes no events any more has nothing to be waited for
+    except (DeviceError, RuntimeError):
+        side.finish()
         over = []
     handle.failed(error, over)

@@ -241,13 +241,18 @@ class Pump:
             poll_s = min(1.5 * poll_s, _LONGEST_POLL_S)
 
     def fault_of(self, program: int) -> DeviceError | None:
-        """What failed first of a program."""
+        """What failed first of a program; it may have, too, where it is older than all faults that are still known."""
         if self._broken is not None:
             return DeviceError(f"the thread that enqueues cannot use the device: {self._broken}")
-        if self._said[1]:
-            for number, kind, code in self._faults.tolist():
-                if number == program:
-                    return self._driver.error(_CALLS[kind], code)
+        if not self._said[1]:
+            return None
+        faults = self._faults.tolist()
+        for number, kind, code in faults:
+            if number == program:
+                return self._driver.error(_CALLS[kind], code)
+        # Full is enough: the next fault is written over the oldest before it is counted.
+        if self._said[1] >= len(faults) and program < min(number for number, _, _ in faults):
+            return DeviceError("what failed of this transfer, if anything did, is no longer known: too much did since")
         return None
 
     # The thread

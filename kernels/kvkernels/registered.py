@@ -2,8 +2,8 @@
 
 Registering a large mapping with CUDA takes seconds, and while a range is being registered other threads' CUDA calls
 wait. So it is done in small slices on a thread of its own, which rests in between and holds off while transfers are
-under way. Until a slot's slices are all pinned, its bytes go through a small pinned bounce buffer, on another thread so
-that the engine's own thread never waits for host copies.
+under way. Until a slot's slices are all pinned, its bytes go through a small pinned bounce buffer, on other threads:
+the engine's own waits for host copies only where it asks for what they bring (`BounceTransfer`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ __all__ = ["BounceTransfer", "Registered", "RegisteredArena", "Registrar", "Stre
 
 _LONGEST_DEFERRAL_S = 0.1  # an arena of 64 GiB under constant traffic is then pinned in three and a half minutes
 _DEFERRAL_S = 0.05
+_LOADS, _STORES = (0, 1), (2, 3)
+"""The halves of the bounce memory that serve them."""
 _MADV_POPULATE_WRITE = 23
 
 _Part = TypeVar("_Part")
@@ -60,8 +62,8 @@ class Registered:
 class RegisteredArena:
     """An `Arena` over a mapping that is registered in slices, from its start, in the background.
 
-    A slice that cannot be registered ends the work there: what lies beyond stays on the bounce path and `progress`
-    tells why. Slices are allocations of their own to CUDA, so copies never cross from one to the next.
+    A slice that cannot be registered ends the work there: what lies beyond stays on the bounce path; `ended_early` and
+    `progress` tell why. Slices are allocations of their own to CUDA, so copies never cross from one to the next.
 
     Args:
         buffer: the mapping, page-aligned (see `HostArena`).
@@ -70,6 +72,7 @@ class RegisteredArena:
         slice_bytes: size of a slice, a multiple of the page size: how long other threads' CUDA calls may have to wait
             (a few milliseconds for 32 MiB).
         rest: the pause after each slice, as a multiple of the time that it took.
+        ended_early: told, in another thread, why the rest will not be pinned.
     """
 
     def __init__(
@@ -80,12 +83,14 @@ class RegisteredArena:
         enter_thread: Callable[[], None] = lambda: None,
         slice_bytes: int = 32 << 20,
         rest: float = 1.0,
+        ended_early: Callable[[str], None] = lambda why: None,
     ) -> None:
         self._host = HostArena(buffer)
         self._registrar = registrar
         self._enter_thread = enter_thread
         self._slice_bytes = slice_bytes
         self._rest = rest
+        self._ended_early = ended_early
         self._pinned_bytes = 0
         self._error: str | None = None
         self._deferred_until = 0.0
@@ -143,7 +148,7 @@ class RegisteredArena:
         try:
             self._enter_thread()
         except (DeviceError, RuntimeError) as error:  # torch's errors are RuntimeErrors
-            self._error = f"the device cannot be used: {error}"
+            self._end(f"the device cannot be used: {error}")
             return
         total = len(self.array)
         for start in range(0, total, self._slice_bytes):
@@ -156,10 +161,14 @@ class RegisteredArena:
             try:
                 self._registrar.register(self.address + start, size)
             except DeviceError as error:
-                self._error = f"slice at {start} of {total} bytes: {error}"
+                self._end(f"slice at {start} of {total} bytes: {error}")
                 return
             self._pinned_bytes = start + size
             self._stop.wait(self._rest * (time.monotonic() - began))
+
+    def _end(self, why: str) -> None:
+        self._error = why
+        self._ended_early(why)
 
     def _hold_off(self) -> None:
         latest = time.monotonic() + _LONGEST_DEFERRAL_S
@@ -187,14 +196,16 @@ class BounceTransfer:
     """A backend over an arena of which part may not be pinned yet; see `kvkernels.transfer.Transfer`.
 
     Requests whose slots are all pinned go straight to the backend. Of others, the slots that are not pinned are copied
-    through pinned memory on a worker thread, in order; a load then has no layer order, and `wait_layer` and
-    `wait_sources` block the calling thread until all of it has arrived.
+    through pinned memory on a worker thread, in order, one for loads and one for stores, so that a hit does not stand
+    behind stores; a load then has no layer order, and `wait_layer` and `wait_sources` block the calling thread until
+    all of it has arrived.
 
     Args:
         inner: the backend.
         arena: the arena it was built over.
         runtime: the device.
-        bounce_bytes: pinned memory, at least two slots of it; one half is filled while the other is copied.
+        bounce_bytes: pinned memory for loads, and as much for stores, at least two slots each; one half is filled while
+            the other is copied.
         threads: how many copy between that memory and the arena; half of the processors, at most eight, by default.
     """
 
@@ -213,10 +224,11 @@ class BounceTransfer:
         self._arena = arena
         self._runtime = runtime
         self._half = max(1, bounce_bytes // 2 // inner.layout.slot_bytes)
-        memory = runtime.pinned(2 * self._half * inner.layout.slot_bytes)
+        memory = runtime.pinned((len(_LOADS) + len(_STORES)) * self._half * inner.layout.slot_bytes)
         self._bounce = HostArena(memory, is_pinned=True)
         self._bounced = inner.over(self._bounce)
-        self._worker = ThreadPoolExecutor(1, "kv-bounce", runtime.enter_thread)
+        self._loader = ThreadPoolExecutor(1, "kv-bounce-load", runtime.enter_thread)
+        self._storer = ThreadPoolExecutor(1, "kv-bounce-store", runtime.enter_thread)
         self._copier = HostCopier(threads or min(8, max(1, (os.cpu_count() or 1) // 2)))
 
     def store(self, block_ids: BlockIds, slots: Slots, *, planes: range | None = None, rest_s: float = 0.0) -> Handle:
@@ -229,7 +241,8 @@ class BounceTransfer:
 
     def close(self) -> None:
         """Wait for what is under way."""
-        self._worker.shutdown()
+        self._loader.shutdown()
+        self._storer.shutdown()
         self._copier.close()
         self._inner.close()
 
@@ -250,9 +263,9 @@ class BounceTransfer:
         if direct:
             mine = self._part(self._arena, ids[direct], [slots[i] for i in direct], request.planes, loading=loading)
             started.append((self._inner.start(mine, loading=loading, after=after), direct))
-        job = self._load if loading else self._store
+        worker, job = (self._loader, self._load) if loading else (self._storer, self._store)
         parts = [(slots[i], ids[i]) for i in rest]
-        future = self._worker.submit(job, parts, request.planes, after)
+        future = worker.submit(job, parts, request.planes, after)
         return _BounceHandle(started, future, _batches(rest, self._half))
 
     def _part(self, arena: Arena, ids: Ints, slots: Slots, planes: range, *, loading: bool) -> Request:
@@ -264,7 +277,7 @@ class BounceTransfer:
         pending: tuple[Handle, list[Slot], int] | None = None
         try:
             for turn, batch in enumerate(_batches(parts, self._half)):
-                half = turn % 2
+                half = _STORES[turn % 2]
                 handles.append(self._start(batch, half, planes, after, loading=False))
                 self._land(pending, planes)
                 pending = (handles[-1], [slot for slot, _ in batch], half)
@@ -285,7 +298,7 @@ class BounceTransfer:
         handles: list[Handle] = []
         try:
             for turn, batch in enumerate(_batches(parts, self._half)):
-                half = turn % 2
+                half = _LOADS[turn % 2]
                 if turn > 1:
                     handles[turn - 2].wait()
                 bounce, arena, length = self._ranges([slot for slot, _ in batch], half, planes)

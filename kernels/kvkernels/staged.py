@@ -151,6 +151,10 @@ class _Direction(Direction):
             buffer.emptied = over
         return [over]
 
+    def streams(self) -> list[Stream]:
+        """All that something may be enqueued on."""
+        return [*super().streams(), self.kernels]
+
 
 class StagedTransfer(PipelinedTransfer[_Direction]):
     """Paged blocks <-> staging <-> slots; see `kvkernels.transfer.Transfer`.

@@ -113,6 +113,7 @@ class PieceRows:
             full: takes the event behind each piece and says what must be reached before the piece is enqueued.
             given: addresses that the kernels take, the staging buffer's left out.
         """
+        values = self._parameters(turns.staging, given)  # refused before anybody is told of events to come
         rows, at, loading = self._rows.copy(), self._at, self._loading
         events, held = self._events(program, runtime)
         done, halfway = _handles(events.done), np.array([*held.handles, events.halfway.handle], np.int64)
@@ -132,7 +133,7 @@ class PieceRows:
         for name, column in (("full", _A), ("behind", _B), ("room", _B)):
             rows[rows[:, at[name], column] == 0, at[name], 0] = NOTHING
         everything = self._framed(rows, turns, events.begun)
-        program.extend(everything, self._parameters(turns.staging, given), kept=(columns, events, held, turns, before))
+        program.extend(everything, values, kept=(columns, events, held, turns, before))
         return events
 
     def _events(self, program: Program, runtime: CudaRuntime) -> tuple[Written, HeldEvents]:

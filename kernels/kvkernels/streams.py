@@ -57,6 +57,10 @@ class Stream(Protocol):
         """An event reached when all earlier work of this stream is done; `timed` for one that tells when."""
         ...
 
+    def synchronize(self) -> None:
+        """Block the calling thread until all work so far is done."""
+        ...
+
     def copy(self, target: Ints, source: Ints, length: Ints) -> None:
         """Copy `length[i]` bytes from address `source[i]` to `target[i]` for all i, in no order among themselves."""
         ...
@@ -165,6 +169,9 @@ class HostStream:
     def record(self, *, timed: bool = False) -> Event:
         """An event in the past."""
         return _Reached()
+
+    def synchronize(self) -> None:
+        """Everything already happened."""
 
     def copy(self, target: Ints, source: Ints, length: Ints) -> None:
         """One memmove a range, dealt out over the threads."""

@@ -60,6 +60,10 @@ class Submitter(Protocol):
         """Block the calling thread until this is true, which steps of submitted works make it."""
         ...
 
+    def catch_up(self) -> None:
+        """Return when all that steps have enqueued so far is on the device's streams."""
+        ...
+
     def close(self) -> None:
         """Return when every submitted work has ended."""
         ...
@@ -85,6 +89,9 @@ class InlineSubmitter:
         if not reached():
             with self._lock:
                 pass
+
+    def catch_up(self) -> None:
+        """Steps put it there themselves."""
 
     def close(self) -> None:
         """Nothing is under way."""
@@ -129,6 +136,9 @@ class ThreadSubmitter:
         """Wait for steps to make it true."""
         with self._changed:
             self._changed.wait_for(reached)
+
+    def catch_up(self) -> None:
+        """Steps put it there themselves."""
 
     def close(self) -> None:
         """Return when every work has ended and so has the thread; a later `submit` starts another."""

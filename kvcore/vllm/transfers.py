@@ -116,7 +116,8 @@ class CudaTransfers(_Backend):
         from kvkernels.transfer import listed  # noqa: PLC0415
 
         self._runtime = CudaRuntime(listed(cache.tensors)[0].device)
-        self._arena = RegisteredArena(data, cuda_driver(), enter_thread=self._runtime.enter_thread)
+        enter = self._runtime.enter_thread
+        self._arena = RegisteredArena(data, cuda_driver(), enter_thread=enter, ended_early=warn_unpinned)
         try:
             with self._runtime.entered():
                 super().__init__(cache, chunk_tokens, self._arena, name)
@@ -133,6 +134,11 @@ class CudaTransfers(_Backend):
         """Stop pinning, and unpin."""
         with self._runtime.entered():
             self._arena.close()
+
+
+def warn_unpinned(why: str) -> None:
+    """Say once what would otherwise be seen in slow transfers alone, for as long as the engine lives."""
+    _LOG.warning("The rest of the arena is not pinned, and copied more slowly, through a buffer: %s", why)
 
 
 def _report(profile: dict[str, Any]) -> None:

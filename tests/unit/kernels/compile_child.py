@@ -10,7 +10,7 @@ import sys
 
 
 def compiled(module, name, constants, pointers, warps, wide):
-    """A kernel's PTX, whether it has a binary, and its scratch: pointers divisible by 16, numbers of 32 bits."""
+    """A kernel's TTGIR and PTX, whether it has a binary, its scratch: pointers divisible by 16, numbers of 32 bits."""
     compiler = importlib.import_module("triton.compiler")
     backend = importlib.import_module("triton.backends.compiler")
     kernel = getattr(importlib.import_module(module), name)
@@ -27,6 +27,7 @@ def compiled(module, name, constants, pointers, warps, wide):
     built = importlib.import_module("triton").compile(source, target=target, options={"num_warps": warps})
     return {
         "ptx": built.asm["ptx"],
+        "ttgir": built.asm["ttgir"],
         "binary": bool(built.asm["cubin"]),
         "scratch": built.metadata.global_scratch_size,
     }

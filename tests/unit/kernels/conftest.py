@@ -55,10 +55,12 @@ class LazyStream:
         self._runtime = runtime
 
     def wait(self, event):
+        self._runtime.count_call(self)
         if self._runtime.honours_waits:
             self.queue.append((event, lambda: None))
 
     def record(self, *, timed=False):
+        self._runtime.count_call(self)
         event = LazyEvent(self._runtime, timed)
         self.queue.append((None, event.reach))
         return event
@@ -78,6 +80,7 @@ class LazyStream:
         move_bytes(target, source, length)
 
     def launch(self, kernel):
+        self._runtime.count_call(self)
         # Like a GPU, the stream holds no reference to what its kernels read.
         held = [weakref.ref(value) if hasattr(value, "data_ptr") else value for value in kernel.args]
         function = kernel.func
@@ -126,8 +129,8 @@ class LazyRuntime:
     """Executes nothing until asked.
 
     `step` draws one among the streams whose wait is over and the transfers that are still being handed over, and runs
-    its head: what a thread that submits does next to the device, in any order that events allow. Every step is a
-    second of its clock.
+    its head: what a thread that submits does next to the device, in any order that events allow; the slowest stream's
+    only where there is no other. Every step is a second of its clock.
     """
 
     needs_pinned = False
@@ -140,6 +143,8 @@ class LazyRuntime:
         self.submitters = []
         self.registered = []
         self.copies_left = None
+        self.calls_left = None
+        self.slowest = None
         self.steps = 0
         self.lock = threading.RLock()
 
@@ -179,6 +184,14 @@ class LazyRuntime:
             if (ranges + length > address + nbytes)[inside].any():
                 raise DeviceError("cuMemcpyAsync: CUDA_ERROR_INVALID_VALUE (1)")
 
+    def count_call(self, stream):
+        """Fail once, in place of the wait, record or launch before which as many were left."""
+        if self.calls_left is not None and stream is not self.main:
+            self.calls_left -= 1
+            if self.calls_left < 0:
+                self.calls_left = None
+                raise DeviceError("CUDA_ERROR_OUT_OF_MEMORY (2)")
+
     def count_copy(self):
         """Fail once the copies that were left are used up."""
         if self.copies_left is not None:
@@ -205,6 +218,7 @@ class LazyRuntime:
             ready = [*streams, *(one for one in self.submitters if one.ready())]
             if not ready:
                 return False
+            ready = [one for one in ready if one is not self.slowest] or ready
             self.steps += 1
             chosen = ready[self.rng.integers(len(ready))]
             if isinstance(chosen, LazySubmitter):

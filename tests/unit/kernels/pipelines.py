@@ -1,15 +1,19 @@
 """Transfers by pieces with kernels of torch's, and what they are tested on."""
 
+import mmap
 from functools import partial
 
 import numpy as np
+import pytest
 import torch
 
-from kvkernels import HostArena
+from kvkernels import HostArena, describe
 from kvkernels.cases import random_case, random_ids, random_slots
 from kvkernels.cuda_batch import BatchTransfer
 from kvkernels.reference import plane_views
 from kvkernels.staged import StagedTransfer
+
+NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which older Pythons have no name for
 
 
 class TorchMover:
@@ -85,3 +89,28 @@ def stored_right(case, ids, slots, arena):
 
 def loaded_right(case, empty, ids):
     return all(all(map(np.array_equal, empty.rows(b), case.rows(b))) for b in ids.tolist())
+
+
+def faults_of_blocks_far_apart(make, *, slot_bytes_of=lambda layout: layout.slot_bytes):
+    """What comes back wrong over blocks of three gigabytes, of which few pages are ever touched."""
+    blocks, stride = 8, (3 << 30) + 512
+    try:
+        memory = mmap.mmap(-1, blocks * stride, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+    except OSError as error:
+        pytest.skip(f"no room for {blocks * stride} bytes of addresses: {error}")
+    base = torch.from_numpy(np.frombuffer(memory, np.uint8)).view(torch.bfloat16)
+    tensor = torch.as_strided(base, (blocks, 16, 2, 64), (stride // 2, 128, 64, 1))
+    ids, others = np.array([7, 1, 3, 6]), np.array([5, 2, 4, 0])
+    for block in ids:
+        tensor[block] = torch.randn(16, 2, 64).to(torch.bfloat16)
+    layout = describe([tensor], num_blocks=blocks, block_tokens=16, chunk_tokens=32, block_dim=0)
+    size = slot_bytes_of(layout)
+    transfer = make(layout, [tensor], HostArena(np.zeros(2 * size, np.uint8)))
+    slots = [[(0, size)], [(size, size)]]
+    stored = transfer.store(ids, slots)
+    stored.wait()
+    transfer.load(slots, others).wait()
+    transfer.close()
+    pairs = zip(ids.tolist(), others.tolist(), strict=True)
+    wrong = [pair for pair in pairs if not torch.equal(*(tensor[block].view(torch.int16) for block in pair))]
+    return wrong, stored.rejected()

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
+from pipelines import faults_of_blocks_far_apart
+
 from kvkernels import HostArena, RequestError, describe
 from kvkernels.cases import CASE_DTYPES, CASE_FORMS, random_case, random_ids, random_slots, round_trip_faults
 from kvkernels.cuda_batch import BatchTransfer
@@ -31,6 +33,11 @@ def test_round_trip(make, form, seed, dtype, tokens):
     rng = np.random.default_rng(seed)
     case = random_case(rng, form=form, dtype=dtype, block_tokens=tokens)
     assert round_trip_faults(case, make, rng) == []
+
+
+@BACKENDS
+def test_blocks_may_be_gigabytes_apart(make):
+    assert faults_of_blocks_far_apart(make) == ([], ())
 
 
 @BACKENDS

@@ -73,6 +73,7 @@ CUresult cuEventQuery(struct event *e) {
     if (no_context) return 201;
     return e->recorded ? (e->queries++ ? 0 : 600) : 1; /* reached when asked for the second time */
 }
+CUresult cuStreamSynchronize(void *stream) { return stream == (void *)77 ? 0 : 400; }
 CUresult cuEventSynchronize(struct event *e) { return no_context ? 201 : e->recorded ? 0 : 1; }
 CUresult cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                         unsigned shared, CUstream s, void **arguments, void **extra) {
@@ -175,6 +176,12 @@ stand_in.stand_in_context(1)
 first.synchronize()
 assert len(entered) == 2
 other = CudaStream(SimpleNamespace(cuda_stream=78), driver, spare=([], []), **options)
+stream.synchronize()
+try:
+    other.synchronize()
+    raise SystemExit("an error code was not raised")
+except DeviceError as error:
+    assert "cuStreamSynchronize" in str(error)
 other.wait(first)
 assert stand_in.stand_in_ordered() == 2
 del first

@@ -3,6 +3,7 @@
 
 import contextlib
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,6 +114,20 @@ def test_blocks_that_are_not_dense_are_refused():
     )
     with pytest.raises(LayoutError, match="dense"):
         JaxTransfer(layout, [jnp.zeros((BLOCKS, TOKENS, 8), jnp.float16)] * 3, HostArena(np.zeros(9, np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("elements", "itemsize", "fits"),
+    [(2**31 - 512, 1, True), (2**31, 1, False), (2**32, 1, False), (2**31, 2, False), (2**31 + 512, 2, True)],
+)
+def test_an_array_whose_elements_outnumber_the_kernels_offsets_is_refused(elements, itemsize, fits):
+    _, arrays, layout = cache("per_layer", jnp.uint8, np.random.default_rng(0))
+    transfer = JaxTransfer(layout, arrays, HostArena(np.zeros(layout.slot_bytes, np.uint8)))
+    large = SimpleNamespace(shape=(elements // 512, TOKENS, 4, 8), nbytes=elements * itemsize)
+    refused = contextlib.nullcontext() if fits else pytest.raises(LayoutError, match=f"{elements} elements overflows")
+    with refused:
+        transfer.bind([arrays[0], large, arrays[2]])
+    assert (transfer.arrays[1] is large) == fits
 
 
 def h100():

@@ -1,6 +1,7 @@
 # ruff: noqa: E402  (skipped before its imports where torch is absent)
 """Packed rows: torch against plain Python, Triton's interpreter against torch, and transfers of both."""
 
+import re
 import struct
 from dataclasses import replace
 from itertools import accumulate, product
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
+
+from pipelines import faults_of_blocks_far_apart
 
 from kvkernels import HostArena, LayoutError, RequestError, describe
 from kvkernels.cases import CASE_FORMS, random_ids
@@ -413,6 +416,14 @@ def test_triton_unpacks_what_was_not_packed_within_its_row(interpreted):
     assert not tensors[0][[0, 1, 3, 4]].view(torch.uint8).any()
 
 
+def test_blocks_may_be_gigabytes_apart(interpreted):
+    def make(layout, tensors, arena):
+        return interpreted.triton_pack_transfer(layout, tensors, arena, HostRuntime(), staging_bytes=1 << 20)
+
+    wrong = faults_of_blocks_far_apart(make, slot_bytes_of=lambda layout: packed_layout(layout).slot_bytes)
+    assert wrong == ([], ())
+
+
 POINTERS = {"addresses": "*i64", "strides": "*i64", "ids": "*i64", "staging": "*u8"}
 
 
@@ -435,6 +446,18 @@ def test_compiled_code_is_wide_and_within_registers(monkeypatch, fresh, compile_
         assert not built["scratch"]
 
 
+def tiles_of_bases(ttgir):
+    """How many values a thread has in a row of vectors and columns, and which of the two goes first.
+
+    `_store_bases` is right for four neighbours of a vector alone: it takes four values of a thread, and stores the base
+    for the first.
+    """
+    tile = r"(#\w+) = #ttg\.blocked<{sizePerThread = \[(.*?)\].*?, order = \[(.*?)\]"
+    named = {name: (size, order) for name, size, order in re.findall(tile, ttgir)}
+    stores = [line for line in ttgir.splitlines() if "elementwise_inline_asm" in line and "st.global.u8" in line]
+    return [named[re.search(r"-> tensor<[^,]*, (#\w+)>", line).group(1)] for line in stores]
+
+
 def test_every_row_size_compiles(monkeypatch, fresh, compile_for_h100):
     pytest.importorskip("triton")
     module = fresh(monkeypatch, NAME, interpret=False)
@@ -444,4 +467,7 @@ def test_every_row_size_compiles(monkeypatch, fresh, compile_for_h100):
             constants = module.row_constants(row_bytes, align, packing=packing)
             warps = module.warps_of(constants["VECTORS"])
             jobs.append((NAME, kernel, constants, POINTERS, warps, ("rejected",) if packing else ()))
-    assert all(built["binary"] for built in compile_for_h100(*jobs))
+    compiled = compile_for_h100(*jobs)
+    assert all(built["binary"] for built in compiled)
+    for packing in compiled[::2]:
+        assert tiles_of_bases(packing["ttgir"]) == [("1, 4", "1, 0")]

@@ -57,6 +57,7 @@ static int reached(event *e) { if (!e->recorded && !refuses_events) early++; ret
 static volatile int far_away;
 int cuEventQuery(event *e) { return far_away ? 600 : reached(e); }
 int cuEventSynchronize(event *e) { NOTE(2, (int64_t)e); return reached(e); }
+int cuStreamSynchronize(void *s) { return 0; }
 int cuEventElapsedTime(float *ms, event *a, event *b) { *ms = 1; return !a->recorded || !b->recorded; }
 int cuStreamWaitEvent(void *s, event *e, unsigned flags) {
     NOTE(3, (int64_t)e, (int64_t)s);
@@ -311,6 +312,27 @@ def test_a_failing_call_ends_its_transfer_only(driver, make, fails_at):
     transfer.close()
 
 
+@MAKERS
+def test_a_fault_is_not_forgotten_for_those_that_came_after_it(driver, monkeypatch, make):
+    monkeypatch.setattr("kvkernels.pump._FAULTS", 4)
+    case, ids, slots, arena = setting(4)
+    transfer = make(PumpRuntime(driver), case.layout, case.tensors, arena)
+    transfer.store(ids, slots).wait()
+    driver.set(fails_at=0)
+    failing = [transfer.load(slots, ids) for _ in range(7)]
+    for pump in transfer._runtime.pumps:
+        pump.catch_up()
+    for handle in failing[:3]:
+        with pytest.raises(DeviceError, match="no longer known"):
+            handle.wait()
+    for handle in failing[3:]:
+        with pytest.raises(DeviceError, match="OUT_OF_MEMORY"):
+            handle.wait()
+    driver.set()
+    transfer.load(slots, ids).wait()
+    transfer.close()
+
+
 def test_a_device_that_refuses_events_is_told(driver):
     case, ids, slots, arena = setting(4)
     transfer = batched(PumpRuntime(driver), case.layout, case.tensors, arena)
@@ -530,6 +552,46 @@ def test_an_event_of_another_pump_is_recorded_before_it_is_waited_for(driver):
     assert driver.asked_too_early == 0
 
 
+@MAKERS
+@pytest.mark.parametrize("left", [2, 4, 6])
+def test_a_transfer_that_cannot_be_given_up_is_over_when_nothing_of_it_runs(driver, monkeypatch, make, left):
+    """The device makes no more events, half-way and where the transfer is to be ended; its copies are slow."""
+    case, ids, slots, arena = setting(4)
+    empty, runtime = case.emptied(), PumpRuntime(driver)
+    make(PumpRuntime(driver), case.layout, case.tensors, arena).store(ids, slots).wait()
+    transfer = make(runtime, case.layout, empty.tensors, arena)
+    whole, made, finished = driver.new_event, [], []
+
+    def new_event(*, timed=False):
+        made.append(timed)
+        if len(made) > left:
+            raise DeviceError("cuEventCreate: OUT_OF_MEMORY (2)")
+        return whole(timed=timed)
+
+    def finish(stream):
+        finished.append((stream, [pump.carried_out(pump.written) and not pump.pending for pump in runtime.pumps]))
+        if len(finished) == 1:
+            raise DeviceError("cuStreamSynchronize: OTHER (4)")
+
+    driver.set(slow_us=50_000)
+    monkeypatch.setattr(driver, "new_event", new_event)
+    monkeypatch.setattr(driver, "finish", finish)
+    handle = transfer.load(slots, ids)
+    with pytest.raises(DeviceError, match="cuEventCreate"):
+        handle.wait()
+    assert handle.over()
+    for memory in empty.memory:  # the blocks are somebody else's now
+        memory.zero_()
+    for pump in runtime.pumps:
+        pump.catch_up()
+    assert not any(memory.view(torch.uint8).any() for memory in empty.memory)
+    streams = {stream.handle for stream in transfer._in.streams()}
+    assert len(streams) == (3 if make is staged else 2)
+    assert {stream for stream, _ in finished} == streams
+    assert all(all(handed_over) for _, handed_over in finished)
+    transfer.close()
+
+
 class KernelMover(TorchMover):
     """Its kernels are the stand-in's, which only note how they were launched; `ready`: they have run."""
 
@@ -716,6 +778,7 @@ def test_a_pointer_that_a_kernel_would_misread_is_refused(driver):
     with pytest.raises(ValueError, match="divisible by 16"):
         transfer.load(slots, ids).wait()
     assert driver.calls == before
+    assert not transfer._in.window._points, "events that nothing will record, for which a later transfer would wait"
     transfer.close()
 
 

@@ -1,9 +1,11 @@
 # ruff: noqa: E402  (skipped before its imports where torch is absent)
 """An arena that is pinned bit by bit, and transfers over it meanwhile."""
 
+import contextlib
 import mmap
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from kvkernels import DeviceError, HostArena, RequestError
 from kvkernels.cases import random_case, random_ids, random_slots
 from kvkernels.cuda_batch import BatchTransfer
 from kvkernels.registered import BounceTransfer, RegisteredArena, populate
+from kvkernels.streams import HostRuntime
 
 SLICE = 4096
 
@@ -49,6 +52,14 @@ def test_slices_are_pinned_in_order_and_unpinned_on_close():
     assert not arena.pinned(np.array([0]), np.array([1]))
 
 
+def test_an_arena_that_is_pinned_to_its_end_tells_of_nothing():
+    told = []
+    arena = RegisteredArena(np.zeros(SLICE, np.uint8), Registrar(permits=9), slice_bytes=SLICE, ended_early=told.append)
+    arena.wait(10)
+    arena.close()
+    assert told == []
+
+
 def test_a_slice_that_stays_pinned_keeps_no_other():
     registrar = Registrar(permits=100)
     arena = RegisteredArena(np.zeros(4 * SLICE, np.uint8), registrar, slice_bytes=SLICE)
@@ -82,8 +93,10 @@ def test_what_is_not_pinned_yet_is_known():
 
 def test_a_failed_slice_ends_registration_and_is_told():
     registrar = Registrar(permits=100, fail_at=1)
-    arena = RegisteredArena(np.zeros(3 * SLICE, np.uint8), registrar, slice_bytes=SLICE)
+    told = []
+    arena = RegisteredArena(np.zeros(3 * SLICE, np.uint8), registrar, slice_bytes=SLICE, ended_early=told.append)
     progress = arena.wait(10)
+    assert told == [progress.error]
     assert progress.pinned_bytes == SLICE
     assert "slice at 4096 of 12288 bytes: cuMemHostRegister: CUDA_ERROR_OUT_OF_MEMORY" in progress.error
     arena.close()
@@ -94,7 +107,9 @@ def test_a_device_that_cannot_be_used_is_told():
     def enter():
         raise RuntimeError("CUDA error: no CUDA-capable device is detected")
 
-    progress = RegisteredArena(np.zeros(SLICE, np.uint8), Registrar(), enter_thread=enter).wait(10)
+    told, memory = [], np.zeros(SLICE, np.uint8)
+    progress = RegisteredArena(memory, Registrar(), enter_thread=enter, ended_early=told.append).wait(10)
+    assert told == [progress.error]
     assert progress.pinned_bytes == 0
     assert "no CUDA-capable device" in progress.error
 
@@ -272,6 +287,42 @@ def test_a_bounce_that_fails_is_over_when_all_of_it_is(pinned_runtime, loading, 
     bounce.close()
 
 
+def test_a_load_does_not_stand_behind_stores_that_bounce():
+    case = random_case(np.random.default_rng(3), form="joined", block_tokens=16)
+    layout, size = case.layout, case.layout.slot_bytes
+    chunks = layout.num_blocks // layout.chunk_blocks
+    ids, slots = (
+        np.arange(layout.num_blocks)[: chunks * layout.chunk_blocks],
+        [[(i * size, size)] for i in range(chunks)],
+    )
+    arena, runtime = Splitting(np.zeros((chunks + 1) * size, np.uint8), 0), HostRuntime()
+    arena.array[-size:] = case.slot(ids[: layout.chunk_blocks])
+    empty = case.emptied()
+    bounce = BounceTransfer(BatchTransfer(layout, case.tensors, arena, runtime), arena, runtime, bounce_bytes=2 * size)
+    bounce._inner, of_stores = BatchTransfer(layout, empty.tensors, arena, runtime), bounce._bounced
+    loads, may_store, copy = bounce._inner.over(bounce._bounce), threading.Event(), bounce._copier.copy
+
+    def start(request, *, loading, after):
+        return (loads if loading else of_stores).start(request, loading=loading, after=after)
+
+    def copying(target, source, length):
+        of_store = arena.address <= target[0] < arena.address + len(arena.array)
+        assert not of_store or may_store.wait(20)
+        copy(target, source, length)
+
+    bounce._bounced, bounce._copier.copy = SimpleNamespace(start=start), copying
+    stored = bounce.store(ids, slots)
+    load = bounce.load([[(chunks * size, size)]], ids[: layout.chunk_blocks])
+    load._job.result(10)
+    load.wait_layer(0)
+    assert all(all(map(np.array_equal, empty.rows(b), case.rows(b))) for b in ids[: layout.chunk_blocks].tolist())
+    assert not stored.done()
+    may_store.set()
+    stored.wait()
+    bounce.close()
+    assert np.array_equal(arena.array[:-size], np.concatenate([case.slot(mine) for mine in ids.reshape(chunks, -1)]))
+
+
 @pytest.mark.parametrize(("upto", "rests"), [(1.0, [0.25]), (0.0, [0.0])])
 def test_a_store_rests_where_it_needs_no_bounce(pinned_runtime, upto, rests):
     case = random_case(np.random.default_rng(0))
@@ -296,3 +347,26 @@ def test_a_bad_request_is_refused_at_once(pinned_runtime):
     with pytest.raises(RequestError, match="whole chunks"):
         bounce.store([0], [])
     bounce.close()
+
+
+def test_an_engines_log_says_once_why_its_arena_is_not_pinned(monkeypatch, caplog):
+    transfers = pytest.importorskip("kvcore.vllm.transfers")
+
+    class Runtime:
+        def __init__(self, device):
+            pass
+
+        def enter_thread(self):
+            pass
+
+        entered = contextlib.nullcontext
+
+    monkeypatch.setattr("kvkernels.cuda_streams.CudaRuntime", Runtime)
+    monkeypatch.setattr("kvkernels.cuda_driver.cuda_driver", lambda: Registrar(permits=9, fail_at=0))
+    monkeypatch.setattr(transfers._Backend, "__init__", lambda *_: None)
+    made = transfers.CudaTransfers(SimpleNamespace(tensors={"0": torch.zeros(1)}), 0, np.zeros(SLICE, np.uint8))
+    made._arena.wait(10)
+    made.unpin()
+    (said,) = caplog.messages
+    assert said.startswith("The rest of the arena is not pinned")
+    assert "slice at 0 of 4096 bytes: cuMemHostRegister: CUDA_ERROR_OUT_OF_MEMORY (2)" in said

@@ -4,6 +4,7 @@
 import gc
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -335,6 +336,59 @@ def test_copies_that_a_failed_load_left_queued_do_not_reach_the_next_ones_stagin
 
 
 @pytest.mark.parametrize("make", [staged, batched])
+@pytest.mark.parametrize("left", ["copies_left", "calls_left"])
+def test_a_store_that_failed_writes_no_page_once_it_is_over(lazy_runtime, make, left):
+    """Whichever call failed: its pages are somebody else's then."""
+    failed = 0
+    for seed in range(60):
+        case, ids, slots, arena = setting(seed)
+        runtime = lazy_runtime(seed)
+        transfer = make(runtime, case.layout, case.tensors, arena)
+        setattr(runtime, left, 1 + seed % (5 if left == "copies_left" else 23))
+        handle = transfer.store(ids, slots)
+        with suppress(DeviceError):
+            handle.wait()
+            continue
+        failed += 1
+        setattr(runtime, left, None)
+        before = arena.array.copy()
+        runtime.run_all()
+        assert np.array_equal(before, arena.array)
+    assert failed > 20
+
+
+def test_a_load_that_failed_leaves_no_bytes_of_the_next_one_in_its_blocks(lazy_runtime, monkeypatch):
+    """Its last kernel is on its stream, and no event behind it: the staging is full until that has run."""
+    failed = 0
+    for seed in range(40):
+        case, ids, slots, arena = setting(seed)
+        runtime, empty = lazy_runtime(seed), case.emptied()
+        staged(runtime, case.layout, case.tensors, arena).store(ids, slots).wait()
+        transfer = staged(runtime, case.layout, empty.tensors, arena)
+        kernels = runtime.slowest = transfer._in.kernels
+        mine, others = ids.reshape(2, -1)
+        answers = iter([None] * (seed % 4) + [DeviceError("cuEventCreate: CUDA_ERROR_OUT_OF_MEMORY (2)")])
+
+        def record(*, timed=False, answers=answers, whole=kernels.record):
+            if error := next(answers, None):
+                raise error
+            return whole(timed=timed)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "record", record)
+            first = transfer.load(slots[:1], mine)
+            runtime.submitters[-1].until(lambda first=first: first._ended)
+        failed += first._error is not None
+        transfer.load(slots[1:], others).wait()
+        runtime.run_all()
+        assert loaded_right(case, empty, others)
+        for block in mine.tolist():
+            rows = zip(empty.rows(block), case.rows(block), strict=True)
+            assert all(not np.any(got) or np.array_equal(got, wanted) for got, wanted in rows)
+    assert failed > 20
+
+
+@pytest.mark.parametrize("make", [staged, batched])
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_no_more_is_in_the_queues_than_allowed(lazy_runtime, make, ahead):
     case, ids, slots, arena = setting(2)
@@ -435,29 +489,55 @@ def test_what_streams_read_outlives_a_dropped_handle(lazy_runtime, make):
     assert stored_right(case, ids, slots, arena)
 
 
+def test_an_event_that_cannot_be_waited_for_keeps_no_other_transfer_from_being(lazy_runtime):
+    case, ids, slots, arena = setting(5)
+    runtime = lazy_runtime(5)
+    transfer = staged(runtime, case.layout, case.tensors, arena)
+    first, *others = [transfer.store(ids, slots) for _ in range(3)]
+    closed = []
+    for one in runtime.submitters:
+        one.close = partial(closed.append, one)
+    runtime.submitters[0].until(lambda: first._ended)
+
+    def refuse():
+        raise DeviceError("cuEventSynchronize: CUDA_ERROR_UNKNOWN (999)")
+
+    first._last[0].synchronize = refuse
+    with pytest.raises(DeviceError, match="UNKNOWN"):
+        transfer.close()
+    assert all(one._ended and all(event.reached for event in one._last) for one in others)
+    assert len(closed) == len(runtime.submitters)
+
+
 @pytest.mark.parametrize("make", [staged, batched])
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_stores_and_loads_interleaved(lazy_runtime, make, seed):
-    """Many transfers over the same staging, the handles awaited at the end."""
+    """Many over the same staging, the handles awaited at the end: into some blocks, and out of others."""
     rng = np.random.default_rng(seed)
     case = random_case(rng, block_tokens=16)
-    empty = case.emptied()
     layout, runtime = case.layout, lazy_runtime(seed)
-    rounds = min(4, layout.num_blocks // layout.chunk_blocks)
-    ids = rng.permutation(layout.num_blocks)[: rounds * layout.chunk_blocks].reshape(rounds, -1)
-    slots, nbytes = random_slots(rng, layout, rounds)
+    rounds = min(4, layout.num_blocks // layout.chunk_blocks // 2)
+    ids = rng.permutation(layout.num_blocks)[: 2 * rounds * layout.chunk_blocks]
+    sources, targets = ids.reshape(2, rounds, -1)
+    slots, nbytes = random_slots(rng, layout, 2 * rounds)
     arena = HostArena(np.zeros(nbytes, np.uint8))
-    source = make(runtime, layout, case.tensors, arena)
-    target = make(runtime, layout, empty.tensors, arena)
-    for mine, slot in zip(ids, slots, strict=True):
-        source.store(mine, [slot]).wait()
-    handles = [target.load([slot], mine) for mine, slot in zip(ids, slots, strict=True)]
-    handles += [source.store(mine, [slot]) for mine, slot in zip(ids, slots, strict=True)]
-    target.close()
-    source.close()
+    transfer = make(runtime, layout, case.tensors, arena)
+    for mine, slot in zip(sources, slots[:rounds], strict=True):
+        transfer.store(mine, [slot]).wait()
+    loaded = [case.slot(mine) for mine in sources]
+    for memory in case.memory:
+        anything = rng.integers(0, 256, memory.nbytes, dtype=np.uint8)
+        memory.view(torch.uint8).copy_(torch.from_numpy(anything).view(memory.view(torch.uint8).shape))
+    stored = [case.slot(mine) for mine in sources]
+    handles = []
+    for source, target, behind, ahead in zip(sources, targets, slots[:rounds], slots[rounds:], strict=True):
+        handles += [transfer.load([behind], target), transfer.store(source, [ahead])]
+    transfer.close()
     assert all(handle.done() for handle in handles)
-    assert loaded_right(case, empty, ids.ravel())
+    assert all(map(np.array_equal, map(case.slot, targets), loaded))
+    got = [np.concatenate([arena.array[o : o + n] for o, n in slot])[: layout.slot_bytes] for slot in slots]
+    assert all(map(np.array_equal, got, [*loaded, *stored]))
 
 
 @settings(max_examples=20, deadline=None)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 
+from pipelines import faults_of_blocks_far_apart
+
 from kvkernels.cases import CASE_DTYPES, CASE_FORMS, random_case, round_trip_faults
 from kvkernels.streams import HostRuntime
 
@@ -35,6 +37,13 @@ def test_round_trip(interpreted, form, seed, dtype, programs):
         return interpreted.triton_transfer(layout, tensors, arena, HostRuntime(), **options)
 
     assert round_trip_faults(case, make, rng) == []
+
+
+def test_blocks_may_be_gigabytes_apart(interpreted):
+    def make(layout, tensors, arena):
+        return interpreted.triton_transfer(layout, tensors, arena, HostRuntime(), programs=3, staging_bytes=1 << 20)
+
+    assert faults_of_blocks_far_apart(make) == ([], ())
 
 
 def test_compiled_code_moves_sixteen_bytes_at_a_time(compile_for_h100):
