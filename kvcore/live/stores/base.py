@@ -63,7 +63,7 @@ class Store(Protocol):
         """Remove chunks; those not there are no error.
 
         Raises:
-            StoreError: the store cannot be asked; some may be gone.
+            StoreError: the store cannot be asked, or some could not be removed; the others may be gone.
         """
 
     def scan(self) -> Iterator[tuple[bytes, int]]:
