@@ -42,6 +42,7 @@ _TURN_MESSAGES = 256
 _SLOW_TURN_S = 0.2
 _LAST_COPIES_S = 5.0
 """How long a server that stops waits for what is on its way to L2."""
+_LAST_SCAN_S = 3.0
 _HANDSHAKE_MS = 5000
 """Whoever connects and does not speak ZMQ is let go of then: descriptors are few."""
 _AWAITED = (wire.Found, wire.Granted, wire.Error)
@@ -193,6 +194,7 @@ class Server:
         stack.callback(self._close_arena, arena)
         if found is not None and found.has_l1 and not arena.taken_over:
             found = found.without_l1()
+        pool = self._open_pool(stack)  # before the journal, which is closed first: a store may keep its threads
         with naming("journal", settings.journal):
             journal, state = self._open_journal(arena, found, stack)
         clock = MonotonicClock(state.now_ns)
@@ -214,7 +216,7 @@ class Server:
             liveness_path=str(paths.socket),
             journal=journal,
             recorder=recorder,
-            pool=self._open_pool(stack),
+            pool=pool,
             held=held,
         )
         self.service = Service(parts)
@@ -340,7 +342,7 @@ class Server:
             return
         thread = threading.Thread(target=self._look_for_strays, args=(self._store,), name="kvcore-l2-scan", daemon=True)
         thread.start()
-        stack.callback(thread.join)
+        stack.callback(thread.join, _LAST_SCAN_S)
 
     def _look_for_strays(self, store: Store) -> None:
         """Hand the request loop every chunk that lies in L2."""

@@ -199,7 +199,7 @@ class LiveTransport:
         groups: dict[tuple[str, str, Outcome], list[Chunk]] = {}
         for completion in completions:
             if not isinstance(completion.token, Ticket):
-                continue  # a delete that failed: what it leaves is nobody's
+                continue  # a delete that failed: it is the service's to try again
             request, chunk = completion.token.request, completion.token.chunk
             groups.setdefault((completion.operation, request, completion.outcome), []).append(chunk)
             if completion.operation == "get":

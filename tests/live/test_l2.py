@@ -10,9 +10,11 @@ from live_fakes import SyncEngine, chain, environment, wait_for
 from kvcore.live import server as server_module
 from kvcore.live import wire
 from kvcore.live.client import RemoteError
+from kvcore.live.server import Server
 from kvcore.live.settings import Settings
+from kvcore.live.stores.base import StoreError
 from kvcore.live.stores.files import FileStore
-from kvtraces.journal import Equal, verify
+from kvtraces.journal import Equal, JournalWriter, verify
 
 PROMPTS = [chain(f"p{at}", 4) for at in range(8)]
 
@@ -339,3 +341,67 @@ def test_a_store_that_fails_costs_misses_only(start, folder):
             _, granted = engine.serve(f"anew-{at}", prompt)
             assert granted.chunks == (0, 1, 2, 3), "the core knows that they are gone"
         assert engine.serve("again", PROMPTS[3])[0].load_chunks == 4
+
+
+def test_what_l2_would_not_delete_is_deleted_when_it_does(folder, monkeypatch):
+    """The room counts as free; a chunk that has been stored again meanwhile stays."""
+    remove, stuck = FileStore._remove, threading.Event()
+
+    def removing(self, chunk):
+        if stuck.is_set():
+            raise StoreError("stuck")
+        remove(self, chunk)
+
+    monkeypatch.setattr(FileStore, "_remove", removing)
+    monkeypatch.setattr("kvcore.live.service._DELETES_REST_NS", 3 * 10**8)
+    with Server(in_process(folder)) as server, SyncEngine(server.settings.bind[0]) as engine:
+        engine.serve("r", PROMPTS[0])
+        engine.serve("s", PROMPTS[1])
+        wait_for(lambda: len(files(folder)) == 8)
+        stuck.set()
+        engine.client.call(wire.Clear(None))
+        wait_for(lambda: server.service.metrics.counts["kvcore_l2_chunks", "delete", "failed"] >= 3)
+        engine.serve("again", PROMPTS[1])
+        assert len(files(folder)) == 8
+        stuck.clear()
+        wait_for(lambda: len(files(folder)) == 4)
+        assert {path.name for path in files(folder)} == {chunk.hex() for chunk in PROMPTS[1]}
+
+
+def test_a_store_that_does_not_answer_holds_up_neither_the_end_nor_the_journal(folder, monkeypatch):
+    waits, closed = threading.Event(), []
+
+    def closing(self):
+        closed.append("journal")
+        close_journal(self)
+
+    def never(self, chunk, parts):
+        waits.wait(60)
+        closed.append("put")
+        raise StoreError("late")
+
+    close_journal = JournalWriter.close
+    monkeypatch.setattr(JournalWriter, "close", closing)
+    monkeypatch.setattr(FileStore, "put", never)
+    for name in ("server._LAST_COPIES_S", "stores.pool._LAST_WAIT_S"):
+        monkeypatch.setattr(f"kvcore.live.{name}", 0.2)
+    server = Server(in_process(folder, journal=str(folder / "journal")))
+    with server, SyncEngine(server.settings.bind[0]) as engine:
+        engine.serve("r", PROMPTS[0])
+    assert closed == ["journal"], "and the server has ended"
+    waits.set()
+    wait_for(lambda: "put" in closed)
+
+
+def in_process(folder, **more):
+    return Settings(
+        l1_size_gb=0.01,
+        page_size="64KiB",
+        l2=f"files:{folder}/l2",
+        arena_dir=str(folder),
+        name="t",
+        http="off",
+        bind=(f"ipc://{folder}/sock",),
+        pretouch=False,
+        **more,
+    )

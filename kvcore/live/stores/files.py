@@ -105,7 +105,7 @@ class FileStore:
         try:
             is_good = _read(self._place(chunk), chunk, into)
         except FileNotFoundError as error:
-            if not self._parts_folder.is_dir():  # a disk that is not mounted at the moment
+            if self._is_away():
                 raise _store_error(self._folder, error) from error
             self.counters.missing += 1
             return False
@@ -147,13 +147,18 @@ class FileStore:
         """Let the folder go."""
         os.close(self._lock_fd)
 
+    def _is_away(self) -> bool:
+        """Whether it is the disk that is not there at the moment, rather than a file."""
+        return not self._parts_folder.is_dir()
+
     def _remove(self, chunk: bytes) -> None:
         with self._lock:
             self._look_into(chunk[0])
             try:
-                self._place(chunk).unlink(missing_ok=True)
+                self._place(chunk).unlink()
             except OSError as error:
-                raise _store_error(self._folder, error) from error
+                if not isinstance(error, FileNotFoundError) or self._is_away():
+                    raise _store_error(self._folder, error) from error
             self._set_size(chunk, None)
 
     def _place(self, chunk: bytes) -> Path:

@@ -30,9 +30,9 @@ class WTinyLfu:
     from the window enters main on probation. Once the window is within its hundredth main's victim goes. What is
     still over when the next chunks are inserted has found room and enters main without contest. Uses are counted
     exactly, to 15, in place of a sketch with a doorkeeper; counts are halved a few at a time, or when they are read,
-    rather than all at once, and those that come to 0 are dropped. Where a segment has no eligible chunk the next one gives one: in
-    main protected after probation, at last the window. An unbounded cache halves nothing and forgets the counts of
-    what it evicts.
+    rather than all at once, and those that come to 0 are dropped. Where a segment has no eligible chunk the next one
+    gives one: in main protected after probation, at last the window. An unbounded cache halves nothing and forgets the
+    counts of what it evicts.
     """
 
     __slots__ = (

@@ -216,16 +216,27 @@ def test_a_file_that_cannot_be_removed_does_not_keep_the_others(
         put(store, name(number))
     unlink = Path.unlink
 
-    def stuck(path: Path, missing_ok: bool = False) -> None:
+    def stuck(path: Path) -> None:
         if path.name == name(1).hex():
             raise OSError(errno.EPERM, "Operation not permitted")
-        unlink(path, missing_ok)
+        unlink(path)
 
     monkeypatch.setattr(Path, "unlink", stuck)
     with pytest.raises(StoreError, match="not permitted"):
         store.delete([name(0), name(1), name(2)])
     assert store.used_bytes == SIZE
     assert dict(store.scan()) == {name(1): SIZE}
+
+
+def test_what_is_deleted_while_the_disk_is_away_is_not_taken_for_gone(store: FileStore, tmp_path: Path) -> None:
+    put(store, name(1))
+    away = tmp_path.with_name("away")
+    tmp_path.rename(away)
+    with pytest.raises(StoreError, match="No such file"):
+        store.delete([name(1)])
+    away.rename(tmp_path)
+    store.delete([name(1)])
+    assert store.used_bytes == 0
 
 
 def test_a_scan_goes_over_every_file_once(store: FileStore) -> None:
