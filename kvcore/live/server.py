@@ -31,6 +31,7 @@ from kvcore.live.recorder import Recorder
 from kvcore.live.service import MonotonicClock, Parts, Service
 from kvcore.live.settings import GB, Settings, check, http_address, naming
 from kvcore.live.stores.base import Store, StoreError
+from kvcore.live.stores.files import FileStore
 from kvcore.live.stores.pool import StorePool
 from kvcore.live.stores.registry import open_store
 from kvcore.live.takeover import Found, State, go_on, recover
@@ -338,13 +339,13 @@ class Server:
 
     def _scan_l2(self, stack: ExitStack) -> None:
         """Find what an earlier server left in a folder, which is ours alone; other stores may be shared."""
-        if self._store is None or not self.settings.l2.startswith("files:"):
+        if not isinstance(self._store, FileStore):
             return
         thread = threading.Thread(target=self._look_for_strays, args=(self._store,), name="kvcore-l2-scan", daemon=True)
         thread.start()
         stack.callback(thread.join, _LAST_SCAN_S)
 
-    def _look_for_strays(self, store: Store) -> None:
+    def _look_for_strays(self, store: FileStore) -> None:
         """Hand the request loop every chunk that lies in L2."""
         try:
             for chunk, _ in store.scan():

@@ -136,7 +136,14 @@ class FileStore:
             raise failure
 
     def scan(self) -> Iterator[tuple[bytes, int]]:
-        """List folder after folder. See `Store.scan`."""
+        """List the chunks there and their sizes in bytes, frame included, folder after folder.
+
+        What comes or goes meanwhile may be listed or not. For a server that starts: what its core does not know of
+        takes room for nothing.
+
+        Raises:
+            StoreError: a folder cannot be read.
+        """
         for shard in range(_SHARDS):
             with self._lock:
                 self._look_into(shard)

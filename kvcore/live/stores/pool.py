@@ -98,6 +98,10 @@ class StorePool:
         """Bytes of gets queued or under way."""
         return self._getting.used
 
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether a put of so many bytes would be queued now."""
+        return self._putting.admits(size_bytes)
+
     def submit_put(self, token: object, chunk: bytes, parts: Parts) -> bool:
         """Queue a write. False, with nothing queued, if the queue is full: the caller gives the store up."""
         size = size_of(parts)
@@ -253,9 +257,12 @@ class _Budget:
         self._lock = threading.Lock()
         self.used = 0
 
+    def admits(self, size: int) -> bool:
+        return not self.used or self.used + size <= self._limit
+
     def enter(self, size: int) -> bool:
         with self._lock:
-            if self.used and self.used + size > self._limit:
+            if not self.admits(size):
                 return False
             self.used += size
             return True

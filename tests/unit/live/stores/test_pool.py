@@ -52,9 +52,6 @@ class GatedStore:
             self._enter("delete", chunk)
             self.kept.pop(chunk, None)
 
-    def scan(self) -> Iterator[tuple[bytes, int]]:
-        return ((chunk, len(value)) for chunk, value in self.kept.items())
-
     def close(self) -> None:
         self.closed = True
 
