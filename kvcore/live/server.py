@@ -338,7 +338,7 @@ class Server:
         return pool
 
     def _scan_l2(self, stack: ExitStack) -> None:
-        """Find what an earlier server left in a folder, which is ours alone; other stores may be shared."""
+        """Find what an earlier server left in a folder, which is locked; another store's prefix may be in use."""
         if not isinstance(self._store, FileStore):
             return
         thread = threading.Thread(target=self._look_for_strays, args=(self._store,), name="kvcore-l2-scan", daemon=True)
