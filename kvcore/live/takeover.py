@@ -128,16 +128,20 @@ def recover(folder: Path, head: Head, *, epoch: int) -> Found | None:
     reason = damage = ""
     for path in reversed(segments(folder)):
         try:
-            return _replay(path, head, epoch)
+            found = _replay(path, head, epoch)
         except _Unusable as error:
             reason = str(error)
             break
         except (OtherL2Error, OSError):
             raise
         except Exception as error:  # damage and other versions show anywhere, and are told
-            reason = damage = str(error) if isinstance(error, JournalError) else f"{type(error).__name__}: {error}"
-            _LOG.warning("journal segment %s cannot be believed: %s", path, damage)
+            reason = str(error) if path.name in str(error) else f"{path.name}: {type(error).__name__}: {error}"
+            damage = damage or reason
             epoch = 0  # one before it may tell of an earlier arena
+        else:
+            if damage:
+                _LOG.warning("the journal cannot be believed to its end (%s): going on from %s", damage, path)
+            return found
     if damage and len(head.config.tiers) > 1:
         raise DamagedJournalError(
             f"it does not tell any more what lies in L2 ({damage}): remove the folder, which gives up what L2 holds"

@@ -14,7 +14,7 @@ from kvcore.live.server import Server
 from kvcore.live.settings import Settings
 from kvcore.live.stores.base import StoreError
 from kvcore.live.stores.files import FileStore
-from kvtraces.journal import Equal, JournalWriter, verify
+from kvtraces.journal import Equal, JournalWriter, segments, verify
 
 PROMPTS = [chain(f"p{at}", 4) for at in range(8)]
 
@@ -211,6 +211,25 @@ def test_a_start_that_would_lose_l2_is_refused_and_loses_nothing(start, folder):
     with SyncEngine(server.endpoint) as engine:
         assert served(engine, "again") == [(4, 0)] * 8, "L1, too, is as it was"
     assert len(files(folder)) == 32
+
+
+def test_a_journal_damaged_throughout_is_told_in_a_line_and_costs_l2_nothing(start, folder):
+    server = start(*flags(folder, "--journal", str(folder / "journal")), l1_pages=64)
+    with SyncEngine(server.endpoint) as engine:
+        fill(server, engine)
+    server.stop()
+    kept = {path: path.read_bytes() for path in segments(folder / "journal")}
+    for path in kept:
+        path.write_bytes(b"")
+    refused = subprocess.run(server.command, capture_output=True, text=True, env=environment(), check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1, refused.stderr
+    assert "remove the folder" in refused.stderr
+    assert len(files(folder)) == 32
+    first = next(iter(kept))
+    first.write_bytes(kept[first])
+    server.start()
+    wait_for(lambda: server.status()["tiers"][1]["chunks"] == 32)
 
 
 def test_what_was_demoted_outlives_a_clean_stop(start, folder):

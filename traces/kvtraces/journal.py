@@ -9,6 +9,7 @@ last one only. A crash may leave the last record torn; anything else that does n
 segment begins with is on the disk before it has its name, and before an older one is deleted.
 """
 
+import errno
 import os
 import re
 import struct
@@ -234,6 +235,9 @@ def _sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system on which folders need none
+            raise
     finally:
         os.close(fd)
 

@@ -299,7 +299,8 @@ def test_a_segment_of_another_version_is_told_in_a_line_and_the_one_before_it_is
     found = recover(tmp_path, other(), epoch=7)
     assert set(found.state.core.tiers[1].resident) == {A, B}
     (line,) = [entry.getMessage() for entry in caplog.records]
-    assert "00000002.kvj cannot be believed" in line
+    assert "cannot be believed to its end (00000002.kvj" in line
+    assert line.endswith("00000001.kvj")
 
 
 def test_a_segment_is_on_the_disk_before_it_is_there(tmp_path, monkeypatch):
