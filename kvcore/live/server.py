@@ -31,6 +31,7 @@ from kvcore.live.recorder import Recorder
 from kvcore.live.service import MonotonicClock, Parts, Service
 from kvcore.live.settings import GB, Settings, check, http_address, naming
 from kvcore.live.stores.base import Store, StoreError
+from kvcore.live.stores.files import FileStore
 from kvcore.live.stores.pool import StorePool
 from kvcore.live.stores.registry import open_store
 from kvcore.live.takeover import Found, State, go_on, recover
@@ -42,6 +43,7 @@ _TURN_MESSAGES = 256
 _SLOW_TURN_S = 0.2
 _LAST_COPIES_S = 5.0
 """How long a server that stops waits for what is on its way to L2."""
+_LAST_SCAN_S = 3.0
 _HANDSHAKE_MS = 5000
 """Whoever connects and does not speak ZMQ is let go of then: descriptors are few."""
 _AWAITED = (wire.Found, wire.Granted, wire.Error)
@@ -193,6 +195,7 @@ class Server:
         stack.callback(self._close_arena, arena)
         if found is not None and found.has_l1 and not arena.taken_over:
             found = found.without_l1()
+        pool = self._open_pool(stack)  # before the journal, which is closed first: a store may keep its threads
         with naming("journal", settings.journal):
             journal, state = self._open_journal(arena, found, stack)
         clock = MonotonicClock(state.now_ns)
@@ -214,7 +217,7 @@ class Server:
             liveness_path=str(paths.socket),
             journal=journal,
             recorder=recorder,
-            pool=self._open_pool(stack),
+            pool=pool,
             held=held,
         )
         self.service = Service(parts)
@@ -335,14 +338,14 @@ class Server:
         return pool
 
     def _scan_l2(self, stack: ExitStack) -> None:
-        """Find what an earlier server left in a folder, which is ours alone; other stores may be shared."""
-        if self._store is None or not self.settings.l2.startswith("files:"):
+        """Find what an earlier server left in a folder, which is locked; another store's prefix may be in use."""
+        if not isinstance(self._store, FileStore):
             return
         thread = threading.Thread(target=self._look_for_strays, args=(self._store,), name="kvcore-l2-scan", daemon=True)
         thread.start()
-        stack.callback(thread.join)
+        stack.callback(thread.join, _LAST_SCAN_S)
 
-    def _look_for_strays(self, store: Store) -> None:
+    def _look_for_strays(self, store: FileStore) -> None:
         """Hand the request loop every chunk that lies in L2."""
         try:
             for chunk, _ in store.scan():

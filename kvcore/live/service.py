@@ -55,6 +55,9 @@ from kvtraces.journal import JournalWriter
 Handler: TypeAlias = Callable[[Any], wire.Reply]
 _LOG = logging.getLogger("kvcore.service")
 _DONE = wire.Done()
+_DELETES_REST_NS = 30_000_000_000
+_MOST_UNDELETED = 100_000
+"""Chunks that L2 would not delete and that are remembered for another try."""
 
 
 class MonotonicClock:
@@ -116,7 +119,10 @@ class Service:
         self.later: list[Callable[[], None]] = []
         """What is to be done after the replies are out."""
         self.strays: deque[bytes] = deque(chunk for chunk in parts.state.strays if isinstance(chunk, bytes))
-        """Chunks that lie in L2, or may, as found at the start; another thread appends."""
+        """Chunks that lie in L2, or may, as found at the start or left by deletes; another thread appends."""
+        self._undeleted: dict[bytes, None] = {}
+        """Chunks whose delete from L2 failed, to be deleted again."""
+        self._delete_again_ns = 0
         self.journal_failure = ""
         """Why the journal was given up, if it was."""
         self.works: dict[str, Work] = {}
@@ -273,6 +279,9 @@ class Service:
             self._expire(instance)
         if self._quarantined:
             self._release_quarantine()
+        if self._undeleted and now_ns >= self._delete_again_ns:
+            self.strays.extend(self._undeleted)
+            self._undeleted.clear()
         if self.strays:
             self._delete_strays()
         if self.parts.state.core.due(now_ns):  # any event lets what has expired leave, and this one does nothing else
@@ -576,9 +585,17 @@ class Service:
     def collect(self) -> None:
         """Take in what L2's threads have done."""
         for done in self.transport.collect():
+            if done.left:
+                self._delete_again(done.left)
             self.metrics.counts["kvcore_l2_chunks", done.operation, done.outcome.value] += 1
             self.metrics.time("kvcore_l2_seconds", done.duration_ns / 1e9, done.operation)
         self.transport.answers.clear()
+
+    def _delete_again(self, chunks: tuple[bytes, ...]) -> None:
+        """Keep chunks that a delete has left for another one: the core counts their room as free."""
+        if not self._undeleted:
+            self._delete_again_ns = self.clock.now_ns() + _DELETES_REST_NS
+        self._undeleted.update(dict.fromkeys(chunks[: max(0, _MOST_UNDELETED - len(self._undeleted))]))
 
     def _delete_strays(self) -> None:
         """Delete from L2 what the core does not know of: an earlier server's."""

@@ -64,7 +64,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     load_cost: Annotated[
         str, _help("JSON file of costs, as kvcore doctor writes: load a hit only where that is faster.", "Cache")
     ] = ""
-    l2: Annotated[str, _help("The store behind L1: files:/path, redis://..., s3://...", "L2")] = ""
+    l2: Annotated[
+        str,
+        _help(
+            "The store behind L1: files:/path, redis://HOST:PORT/DB?prefix=..., s3://BUCKET/PREFIX?endpoint=... "
+            "Folder or prefix are for one server: two delete each other's chunks.",
+            "L2",
+        ),
+    ] = ""
     l2_size_gb: Annotated[float, _help("Size of L2; 0 for no bound.", "L2", ge=0, le=_MOST_GB)] = 0.0
     l2_eviction_policy: Annotated[str, _help("Who leaves L2.", "L2")] = "lru"
     placement: Annotated[

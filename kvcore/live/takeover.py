@@ -1,9 +1,10 @@
 """A server that starts where another ended: what the journal proves is kept, the rest is given up in order.
 
-The journal's last segment is replayed. Whatever was under way then has ended with the server: fetches failed, copies to
-L2 were not made, engines' requests are over. Chunks whose pages were handed out again, in the instant before the end
-that the journal does not tell of, are cleared. Pages that a worker may still be writing stay with the arena's
-allocator until that worker has drained its copies or is proved gone.
+The journal's last segment is replayed; where it is torn or damaged at its beginning, the one before it, which tells
+almost the same of L2. A journal with no segment to believe is not taken for one of an empty L2. Whatever was under way
+then has ended with the server: fetches failed, copies to L2 were not made, engines' requests are over. Chunks whose
+pages were handed out again, in the instant before the end that the journal does not tell of, are cleared. Pages that a
+worker may still be writing stay with the arena's allocator until that worker has drained its copies or is proved gone.
 
 An arena is gone after a clean stop or a reboot, and another one where L1 is of another size. Then, and where any other
 setting has changed, L1 is cleared as a whole, before anything else, and what lies in L2 is kept, or as much of it as an
@@ -18,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -67,6 +67,10 @@ class _Unusable(Exception):  # noqa: N818 - a reason, told in a log line
 
 class OtherL2Error(ValueError):
     """A server would start so that what L2 holds is lost; the message says what to do instead."""
+
+
+class DamagedJournalError(ValueError):
+    """No segment of a journal tells what L2 holds; the message says what to do."""
 
 
 @dataclass(slots=True, eq=False)
@@ -119,15 +123,32 @@ def recover(folder: Path, head: Head, *, epoch: int) -> Found | None:
 
     Raises:
         OtherL2Error: What it tells of L2 cannot be kept under the settings of the server that starts.
+        DamagedJournalError: It can no longer tell of L2: what lies there would be deleted.
     """
-    paths = segments(folder)
-    if not paths:
-        return None
-    try:
-        return _replay(paths[-1], head, epoch)
-    except (_Unusable, JournalError, msgspec.MsgspecError) as error:
-        _LOG.warning("journal %s does not tell what the arena or L2 holds (%s): starting empty", folder, error)
-        return None
+    reason = damage = ""
+    for path in reversed(segments(folder)):
+        try:
+            found = _replay(path, head, epoch)
+        except _Unusable as error:
+            reason = str(error)
+            break
+        except (OtherL2Error, OSError):
+            raise
+        except Exception as error:  # damage and other versions show anywhere, and are told
+            reason = str(error) if path.name in str(error) else f"{path.name}: {type(error).__name__}: {error}"
+            damage = damage or reason
+            epoch = 0  # one before it may tell of an earlier arena
+        else:
+            if damage:
+                _LOG.warning("the journal cannot be believed to its end (%s): going on from %s", damage, path)
+            return found
+    if damage and len(head.config.tiers) > 1:
+        raise DamagedJournalError(
+            f"it does not tell any more what lies in L2 ({damage}): remove the folder, which gives up what L2 holds"
+        )
+    if reason:
+        _LOG.warning("journal %s does not tell what the arena or L2 holds (%s): starting empty", folder, reason)
+    return None
 
 
 def _replay(path: Path, new: Head, epoch: int) -> Found:
@@ -141,12 +162,12 @@ def _replay(path: Path, new: Head, epoch: int) -> Found:
             match record:
                 case Head():
                     has_l1 = _has_l1(record, new, epoch)
-                    head, state = record, State.empty(record.config)
+                    head, state = record, None if record.has_snapshot else State.empty(record.config)
                 case Snapshot() if head is not None:
                     state = State(restore_core(head, record), Book.restore(record.pages))
                 case Step() if state is not None:
                     if apply(state, record.event) != record.decisions:
-                        raise _Unusable(f"{path.name} at byte {located.offset} does not replay")
+                        raise ValueError(f"{path.name} at byte {located.offset} does not replay")
                     placed = deque(_taking_pages(record.decisions))
                 case Pages() if state is not None:
                     decision = placed.popleft()
@@ -161,13 +182,13 @@ def _replay(path: Path, new: Head, epoch: int) -> Found:
                 case Engine() if state is not None:
                     pass  # the engines that run now say it again
                 case _:
-                    raise _Unusable(f"{path.name} at byte {located.offset}: no head before it")
+                    raise ValueError(f"{path.name} at byte {located.offset}: no head and state before it")
     except JournalError as error:
         if state is None:
             raise
         _LOG.warning("the journal ends at %s", error)
     if head is None or state is None:
-        raise _Unusable(f"{path.name} is empty")
+        raise JournalError(f"{path.name} ends within what it begins with")
     found = Found(head, state, has_l1)
     _check_l2(found, new, path.parent)
     return found

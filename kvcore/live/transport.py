@@ -169,7 +169,7 @@ class LiveTransport:
                 continue
             freed.append(room)
             copies_bytes -= room.nbytes
-            if copies_bytes < 0 or not self._put("", chunk, [memoryview(b"".join(self._parts(room)))]):
+            if copies_bytes < 0 or not self._put_copy(chunk, room):
                 late.append(chunk)
         self._free(freed)
         self._not_written("", decision.tier + 1, late)
@@ -199,7 +199,7 @@ class LiveTransport:
         groups: dict[tuple[str, str, Outcome], list[Chunk]] = {}
         for completion in completions:
             if not isinstance(completion.token, Ticket):
-                continue  # a delete that failed: what it leaves is nobody's
+                continue  # a delete that failed: it is the service's to try again
             request, chunk = completion.token.request, completion.token.chunk
             groups.setdefault((completion.operation, request, completion.outcome), []).append(chunk)
             if completion.operation == "get":
@@ -225,6 +225,12 @@ class LiveTransport:
         if self._pool is None:
             raise AssertionError("a copy to L2 without L2")
         return self._pool.submit_put(Ticket(request, chunk), _digest(chunk), parts)
+
+    def _put_copy(self, chunk: Chunk, room: Room) -> bool:
+        """Return whether a copy of the chunk's bytes is on its way to L2; where the queue is full none is made."""
+        if self._pool is None or not self._pool.has_room(room.nbytes):
+            return False
+        return self._put("", chunk, [memoryview(b"".join(self._parts(room)))])
 
     def _parts(self, room: Room) -> list[memoryview]:
         return views(self._arena, page_ids([room]), 0, room.nbytes)

@@ -33,6 +33,8 @@ def _check_tier(index: int, tier: Tier, strays: Sequence[Entry], pins: Counter[i
     _require(tier.capacity is None or tier.used <= tier.capacity, f"{name}: {tier.used} pages of {tier.capacity} used")
     idle = [entry for entry in tier.resident.values() if not entry.pins]
     _require(tier.idle == sum(entry.pages for entry in idle), f"{name}: idle pages are not those without pins")
+    own = {salt: sum(entry.pages for entry in idle if entry.salt == salt) for salt in tier.quotas}
+    _require(tier.quota_idle == own, f"{name}: idle pages of tenants with a quota do not add up")
     _require(all(entry.entered for entry in idle), f"{name}: a chunk can be neither evicted nor used")
     _require(all(entry.pins > 0 for entry in tier.leaving.values()), f"{name}: a chunk that nobody holds is leaving")
     wrong = [(entry.chunk, entry.pins, pins[id(entry)]) for entry in places if entry.pins != pins[id(entry)]]

@@ -235,7 +235,7 @@ def _count(tier: Tier, strays: list[Entry]) -> None:
     """Recompute the accounts from the entries."""
     places = [*tier.resident.values(), *tier.writing.values(), *tier.leaving.values(), *strays]
     tier.used = sum(entry.pages for entry in places)
-    tier.idle = sum(entry.pages for entry in tier.resident.values() if not entry.pins)
+    tier.count_idle()
     tier.salt_pages = {}
     for entry in places:
         tier.salt_pages[entry.salt] = tier.salt_pages.get(entry.salt, 0) + entry.pages

@@ -42,7 +42,8 @@ class State:
     def __init__(self, config: CoreConfig) -> None:
         self.config = config
         self.tiers = tuple(Tier(tier, config.ttl_ns) for tier in config.tiers)
-        self.tiers[0].quotas.update(config.quotas)
+        for salt, pages in config.quotas:
+            self.tiers[0].set_quota(salt, pages)
         self.instances: dict[str, InstanceRegistered] = {}
         self.requests: dict[str, Request] = {}
         self.lost: dict[str, Lost] = {}

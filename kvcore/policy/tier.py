@@ -45,6 +45,7 @@ class Tier:
         "leaving",
         "name",
         "policy",
+        "quota_idle",
         "quotas",
         "resident",
         "salt_pages",
@@ -67,6 +68,8 @@ class Tier:
         """Pages of the resident chunks without pins: what eviction can free."""
         self.salt_pages: dict[str, int] = {}
         self.quotas: dict[str, int] = {}
+        self.quota_idle: dict[str, int] = {}
+        """As `idle`, of each tenant that has a quota."""
         self.ttl_ns = ttl_ns
         self.expiry: OrderedDict[Chunk, int] = OrderedDict()
         """When each chunk was used last, oldest first; empty without a TTL."""
@@ -75,28 +78,33 @@ class Tier:
 
     def pin(self, entries: Iterable[Entry]) -> None:
         """Hold resident `entries` where they are."""
-        idle = self.idle
+        idle, quota_idle = self.idle, self.quota_idle
         for entry in entries:
             pins = entry.pins
             if not pins:
                 idle -= entry.pages
+                if quota_idle and entry.salt in quota_idle:
+                    quota_idle[entry.salt] -= entry.pages
             entry.pins = pins + 1
         self.idle = idle
 
     def unpin(self, entries: Iterable[Entry]) -> list[Entry]:
         """Let go of `entries`; return those that were only waiting for this to leave."""
-        idle = self.idle
+        idle, quota_idle = self.idle, self.quota_idle
         gone: list[Entry] = []
         for entry in entries:
             pins = entry.pins - 1
             entry.pins = pins
-            if not pins:
-                idle += entry.pages
-                if self.leaving and self.leaving.get(entry.chunk) is entry:
-                    idle -= entry.pages
-                    del self.leaving[entry.chunk]
-                    self.release((entry,))
-                    gone.append(entry)
+            if pins:
+                continue
+            if self.leaving and self.leaving.get(entry.chunk) is entry:
+                del self.leaving[entry.chunk]
+                self.release((entry,))
+                gone.append(entry)
+                continue
+            idle += entry.pages
+            if quota_idle and entry.salt in quota_idle:
+                quota_idle[entry.salt] += entry.pages
         self.idle = idle
         return gone
 
@@ -110,8 +118,7 @@ class Tier:
         quota = self.quotas.get(salt)
         if quota is None:
             return fit, False
-        idle = sum(entry.pages for entry in self.resident.values() if entry.salt == salt and not entry.pins)
-        allowed = max(0, quota - self.salt_pages.get(salt, 0) + idle) // pages
+        allowed = max(0, quota - self.salt_pages.get(salt, 0) + self.quota_idle[salt]) // pages
         return min(fit, allowed), allowed < fit
 
     def set_quota(self, salt: str, pages: int | None) -> None:
@@ -119,6 +126,24 @@ class Tier:
         self.quotas.pop(salt, None)
         if pages is not None:
             self.quotas[salt] = pages
+        self.count_idle()
+
+    def count_idle(self) -> None:
+        """Count the idle pages anew: once, not at every ask."""
+        idle = [entry for entry in self.resident.values() if not entry.pins]
+        self.idle = sum(map(_pages_of, idle))
+        self.quota_idle = dict.fromkeys(self.quotas, 0)
+        for entry in idle:
+            if entry.salt in self.quota_idle:
+                self.quota_idle[entry.salt] += entry.pages
+
+    def _leave_idle(self, entries: Sequence[Entry]) -> None:
+        """Give back the pages of entries that were idle and are resident no longer."""
+        self.idle -= self.release(entries)
+        if self.quota_idle:
+            for entry in entries:
+                if entry.salt in self.quota_idle:
+                    self.quota_idle[entry.salt] -= entry.pages
 
     def quota_victims(self, pages: int, salt: str) -> list[Entry]:
         """Evict from the tenant's own chunks until `pages` more pages are within its quota; return them."""
@@ -149,7 +174,7 @@ class Tier:
         if chunks is None:
             raise AssertionError("the policy found less to evict than the tier counts as idle")
         entries = [*map(self.resident.pop, chunks)]
-        self.idle -= self.release(entries)
+        self._leave_idle(entries)
         if self.ttl_ns is not None:
             for chunk in chunks:
                 del self.expiry[chunk]
@@ -226,7 +251,7 @@ class Tier:
         if entry.pins:
             self.leaving[chunk] = entry
             return None
-        self.idle -= self.release((entry,))
+        self._leave_idle((entry,))
         return entry
 
     def due(self, now_ns: int) -> bool:

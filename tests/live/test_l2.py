@@ -10,9 +10,11 @@ from live_fakes import SyncEngine, chain, environment, wait_for
 from kvcore.live import server as server_module
 from kvcore.live import wire
 from kvcore.live.client import RemoteError
+from kvcore.live.server import Server
 from kvcore.live.settings import Settings
+from kvcore.live.stores.base import StoreError
 from kvcore.live.stores.files import FileStore
-from kvtraces.journal import Equal, verify
+from kvtraces.journal import Equal, JournalWriter, segments, verify
 
 PROMPTS = [chain(f"p{at}", 4) for at in range(8)]
 
@@ -211,6 +213,25 @@ def test_a_start_that_would_lose_l2_is_refused_and_loses_nothing(start, folder):
     assert len(files(folder)) == 32
 
 
+def test_a_journal_damaged_throughout_is_told_in_a_line_and_costs_l2_nothing(start, folder):
+    server = start(*flags(folder, "--journal", str(folder / "journal")), l1_pages=64)
+    with SyncEngine(server.endpoint) as engine:
+        fill(server, engine)
+    server.stop()
+    kept = {path: path.read_bytes() for path in segments(folder / "journal")}
+    for path in kept:
+        path.write_bytes(b"")
+    refused = subprocess.run(server.command, capture_output=True, text=True, env=environment(), check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1, refused.stderr
+    assert "remove the folder" in refused.stderr
+    assert len(files(folder)) == 32
+    first = next(iter(kept))
+    first.write_bytes(kept[first])
+    server.start()
+    wait_for(lambda: server.status()["tiers"][1]["chunks"] == 32)
+
+
 def test_what_was_demoted_outlives_a_clean_stop(start, folder):
     server = start(*flags(folder, "--placement", "write-back", "--journal", str(folder / "journal")), l1_pages=12)
     with SyncEngine(server.endpoint) as engine:
@@ -339,3 +360,67 @@ def test_a_store_that_fails_costs_misses_only(start, folder):
             _, granted = engine.serve(f"anew-{at}", prompt)
             assert granted.chunks == (0, 1, 2, 3), "the core knows that they are gone"
         assert engine.serve("again", PROMPTS[3])[0].load_chunks == 4
+
+
+def test_what_l2_would_not_delete_is_deleted_when_it_does(folder, monkeypatch):
+    """The room counts as free; a chunk that has been stored again meanwhile stays."""
+    remove, stuck = FileStore._remove, threading.Event()
+
+    def removing(self, chunk):
+        if stuck.is_set():
+            raise StoreError("stuck")
+        remove(self, chunk)
+
+    monkeypatch.setattr(FileStore, "_remove", removing)
+    monkeypatch.setattr("kvcore.live.service._DELETES_REST_NS", 3 * 10**8)
+    with Server(in_process(folder)) as server, SyncEngine(server.settings.bind[0]) as engine:
+        engine.serve("r", PROMPTS[0])
+        engine.serve("s", PROMPTS[1])
+        wait_for(lambda: len(files(folder)) == 8)
+        stuck.set()
+        engine.client.call(wire.Clear(None))
+        wait_for(lambda: server.service.metrics.counts["kvcore_l2_chunks", "delete", "failed"] >= 3)
+        engine.serve("again", PROMPTS[1])
+        assert len(files(folder)) == 8
+        stuck.clear()
+        wait_for(lambda: len(files(folder)) == 4)
+        assert {path.name for path in files(folder)} == {chunk.hex() for chunk in PROMPTS[1]}
+
+
+def test_a_store_that_does_not_answer_holds_up_neither_the_end_nor_the_journal(folder, monkeypatch):
+    waits, closed = threading.Event(), []
+
+    def closing(self):
+        closed.append("journal")
+        close_journal(self)
+
+    def never(self, chunk, parts):
+        waits.wait(60)
+        closed.append("put")
+        raise StoreError("late")
+
+    close_journal = JournalWriter.close
+    monkeypatch.setattr(JournalWriter, "close", closing)
+    monkeypatch.setattr(FileStore, "put", never)
+    for name in ("server._LAST_COPIES_S", "stores.pool._LAST_WAIT_S"):
+        monkeypatch.setattr(f"kvcore.live.{name}", 0.2)
+    server = Server(in_process(folder, journal=str(folder / "journal")))
+    with server, SyncEngine(server.settings.bind[0]) as engine:
+        engine.serve("r", PROMPTS[0])
+    assert closed == ["journal"], "and the server has ended"
+    waits.set()
+    wait_for(lambda: "put" in closed)
+
+
+def in_process(folder, **more):
+    return Settings(
+        l1_size_gb=0.01,
+        page_size="64KiB",
+        l2=f"files:{folder}/l2",
+        arena_dir=str(folder),
+        name="t",
+        http="off",
+        bind=(f"ipc://{folder}/sock",),
+        pretouch=False,
+        **more,
+    )

@@ -5,9 +5,11 @@ bytes, CRC-32 of these four bytes, CRC-32 of the payload) and a msgpack payload.
 configuration and, unless the core was new, a snapshot of its state; then come steps, (event, decisions), the pages
 that a step took, and what engines say of themselves. A decision's chunks are written as a range where they are a run
 of the event's. So each segment replays by itself, the oldest can be deleted, and a server that takes over needs the
-last one only. A crash may leave the last record torn; anything else that does not fit its checksum is damage.
+last one only. A crash may leave the last record torn; anything else that does not fit its checksum is damage. What a
+segment begins with is on the disk before it has its name, and before an older one is deleted.
 """
 
+import errno
 import os
 import re
 import struct
@@ -51,6 +53,10 @@ class JournalError(Exception):
         self.offset = offset
 
 
+class SegmentGoneError(JournalError):
+    """A segment that was there is not any more: the server that writes the journal keeps only the last ones."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
     """What a segment begins with."""
@@ -58,6 +64,8 @@ class Head:
     config: CoreConfig
     meta: dict[str, Any]
     """What the server says of itself: its arena's epoch, page size."""
+    has_snapshot: bool = False
+    """Whether a snapshot follows, which the writer sees to: without one the core is new, or the segment is torn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +144,7 @@ class JournalWriter:
         self.keep = keep
         self.written_bytes = 0
         self.size_bytes = 0
-        """Of the segment at hand."""
+        """Of the segment at hand, behind what it begins with: a snapshot alone may be larger than a segment."""
         self._waiting: list[bytes] = []
         self._engines: dict[str, dict[str, int]] = {}
         self._encode = msgspec.msgpack.Encoder().encode
@@ -205,22 +213,38 @@ class JournalWriter:
         self._waiting.append(data)
 
     def _begin(self, snapshot: Snapshot | None) -> None:
-        """Write the head of the next segment under another name, so that one is there whole or not at all."""
+        """Write the head of the next segment under another name, so that one is there whole or not at all.
+
+        That holds when the machine goes down as well, so the oldest is deleted only when this one is on the disk.
+        """
         self._number += 1
         path = self.folder / f"{self._number:08d}.kvj"
         self._waiting.append(MAGIC)
-        self._collect(("head", msgspec.to_builtins(self.head.config), self.head.meta))
+        self._collect(("head", msgspec.to_builtins(self.head.config), self.head.meta, snapshot is not None))
         if snapshot is not None:
             self._collect(("snapshot", snapshot.core, snapshot.pages))
         for instance, facts in self._engines.items():
             self._collect(("engine", instance, facts))
-        self.size_bytes = 0
         partial = path.with_suffix(".part")
         self._fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.flush()
+        os.fsync(self._fd)
         partial.rename(path)
+        _sync_folder(self.folder)
+        self.size_bytes = 0
         for old in segments(self.folder)[: -self.keep]:
             old.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system on which folders need none
+            raise
+    finally:
+        os.close(fd)
 
 
 def segments(folder: str | Path) -> list[Path]:
@@ -239,16 +263,22 @@ def restore_core(head: Head, snapshot: Snapshot | None) -> Core:
         return Core(head.config)
     try:
         return restore(head.config, msgspec.msgpack.decode(snapshot.core))
-    except (msgspec.MsgspecError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise JournalError(f"the snapshot cannot be restored: {error}") from error
+    except (msgspec.MsgspecError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise JournalError(f"the snapshot cannot be restored: {type(error).__name__}: {error}") from error
 
 
 def read_segment(path: Path) -> Generator[Located, None, bool]:
     """Yield a segment's records; return whether the last one is torn, which a crash leaves and nothing follows.
 
-    Raises JournalError for damage: a checksum, or a payload that is no record.
+    Raises JournalError for damage: a checksum, or a payload that is no record; SegmentGoneError where it is not there.
     """
-    with path.open("rb") as file:
+    try:
+        opened = path.open("rb")
+    except FileNotFoundError as error:
+        raise SegmentGoneError(
+            f"the server that writes {path.parent} has removed it meanwhile: try again, or with a copy", path.name
+        ) from error
+    with opened as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise JournalError("not a journal of this format", path.name)
         offset = len(MAGIC)
@@ -279,8 +309,8 @@ def _decode(payload: bytes, segment: str, offset: int) -> Record:
                 return Pages(ids=ids, generations=generations, chunk_bytes=chunk_bytes)
             case ["engine", instance, facts]:
                 return Engine(instance=instance, facts=msgspec.convert(facts, dict[str, int]))
-            case ["head", config, meta]:
-                return Head(config=msgspec.convert(config, CoreConfig), meta=meta)
+            case ["head", config, meta, *rest]:  # journals of before do not say whether a snapshot follows
+                return Head(config=msgspec.convert(config, CoreConfig), meta=meta, has_snapshot=bool(rest and rest[0]))
             case ["snapshot", core, pages]:
                 return Snapshot(core=core, pages=pages)
     except (msgspec.MsgspecError, ValueError, TypeError, KeyError) as error:
@@ -366,7 +396,7 @@ class Difference:
 def verify(folder: str | Path) -> Equal | Difference:
     """Replay a journal from its first segment on, and compare every decision and every later snapshot.
 
-    Raises JournalError where there is no journal.
+    Raises JournalError where there is no journal, SegmentGoneError where its server removes a segment meanwhile.
     """
     paths = segments(folder)
     if not paths:
@@ -380,6 +410,8 @@ def verify(folder: str | Path) -> Equal | Difference:
                 difference = check.take(located)
                 if difference is not None:
                     return difference
+    except SegmentGoneError:
+        raise
     except JournalError as error:
         return Difference(
             segment=error.segment or path.name, offset=error.offset, step=check.steps, reason=error.reason
@@ -413,8 +445,9 @@ class _Verifier:
         record = located.record
         match record:
             case Head():
-                self._carried, self._core = self._core, Core(record.config)
-                self._head = record
+                self._head, self._carried = record, self._core
+                if not record.has_snapshot:  # where it is torn off, the next segment goes on where this one began
+                    self._core = Core(record.config)
             case Snapshot():
                 return self._compare_snapshot(record, located)
             case Step():

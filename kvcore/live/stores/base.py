@@ -1,10 +1,11 @@
 """What a store of chunks is, and the frame around each value that tells a good one from a bad one."""
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+import numpy as np
 from xxhash import xxh3_64
 
 Parts: TypeAlias = Sequence[memoryview]
@@ -63,17 +64,7 @@ class Store(Protocol):
         """Remove chunks; those not there are no error.
 
         Raises:
-            StoreError: the store cannot be asked; some may be gone.
-        """
-
-    def scan(self) -> Iterator[tuple[bytes, int]]:
-        """List the chunks there and their sizes in bytes, frame included, lazily and in no order.
-
-        What comes or goes meanwhile may be listed or not. For a server that starts: what its core does not know of
-        takes room for nothing.
-
-        Raises:
-            StoreError: the store cannot be asked.
+            StoreError: the store cannot be asked, or some could not be removed; the others may be gone.
         """
 
     def close(self) -> None:
@@ -123,6 +114,15 @@ class Sums:
         return len(header) == FRAME_BYTES and _FRAME.unpack(header) == (_MAGIC, self.size, self.checksum)
 
 
+def framed(chunk: bytes, parts: Parts) -> memoryview:
+    """Return a chunk as one value, with its frame. For stores that take a value in one piece."""
+    value = np.empty(FRAME_BYTES + size_of(parts), np.uint8).data  # not zeroed, as a bytearray is
+    value[:FRAME_BYTES] = frame(chunk, parts)
+    for piece, part in zip(_cut(value, parts), parts, strict=True):
+        _copy(piece, part)
+    return value
+
+
 def accept(counters: StoreCounters, chunk: bytes, value: memoryview, into: Parts) -> bool:
     """Check a whole framed value, copy it into the parts, and count. For stores that return a value in one piece."""
     size = size_of(into)
@@ -131,7 +131,7 @@ def accept(counters: StoreCounters, chunk: bytes, value: memoryview, into: Parts
         counters.corrupt += 1
         return False
     for part, piece in zip(into, _cut(value, into), strict=True):
-        part[:] = piece
+        _copy(part, piece)
     counters.hits += 1
     return True
 
@@ -139,6 +139,11 @@ def accept(counters: StoreCounters, chunk: bytes, value: memoryview, into: Parts
 def size_of(parts: Parts) -> int:
     """Return the bytes of all parts."""
     return sum(part.nbytes for part in parts)
+
+
+def _copy(into: memoryview, source: memoryview) -> None:
+    """Copy bytes with the interpreter's lock let go of, which the request loop needs meanwhile."""
+    np.copyto(np.asarray(into), np.asarray(source))
 
 
 def _cut(value: memoryview, like: Parts) -> list[memoryview]:

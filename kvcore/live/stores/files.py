@@ -26,6 +26,8 @@ _NAME = re.compile(r"(?:[0-9a-f]{2}){1,64}")
 _MAX_VECTOR = 1024  # IOV_MAX of Linux
 _SUMMED_BYTES = 1 << 20
 """Read and summed at a time: a core's own cache holds them in between, which makes reading a fifth faster."""
+_OF_ONE_FILE = frozenset((errno.EIO, errno.EACCES, errno.EPERM, errno.EBADMSG, errno.EUCLEAN, errno.ENODATA))
+"""What a file fails with that is itself the fault: bad blocks, a damaged inode, a strange owner."""
 
 
 class FileStore:
@@ -47,7 +49,8 @@ class FileStore:
         self.size_bytes = size_bytes
         self._folder = folder
         self._lock = threading.Lock()
-        self._sizes: dict[bytes, int] = {}
+        self._sizes: tuple[dict[bytes, int], ...] = tuple({} for _ in range(_SHARDS))
+        """Of the files known of, by folder."""
         self._used = 0
         self._unknown = set(range(_SHARDS))
         self._numbers = itertools.count()
@@ -98,55 +101,72 @@ class FileStore:
             raise
 
     def get(self, chunk: bytes, into: Parts) -> bool:
-        """Read a file. One that is broken is removed. See `Store.get`."""
-        header, sums = bytearray(FRAME_BYTES), Sums(chunk)
+        """Read a file. One that is broken, or cannot be read, is removed. See `Store.get`."""
         try:
-            fd = os.open(self._place(chunk), os.O_RDONLY | os.O_CLOEXEC)
+            is_good = _read(self._place(chunk), chunk, into)
         except FileNotFoundError as error:
-            if not self._parts_folder.is_dir():  # a disk that is not mounted at the moment
+            if self._is_away():
                 raise _store_error(self._folder, error) from error
             self.counters.missing += 1
             return False
         except OSError as error:
-            raise _store_error(self._folder, error) from error
-        try:
-            is_whole = _read(fd, memoryview(header), into, sums)
-        except OSError as error:
-            raise _store_error(self._folder, error) from error
-        finally:
-            os.close(fd)
-        if not is_whole or not sums.match(header):
+            if error.errno not in _OF_ONE_FILE:
+                raise _store_error(self._folder, error) from error
+            self.delete([chunk])  # where that fails, too, it is the folder's fault
+            is_good = False
+        else:
+            if not is_good:
+                with suppress(StoreError):  # a miss all the same; it only takes room
+                    self.delete([chunk])
+        if is_good:
+            self.counters.hits += 1
+        else:
             self.counters.corrupt += 1
-            with suppress(StoreError):  # a miss all the same; it only takes room
-                self.delete([chunk])
-            return False
-        self.counters.hits += 1
-        return True
+        return is_good
 
     def delete(self, chunks: Sequence[bytes]) -> None:
-        """Remove files. See `Store.delete`."""
+        """Remove files, all that can be. See `Store.delete`."""
+        failure: StoreError | None = None
         for chunk in chunks:
-            with self._lock:
-                self._look_into(chunk[0])
-                try:
-                    self._place(chunk).unlink()
-                except FileNotFoundError:
-                    pass
-                except OSError as error:
-                    raise _store_error(self._folder, error) from error
-                self._set_size(chunk, None)
+            try:
+                self._remove(chunk)
+            except StoreError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def scan(self) -> Iterator[tuple[bytes, int]]:
-        """List folder after folder. See `Store.scan`."""
+        """List the chunks there and their sizes in bytes, frame included, folder after folder.
+
+        What comes or goes meanwhile may be listed or not. For a server that starts: what its core does not know of
+        takes room for nothing.
+
+        Raises:
+            StoreError: a folder cannot be read.
+        """
         for shard in range(_SHARDS):
             with self._lock:
                 self._look_into(shard)
-                found = [(chunk, size) for chunk, size in self._sizes.items() if chunk[0] == shard]
+                found = [*self._sizes[shard].items()]
             yield from found
 
     def close(self) -> None:
         """Let the folder go."""
         os.close(self._lock_fd)
+
+    def _is_away(self) -> bool:
+        """Whether it is the disk that is not there at the moment, rather than a file."""
+        return not self._parts_folder.is_dir()
+
+    def _remove(self, chunk: bytes) -> None:
+        with self._lock:
+            self._look_into(chunk[0])
+            try:
+                self._place(chunk).unlink()
+            except OSError as error:
+                if not isinstance(error, FileNotFoundError) or self._is_away():
+                    raise _store_error(self._folder, error) from error
+            self._set_size(chunk, None)
 
     def _place(self, chunk: bytes) -> Path:
         return self._folder / f"{chunk[0]:02x}" / chunk.hex()
@@ -159,7 +179,7 @@ class FileStore:
                 return self._set_size(chunk, size)
             for shard in sorted(self._unknown):
                 self._look_into(shard)
-            wanted = self._used - self._sizes.get(chunk, 0) + size
+            wanted = self._used - self._sizes[chunk[0]].get(chunk, 0) + size
             if wanted > self.size_bytes:
                 raise StoreFull(f"files:{self._folder}: {size} bytes more are {wanted} of {self.size_bytes}")
             return self._set_size(chunk, size)
@@ -169,10 +189,11 @@ class FileStore:
             self._set_size(chunk, size)
 
     def _set_size(self, chunk: bytes, size: int | None) -> int | None:
-        before = self._sizes.pop(chunk, None)
+        sizes = self._sizes[chunk[0]]
+        before = sizes.pop(chunk, None)
         self._used += (size or 0) - (before or 0)
         if size is not None:
-            self._sizes[chunk] = size
+            sizes[chunk] = size
         return before
 
     def _look_into(self, shard: int) -> None:
@@ -201,17 +222,22 @@ def _write(path: Path, parts: Parts) -> None:
         os.close(fd)
 
 
-def _read(fd: int, header: memoryview, into: Parts, sums: Sums) -> bool:
-    """Fill the header and the parts, which are summed. Returns whether the file has exactly their bytes."""
-    if os.fstat(fd).st_size != header.nbytes + size_of(into) or not _fill(fd, header):
-        return False
-    for part in into:
-        for at in range(0, part.nbytes, _SUMMED_BYTES):
-            piece = part[at : at + _SUMMED_BYTES]
-            if not _fill(fd, piece):
-                return False
-            sums.add(piece)
-    return True
+def _read(path: Path, chunk: bytes, into: Parts) -> bool:
+    """Fill the parts. Returns whether the file has exactly their bytes, as they were put under this name."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        header, sums = bytearray(FRAME_BYTES), Sums(chunk)
+        if os.fstat(fd).st_size != FRAME_BYTES + size_of(into) or not _fill(fd, memoryview(header)):
+            return False
+        for part in into:
+            for at in range(0, part.nbytes, _SUMMED_BYTES):
+                piece = part[at : at + _SUMMED_BYTES]
+                if not _fill(fd, piece):
+                    return False
+                sums.add(piece)
+        return sums.match(header)
+    finally:
+        os.close(fd)
 
 
 def _fill(fd: int, piece: memoryview) -> bool:

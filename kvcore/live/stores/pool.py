@@ -15,6 +15,8 @@ from kvcore.live.stores.base import Parts, Store, StoreError, StoreFull, size_of
 _log = logging.getLogger(__name__)
 _LONGEST_PAUSE_S = 30.0
 _SAID_AGAIN_S = 60.0
+_LAST_WAIT_S = 3.0
+"""How long a server that stops waits for what a store is at."""
 
 
 class Outcome(Enum):
@@ -35,6 +37,8 @@ class Completion:
     size_bytes: int
     duration_ns: int
     error: str | None = None
+    left: tuple[bytes, ...] = ()
+    """Chunks whose delete failed: some of them may lie in the store still."""
 
 
 @dataclass(slots=True)
@@ -43,6 +47,7 @@ class _Job:
     token: object
     size_bytes: int
     run: Callable[[], bool]
+    deletes: tuple[bytes, ...] = ()
 
 
 class StorePool:
@@ -54,7 +59,8 @@ class StorePool:
 
     Once the store fails, operations fail at once for `pause` seconds, so that what waits is not held up for a store
     that is away; while it fails again and again, for twice as long each time, 30 s at most. `fileno` becomes readable
-    when there are completions: for a poller.
+    when there are completions: for a poller. A delete that failed is no sign that the store is away, and does not keep
+    others from it: whoever waits for something will tell.
     """
 
     def __init__(
@@ -92,6 +98,10 @@ class StorePool:
         """Bytes of gets queued or under way."""
         return self._getting.used
 
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether a put of so many bytes would be queued now."""
+        return self._putting.admits(size_bytes)
+
     def submit_put(self, token: object, chunk: bytes, parts: Parts) -> bool:
         """Queue a write. False, with nothing queued, if the queue is full: the caller gives the store up."""
         size = size_of(parts)
@@ -111,9 +121,9 @@ class StorePool:
     def submit_delete(self, chunks: Sequence[bytes]) -> None:
         """Queue the removal of chunks, each behind any write of it that is still queued."""
         for lane in self._write_lanes:
-            names = [chunk for chunk in chunks if self._write_lane(chunk) is lane]
+            names = tuple(chunk for chunk in chunks if self._write_lane(chunk) is lane)
             if names:
-                lane.submit(_Job("delete", None, 0, partial(self._delete, names)))
+                lane.submit(_Job("delete", None, 0, partial(self._delete, names), names))
 
     def drain(self) -> list[Completion]:
         """Return what has ended since the last call, in the order in which it ended."""
@@ -126,13 +136,20 @@ class StorePool:
     def close(self, *, finish: bool = True) -> list[Completion]:
         """End the threads and close the store. Returns the last completions.
 
-        What is queued is carried out first, or fails at once if not to `finish`; what is under way is waited for.
+        What is queued is carried out first, and all waited for; or, if not to `finish`, it fails at once, and a store
+        that does not answer in some seconds is left to its threads, which end with the process.
         """
         if not finish:
             self._away_until, self._away_error = float("inf"), "the server stops"
-        for lane in (*self._write_lanes, self._read_lane):
+        lanes = (*self._write_lanes, self._read_lane)
+        for lane in lanes:
             lane.close()
+        until = None if finish else time.monotonic() + _LAST_WAIT_S
+        ended = [lane.join(until) for lane in lanes]
         last = self.drain()
+        if not all(ended):
+            _log.warning("L2 does not answer: the server ends without it")
+            return last
         self._store.close()
         os.close(self._event_fd)
         return last
@@ -144,7 +161,7 @@ class StorePool:
         self._store.put(chunk, parts)
         return True
 
-    def _delete(self, chunks: list[bytes]) -> bool:
+    def _delete(self, chunks: Sequence[bytes]) -> bool:
         self._store.delete(chunks)
         return True
 
@@ -164,6 +181,7 @@ class StorePool:
                 size_bytes=job.size_bytes,
                 duration_ns=time.monotonic_ns() - start,
                 error=error,
+                left=job.deletes,
             )
         )
         os.eventfd_write(self._event_fd, 1)
@@ -177,7 +195,8 @@ class StorePool:
             self._troubles.failed(job.operation, str(error))
             return Outcome.FAILED, str(error)
         except StoreError as error:
-            self._leave_alone(str(error))
+            if job.operation != "delete":
+                self._leave_alone(str(error))
             self._troubles.failed(job.operation, str(error))
             return Outcome.FAILED, str(error)
         except Exception as error:  # a vendor's bug; told to the caller, who would else wait for ever
@@ -238,9 +257,12 @@ class _Budget:
         self._lock = threading.Lock()
         self.used = 0
 
+    def admits(self, size: int) -> bool:
+        return not self.used or self.used + size <= self._limit
+
     def enter(self, size: int) -> bool:
         with self._lock:
-            if self.used and self.used + size > self._limit:
+            if not self.admits(size):
                 return False
             self.used += size
             return True
@@ -266,10 +288,14 @@ class _Lane:
         self._ready.release()
 
     def close(self) -> None:
-        """Let the threads end when the queue is empty, and wait for them."""
+        """Let the threads end when the queue is empty."""
         self._ready.release(len(self._threads))
+
+    def join(self, until: float | None) -> bool:
+        """Wait for the threads, until then at most; return whether they have ended."""
         for thread in self._threads:
-            thread.join()
+            thread.join(None if until is None else max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _work(self) -> None:
         while True:

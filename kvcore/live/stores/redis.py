@@ -1,13 +1,13 @@
 """Chunks in a Redis or Valkey server, one string value each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
-from kvcore.live.stores.base import Parts, StoreCounters, StoreError, StoreFull, accept, frame
+from kvcore.live.stores.base import Parts, StoreCounters, StoreError, StoreFull, accept, framed
 
 _MAX_DELETED_AT_ONCE = 1000
 
@@ -41,7 +41,7 @@ class RedisStore:
 
     def put(self, chunk: bytes, parts: Parts) -> None:
         """Set a value. See `Store.put`."""
-        value = b"".join([frame(chunk, parts), *parts])
+        value = framed(chunk, parts)
         try:
             self._client.set(self._prefix + chunk, value)
         except redis.RedisError as error:
@@ -69,35 +69,11 @@ class RedisStore:
         except redis.RedisError as error:
             raise self._error(error) from error
 
-    def scan(self) -> Iterator[tuple[bytes, int]]:
-        """Walk the server's keys by cursor, with the sizes of each batch in one round trip. See `Store.scan`."""
-        cursor = 0
-        while True:
-            try:
-                cursor, keys = cast("tuple[int, list[bytes]]", self._client.scan(cursor, _glob(self._prefix), 500))
-                sizes = self._sizes(keys)
-            except redis.RedisError as error:
-                raise self._error(error) from error
-            yield from ((key[len(self._prefix) :], size) for key, size in zip(keys, sizes, strict=True))
-            if cursor == 0:
-                return
-
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
-
-    def _sizes(self, keys: list[bytes]) -> list[int]:
-        with self._client.pipeline(transaction=False) as pipeline:
-            for key in keys:
-                pipeline.strlen(key)
-            return cast("list[int]", pipeline.execute())
 
     def _error(self, error: Any) -> StoreError:
         if isinstance(error, redis.exceptions.OutOfMemoryError):
             return StoreFull(f"{self._where}: {error}")
         return StoreError(f"{self._where}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-
-
-def _glob(prefix: bytes) -> bytes:
-    """Return the pattern of every key that starts so, whatever characters it has."""
-    return b"".join(b"\\" + bytes([c]) if c in b"*?[]\\" else bytes([c]) for c in prefix) + b"*"

@@ -25,6 +25,8 @@ def open_store(url: str, size_bytes: int | None = None) -> Store:
     | `s3://bucket/prefix` | S3 and its like | `endpoint`, `region`, `timeout`, `retries` |
     | any other scheme | a vendor's, by entry point in the group `kvcore.stores` | theirs |
 
+    A prefix is for one server, as a folder is: what one evicts is deleted for all (`ARCHITECTURE.md`).
+
     `size_bytes` is kept by the folder; Redis and S3 have their own limits, and the core never stores more.
 
     Raises:

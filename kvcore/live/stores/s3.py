@@ -1,6 +1,6 @@
 """Chunks as objects in a bucket of S3, or of anything that speaks its protocol."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -8,7 +8,7 @@ import obstore
 from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import S3Store as Bucket
 
-from kvcore.live.stores.base import Parts, StoreCounters, StoreError, accept, frame
+from kvcore.live.stores.base import Parts, StoreCounters, StoreError, accept, framed
 
 
 class S3Store:
@@ -61,7 +61,7 @@ class S3Store:
 
     def put(self, chunk: bytes, parts: Parts) -> None:
         """Put an object. See `Store.put`."""
-        value = b"".join([frame(chunk, parts), *parts])
+        value = framed(chunk, parts)
         try:
             obstore.put(self._bucket, chunk.hex(), value, use_multipart=False)
         except (BaseError, OSError) as error:
@@ -84,16 +84,6 @@ class S3Store:
             obstore.delete(self._bucket, [chunk.hex() for chunk in chunks])
         except (NotFoundError, FileNotFoundError):
             pass
-        except (BaseError, OSError) as error:
-            raise self._error(error) from error
-
-    def scan(self) -> Iterator[tuple[bytes, int]]:
-        """List objects, a batch a request. See `Store.scan`."""
-        try:
-            for batch in obstore.list(self._bucket, chunk_size=1000):
-                for entry in batch:
-                    name = entry["path"].rpartition("/")[2]
-                    yield bytes.fromhex(name), entry["size"]
         except (BaseError, OSError) as error:
             raise self._error(error) from error
 

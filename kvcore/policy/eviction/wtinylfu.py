@@ -7,6 +7,7 @@ Computer 27(3), 1994.
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Final
 
 from kvcore.policy.eviction.queues import Queue, frees_enough, peek_eligible, put_back
@@ -28,10 +29,10 @@ class WTinyLfu:
     least recent chunk contests main's victim; the one with fewer uses is evicted, the window's on a tie, and a winner
     from the window enters main on probation. Once the window is within its hundredth main's victim goes. What is
     still over when the next chunks are inserted has found room and enters main without contest. Uses are counted
-    exactly, to 15, in place of a sketch with a doorkeeper; a chunk's count is halved when it is next read rather than
-    all at once, and dropped when it is sure to be 0. Where a segment has no eligible chunk the next one gives one: in
-    main protected after probation, at last the window. An unbounded cache halves nothing and forgets the counts of
-    what it evicts.
+    exactly, to 15, in place of a sketch with a doorkeeper; counts are halved a few at a time, or when they are read,
+    rather than all at once, and those that come to 0 are dropped. Where a segment has no eligible chunk the next one
+    gives one: in main protected after probation, at last the window. An unbounded cache halves nothing and forgets the
+    counts of what it evicts.
     """
 
     __slots__ = (
@@ -62,7 +63,7 @@ class WTinyLfu:
         self._window: Queue = OrderedDict()
         self._probation: Queue = OrderedDict()
         self._protected: Queue = OrderedDict()
-        # epoch << COUNT_BITS | count as of that epoch, least recently counted first; evicted chunks keep theirs.
+        # epoch << COUNT_BITS | count as of that epoch, the oldest epoch first; evicted chunks keep theirs.
         self._counts: Queue = OrderedDict()
 
     def insert(self, chunks: Iterable[Chunk], pages: int) -> None:
@@ -158,7 +159,10 @@ class WTinyLfu:
         return (entry & COUNT_CAP) >> (self._epoch - (entry >> COUNT_BITS))
 
     def _count(self, chunk: Chunk, pages: int) -> None:
-        """Count a use of `chunk`, and drop up to two counts that are sure to be 0."""
+        """Count a use of `chunk`, and bring up to two counts of earlier epochs up to date.
+
+        Two at each use are all of them long before an epoch ends, which has as many uses as there were new counts.
+        """
         counts = self._counts
         counts[chunk] = self._epoch << COUNT_BITS | min(COUNT_CAP, self._uses(chunk) + 1)
         counts.move_to_end(chunk)
@@ -166,8 +170,11 @@ class WTinyLfu:
         if 0 < self._sample_pages <= self._sampled_pages:
             self._sampled_pages -= self._sample_pages
             self._epoch += 1
-        for _ in range(2):
-            oldest = next(iter(counts))
-            if (counts[oldest] >> COUNT_BITS) + COUNT_BITS > self._epoch:
+        for oldest in [*islice(counts, 2)]:
+            if counts[oldest] >> COUNT_BITS == self._epoch:
                 break
-            del counts[oldest]
+            if uses := self._uses(oldest):
+                counts[oldest] = self._epoch << COUNT_BITS | uses
+                counts.move_to_end(oldest)
+            else:
+                del counts[oldest]

@@ -101,7 +101,9 @@ def test_segments_begin_with_snapshots_and_the_oldest_go(tmp_path, keep):
     write(tmp_path, 40, segment_bytes=3000, keep=keep)
     paths = segments(tmp_path)
     assert len(paths) == (keep if keep == 2 else int(paths[-1].stem))
-    assert isinstance([*read_segment(paths[-1])][1].record, Snapshot)
+    head, snapshot, *_ = (located.record for located in read_segment(paths[-1]))
+    assert head.has_snapshot
+    assert isinstance(snapshot, Snapshot)
     found = verify(tmp_path)
     assert isinstance(found, Equal), str(found)
     assert found.segments == len(paths)
@@ -231,3 +233,26 @@ def test_what_came_to_an_event_since_is_taken_for_what_it_was(tmp_path):
     assert next(records).record == Step(event=LoadFailed(now_ns=1, request="r", tier=1, chunks=(b"a",)), decisions=())
     with pytest.raises(JournalError, match="LoadFailed has 6 values, 5 are known"):
         next(records)
+
+
+def test_a_snapshot_larger_than_a_segment_does_not_end_it(tmp_path):
+    core = write(tmp_path, 5)
+    writer = JournalWriter(tmp_path, HEAD, take_snapshot(core, b"b" * 5000), segment_bytes=3000)
+    assert not writer.due
+    writer.rotate(take_snapshot(core, b"b" * 5000))
+    assert not writer.due
+    writer._collect(("engine", "e" * 3000, {}))
+    writer.flush()
+    assert writer.due
+    writer.close()
+
+
+def test_a_segment_removed_while_the_journal_is_read_is_told(tmp_path, monkeypatch):
+    write(tmp_path, 40, segment_bytes=3000)
+    listed = segments(tmp_path)
+    listed[2].unlink()
+    monkeypatch.setattr("kvtraces.journal.segments", lambda folder: listed)
+    with pytest.raises(
+        JournalError, match=r"00000003\.kvj at byte 0: the server that writes .* has removed it meanwhile: try again"
+    ):
+        verify(tmp_path)

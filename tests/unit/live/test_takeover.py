@@ -1,14 +1,17 @@
 """What a journal proves to the next server: of L1, of L2 or of neither."""
 
+import os
 import re
 import shutil
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
-from kvcore.live.takeover import OtherL2Error, State, apply, go_on, recover
+from kvcore.live.takeover import DamagedJournalError, OtherL2Error, State, apply, go_on, recover
 from kvcore.policy import (
+    Cleared,
     CoreConfig,
     InstanceRegistered,
     Load,
@@ -20,7 +23,8 @@ from kvcore.policy import (
     StoreCommitted,
     TierConfig,
 )
-from kvtraces.journal import Equal, Head, JournalWriter, segments, take_snapshot, verify
+from kvcore.policy.snapshot import dump
+from kvtraces.journal import MAGIC, Equal, Head, JournalWriter, Snapshot, segments, take_snapshot, verify
 
 L1, L2 = TierConfig(name="l1", pages=2), TierConfig(name="l2", pages=None)
 CONFIG = CoreConfig(tiers=(L1, L2))
@@ -238,3 +242,77 @@ def test_a_server_that_dies_before_l1_is_cleared_is_not_believed_about_the_new_a
     found, state = start(tmp_path, other(epoch=10), 9)
     assert found.has_l1, "from then on the journal tells of the new arena"
     assert set(state.core.tiers[1].resident) == {A, B, C}
+
+
+def torn(path, how):
+    """Leave of a segment what a machine that went down may leave."""
+    data = path.read_bytes()
+    at = {"empty": 0, "in the head": 30, "in the snapshot": len(data) // 2, "before the snapshot": behind_head(data)}
+    path.write_bytes(data[: at[how]])
+
+
+def behind_head(data):
+    return len(MAGIC) + 12 + int.from_bytes(data[len(MAGIC) : len(MAGIC) + 4], "little")
+
+
+def snapshots(folder, life, count):
+    for _ in range(count):
+        JournalWriter(folder, HEAD, take_snapshot(life.state.core, life.state.book.dump())).close()
+
+
+@pytest.mark.parametrize("how", ["empty", "in the head", "before the snapshot", "in the snapshot"])
+@pytest.mark.parametrize("lost", [1, 2])
+def test_where_the_last_segments_are_torn_the_one_before_tells_what_l2_holds(tmp_path, how, lost):
+    snapshots(tmp_path, a_life(tmp_path), 3)
+    for path in segments(tmp_path)[-lost:]:
+        torn(path, how)
+    found, state = start(tmp_path, other(), 7)
+    assert not found.has_l1, "an older segment is not believed of the arena"
+    assert set(state.core.tiers[1].resident) == {A, B}
+    if "snapshot" in how:
+        assert isinstance(verify(tmp_path), Equal)
+
+
+@pytest.mark.parametrize("how", ["empty", "in the head", "before the snapshot", "in the snapshot"])
+def test_a_journal_that_is_damaged_throughout_is_no_empty_l2(tmp_path, how):
+    snapshots(tmp_path, Life(tmp_path), 2)
+    segments(tmp_path)[0].unlink()
+    for path in segments(tmp_path):
+        torn(path, how)
+    with pytest.raises(DamagedJournalError, match="remove the folder"):
+        recover(tmp_path, other(), epoch=7)
+    assert recover(tmp_path, Head(config=replace(CONFIG, tiers=(L1,)), meta=META | {"l2": ""}), epoch=7) is None
+
+
+@pytest.mark.parametrize("of", ["core", "book", "step"])
+def test_a_segment_of_another_version_is_told_in_a_line_and_the_one_before_it_is_believed(tmp_path, of, caplog):
+    life = a_life(tmp_path)
+    core, book = dump(life.state.core), life.state.book.dump()
+    if of == "core":
+        core["tiers"][0]["policy"]["strange"] = 1
+    if of == "book":
+        book = msgspec.msgpack.encode([[], []])
+    writer = JournalWriter(tmp_path, HEAD, Snapshot(core=msgspec.msgpack.encode(core), pages=book))
+    if of == "step":
+        writer.step(Cleared(now_ns=life.now + 1, chunks=(A,)), ())
+    writer.close()
+    found = recover(tmp_path, other(), epoch=7)
+    assert set(found.state.core.tiers[1].resident) == {A, B}
+    (line,) = [entry.getMessage() for entry in caplog.records]
+    assert "cannot be believed to its end (00000002.kvj" in line
+    assert line.endswith("00000001.kvj")
+
+
+def test_a_segment_is_on_the_disk_before_it_is_there(tmp_path, monkeypatch):
+    done = []
+
+    def noted(name, call):
+        return lambda *args, **more: (done.append(name), call(*args, **more))
+
+    for name in ("fsync", "rename", "unlink"):
+        monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
+    life = Life(tmp_path)
+    done.clear()
+    life.journal.keep = 1
+    life.journal.rotate(take_snapshot(life.state.core, life.state.book.dump()))
+    assert done == ["fsync", "rename", "fsync", "unlink"]

@@ -268,6 +268,20 @@ def test_a_tenant_over_its_quota_evicts_its_own():
     assert story.core.tiers[0].quotas == {}
 
 
+def test_a_quota_does_not_go_over_all_that_is_resident():
+    class Watched(dict):
+        def values(self):
+            raise AssertionError("all of them are gone over")
+
+    story = Story(10)
+    story.store("r", (A, B))
+    story.tell(QuotaSet, salt="", pages=2)
+    story.look_up("s", (C,))
+    story.core._state.tiers[0].resident = Watched(story.core.tiers[0].resident)
+    decided = story.core.handle(RoomAsked(now_ns=story.now, request="s", chunks=(C,)))
+    assert [type(one) for one in decided] == [Evict, Place]
+
+
 def test_unused_chunks_expire():
     story = Story(10, ttl_ns=100)
     story.store("r", ABC)

@@ -1,15 +1,17 @@
+import threading
+import time
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcore.live.stores.base import FRAME_BYTES, StoreCounters, accept, frame, is_intact
+from kvcore.live.stores.base import FRAME_BYTES, StoreCounters, accept, frame, framed, is_intact
 
 NAME = b"n" * 32
 
 
-def cut(data: bytes, at: list[int]) -> list[memoryview]:
+def cut(data: bytes | bytearray, at: list[int]) -> list[memoryview]:
     bounds = [0, *sorted(min(a, len(data)) for a in at), len(data)]
     return [memoryview(data)[a:b] for a, b in pairwise(bounds)]
 
@@ -42,3 +44,30 @@ def test_a_value_of_another_size_is_refused(size: int) -> None:
 def test_another_chunks_value_is_refused() -> None:
     data = memoryview(b"0123456789")
     assert not is_intact(b"m" * 32, frame(NAME, [data]), [data])
+
+
+@given(data=st.binary(max_size=300), at=st.lists(st.integers(0, 300)))
+def test_a_value_in_one_piece_is_the_frame_and_the_bytes_and_comes_back(data: bytes, at: list[int]) -> None:
+    value = framed(NAME, cut(data, at))
+    assert bytes(value) == frame(NAME, cut(data, at)) + data
+    into = bytearray(len(data))
+    assert accept(StoreCounters(), NAME, value, cut(into, at))
+    assert into == data
+
+
+def test_others_run_while_a_value_is_copied() -> None:
+    """Of a copy's time the interpreter's lock is held for little; with others at work the best of some tries counts."""
+    data = memoryview(bytearray(b"x" * (64 << 20)))
+    assert min(share_held(data) for _ in range(4)) < 0.3
+
+
+def share_held(data: memoryview) -> float:
+    """Return the longest time that another thread stood still for, as a share of the whole."""
+    thread = threading.Thread(target=framed, args=(NAME, [data]))
+    start = last = time.perf_counter()
+    longest = 0.0
+    thread.start()
+    while thread.is_alive():
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    return longest / (time.perf_counter() - start)

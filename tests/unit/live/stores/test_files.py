@@ -1,6 +1,7 @@
 import errno
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,82 @@ def test_an_unusable_folder_is_a_store_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="Not a directory"):
         FileStore(tmp_path / "file" / "store")
+
+
+@pytest.mark.parametrize("call", ["readv", "open"])
+def test_a_file_that_cannot_be_read_is_a_broken_one(
+    store: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    put(store, name(1))
+    put(store, name(2))
+    monkeypatch.setattr(os, call, failing(getattr(os, call), errno.EIO))
+    assert get(store, name(1)) is None
+    monkeypatch.undo()
+    assert store.counters.corrupt == 1
+    assert not (tmp_path / "01" / name(1).hex()).exists()
+    assert store.used_bytes == SIZE
+    assert get(store, name(2)) == DATA
+
+
+def failing(call: Callable[..., int], number: int) -> Callable[..., int]:
+    """Fail for the first chunk's file; a call that knows only a descriptor fails whatever it is."""
+    any_file = call is os.readv
+
+    def fail(first: object, *more: object) -> int:
+        if any_file or name(1).hex() in str(first):
+            raise OSError(number, os.strerror(number))
+        return call(first, *more)
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
+def test_where_the_process_or_the_folder_is_at_fault_nothing_is_deleted(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    put(store, name(1))
+    monkeypatch.setattr(os, "open", failing(os.open, number))
+    monkeypatch.setattr(Path, "unlink", lambda path, **_: failing(os.stat, errno.EROFS)(path))
+    with pytest.raises(StoreError, match=os.strerror(errno.EROFS if number == errno.EIO else number)):
+        get(store, name(1))
+    monkeypatch.undo()
+    assert get(store, name(1)) == DATA
+
+
+def test_a_file_that_cannot_be_removed_does_not_keep_the_others(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        put(store, name(number))
+    unlink = Path.unlink
+
+    def stuck(path: Path) -> None:
+        if path.name == name(1).hex():
+            raise OSError(errno.EPERM, "Operation not permitted")
+        unlink(path)
+
+    monkeypatch.setattr(Path, "unlink", stuck)
+    with pytest.raises(StoreError, match="not permitted"):
+        store.delete([name(0), name(1), name(2)])
+    assert store.used_bytes == SIZE
+    assert dict(store.scan()) == {name(1): SIZE}
+
+
+def test_what_is_deleted_while_the_disk_is_away_is_not_taken_for_gone(store: FileStore, tmp_path: Path) -> None:
+    put(store, name(1))
+    away = tmp_path.with_name("away")
+    tmp_path.rename(away)
+    with pytest.raises(StoreError, match="No such file"):
+        store.delete([name(1)])
+    away.rename(tmp_path)
+    store.delete([name(1)])
+    assert store.used_bytes == 0
+
+
+def test_a_scan_goes_over_every_file_once(store: FileStore) -> None:
+    list(store.scan())
+    for number in range(300_000):
+        store._set_size(number.to_bytes(3, "big"), 0)
+    start = time.process_time()
+    assert sum(1 for _ in store.scan()) == 300_000
+    assert time.process_time() - start < 1.5, "not 256 times"

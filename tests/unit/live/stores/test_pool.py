@@ -23,12 +23,14 @@ class GatedStore:
         self.counters = StoreCounters()
         self.gate = threading.Event()
         self.gate.set()
+        self.entered = threading.Semaphore(0)
         self.fault: Exception | None = None
         self.kept: dict[bytes, bytes] = {}
         self.calls: list[tuple[str, bytes]] = []
         self.closed = False
 
     def _enter(self, operation: str, chunk: bytes) -> None:
+        self.entered.release()
         assert self.gate.wait(30)
         self.calls.append((operation, chunk))
         if self.fault is not None:
@@ -49,9 +51,6 @@ class GatedStore:
         for chunk in chunks:
             self._enter("delete", chunk)
             self.kept.pop(chunk, None)
-
-    def scan(self) -> Iterator[tuple[bytes, int]]:
-        return ((chunk, len(value)) for chunk, value in self.kept.items())
 
     def close(self) -> None:
         self.closed = True
@@ -294,3 +293,32 @@ def test_a_store_that_fails_is_said_once_and_so_is_that_it_works_again(
     )
     operate(StoreError("away"), 1)
     assert pool.failing == {"put": "away"}
+
+
+def test_a_delete_that_failed_tells_its_chunks_and_keeps_nothing_else_from_the_store(
+    pool: StorePool, store: GatedStore
+) -> None:
+    store.fault = StoreError("stuck")
+    pool.submit_delete([b"a", b"b"])
+    ends = wait_for(pool, len({pool._write_lane(chunk) for chunk in (b"a", b"b")}))
+    assert {chunk for end in ends for chunk in end.left} == {b"a", b"b"}
+    assert pool.failing == {"delete": "stuck"}
+    store.fault = None
+    assert pool.submit_put(1, b"a", room(1))
+    assert wait_for(pool, 1)[0].outcome is Outcome.DONE
+
+
+def test_a_store_that_does_not_answer_does_not_hold_up_the_end(
+    store: GatedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvcore.live.stores.pool._LAST_WAIT_S", 0.2)
+    pool = StorePool(store, queue_bytes=100)
+    store.gate.clear()
+    assert pool.submit_put(1, b"a", room(1))
+    assert pool.submit_get(2, b"b", room(1))
+    assert all(store.entered.acquire(timeout=30) for _ in range(2))
+    start = time.monotonic()
+    pool.close(finish=False)
+    assert time.monotonic() - start < 5
+    assert not store.closed, "its threads are at work in it"
+    store.gate.set()

@@ -536,14 +536,26 @@ def test_counts_are_forgotten(name: str) -> None:
     assert [policy.victims(3, lambda _: True) for policy in policies] == [[2, 3, 1]] * 2
 
 
-def test_wtinylfu_drops_counts_that_are_zero() -> None:
-    """A stream of chunks used once leaves no more counts than four sample periods hold."""
-    policy = make_policy("w-tinylfu", 5)
+@pytest.mark.parametrize("uses", [1, 2, 4, 15])
+def test_wtinylfu_drops_counts_that_are_zero(uses: int) -> None:
+    """A stream of chunks, however often used, leaves about as many counts as a sample period has uses."""
+    capacity, most = 20, 0
+    policy = make_policy("w-tinylfu", capacity)
     for chunk in range(5000):
-        if chunk >= 5:
+        if chunk >= capacity:
             assert policy.victims(1, lambda _: True) is not None
         policy.insert([chunk], 1)
-    assert len(policy._counts) <= 5 * 50  # type: ignore[attr-defined]
+        policy.touch([chunk] * (uses - 1))
+        most = max(most, len(policy._counts))  # type: ignore[attr-defined]
+    assert most <= 11 * capacity
+
+
+def test_wtinylfu_may_come_to_have_no_counts() -> None:
+    policy = make_policy("w-tinylfu", 1)
+    for _ in range(30):
+        policy.insert([1], 1)
+        policy.forget([1])
+    assert policy.victims(1, lambda _: True) is None
 
 
 def test_s3fifo_filters_a_scan() -> None:
