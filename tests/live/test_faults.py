@@ -130,6 +130,20 @@ def test_a_server_takes_the_descriptors_that_it_may_have(start):
     assert soft == hard != 100
 
 
+def test_connections_without_a_word_take_few_descriptors(start, folder):
+    server = start()
+    with ExitStack() as stack, Client(server.endpoint) as client:
+        client.ping()
+        used = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+        for _ in range(120):
+            peer = stack.enter_context(socket.socket(socket.AF_UNIX))
+            peer.connect(f"{folder}/kvcore-t.sock")
+        wait_for(lambda: "have not said whose they are" in (folder / "server.log").read_text())
+        assert len(os.listdir(f"/proc/{server.process.pid}/fd")) <= used + 70
+    with SyncEngine(server.endpoint) as engine:
+        assert engine.serve("r", PROMPTS[0])[1].chunks == (0, 1, 2, 3, 4)
+
+
 def test_connections_without_a_word_do_not_end_a_server_that_has_no_descriptors_left(start, folder):
     server = start()
     with ExitStack() as stack, Client(server.endpoint) as client:
