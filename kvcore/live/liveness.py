@@ -16,6 +16,8 @@ _LOG = logging.getLogger("kvcore.server")
 _TOKEN_BYTES = 8
 _HELLO_S = 5.0
 """How long a connection may stand without its token."""
+_MOST_STRANGERS = 64
+"""Connections without a token beyond which no more are accepted: descriptors are few, and libzmq needs some."""
 _REST_S = 1.0
 """How long nothing is accepted once that has failed."""
 _CREDENTIALS = struct.Struct("3i")
@@ -94,14 +96,19 @@ class Liveness:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:  # no descriptors, or no memory: it would fail again at once, and for ever
-            _LOG.error("workers' connections are not taken for %g s: %s", _REST_S, error.strerror)
-            self._unwatch(self._listener.fileno())
-            self._rests_until_s = time.monotonic() + _REST_S
+            self._rest(str(error.strerror))
             return
         peer.setblocking(False)
         self._peers[peer.fileno()] = peer
         self._strangers[peer.fileno()] = time.monotonic()
         self._watch(peer.fileno())
+        if len(self._strangers) >= _MOST_STRANGERS:
+            self._rest(f"{len(self._strangers)} have not said whose they are")
+
+    def _rest(self, why: str) -> None:
+        _LOG.error("workers' connections are not taken for %g s: %s", _REST_S, why)
+        self._unwatch(self._listener.fileno())
+        self._rests_until_s = time.monotonic() + _REST_S
 
     def _read(self, fd: int) -> None:
         peer = self._peers[fd]

@@ -80,6 +80,8 @@ class Server:
         self._journal_s = 0.0
         self._failed = False
         """Whether the loop has ended by a fault."""
+        self._keeps_arena = False
+        """Whether the arena is left to the next server, as a journal tells of it."""
 
     # Start and stop
 
@@ -101,6 +103,7 @@ class Server:
             self._serve()
         except BaseException:
             self._failed = True
+            self._keeps_arena = bool(self.settings.journal)
             raise
 
     def _serve(self) -> None:
@@ -146,7 +149,7 @@ class Server:
         self._resources.close()
 
     def _close_arena(self, arena: Arena) -> None:
-        arena.close(unlink=not (self._failed and self.settings.journal))
+        arena.close(unlink=not self._keeps_arena)
 
     def _close_journal(self, journal: JournalWriter) -> None:
         """Close it; after a fault without what nobody was told of, which may be half of a step."""
@@ -192,6 +195,7 @@ class Server:
         with naming("journal", settings.journal):
             found = self._recover(paths, stack)
         arena = Arena.open(paths, size_bytes=settings.l1_bytes, page_bytes=settings.page_bytes)
+        self._keeps_arena = arena.taken_over and bool(settings.journal)  # a start that fails leaves it as it was
         stack.callback(self._close_arena, arena)
         if found is not None and found.has_l1 and not arena.taken_over:
             found = found.without_l1()
@@ -227,6 +231,7 @@ class Server:
         if settings.pretouch:
             self.service.pretouch = arena.pretouch(huge_pages=settings.huge_pages)
         self._open_http(stack)
+        self._keeps_arena = False
 
     def _listen(self, endpoint: str, stack: ExitStack) -> None:
         if self._context is None:

@@ -95,6 +95,24 @@ def test_a_journal_has_one_server(start, folder):
         assert engine.serve("again", PROMPTS[0])[0].hits == (5,)
 
 
+def test_a_start_that_fails_after_a_kill_leaves_l1_to_the_next(start, folder):
+    server = start("--journal", str(folder / "journal"))
+    with SyncEngine(server.endpoint) as engine, socket.socket() as taken:
+        fill(engine)
+        server.kill()
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = [*server.command, "--http", f"127.0.0.1:{taken.getsockname()[1]}"]
+        refused = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(), check=False)
+        assert refused.returncode == 2
+        assert "cannot serve HTTP" in refused.stderr
+    server.start()
+    with SyncEngine(server.endpoint) as engine:
+        assert engine.serve("again", PROMPTS[0])[0].hits == (5,)
+    server.stop()
+    assert isinstance(verify(folder / "journal"), Equal)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_every_signal_that_ends_a_server_leaves_nothing(start, folder, number):
     server = start()
@@ -110,6 +128,20 @@ def test_a_server_takes_the_descriptors_that_it_may_have(start):
     server.start()
     soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
     assert soft == hard != 100
+
+
+def test_connections_without_a_word_take_few_descriptors(start, folder):
+    server = start()
+    with ExitStack() as stack, Client(server.endpoint) as client:
+        client.ping()
+        used = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+        for _ in range(120):
+            peer = stack.enter_context(socket.socket(socket.AF_UNIX))
+            peer.connect(f"{folder}/kvcore-t.sock")
+        wait_for(lambda: "have not said whose they are" in (folder / "server.log").read_text())
+        assert len(os.listdir(f"/proc/{server.process.pid}/fd")) <= used + 70
+    with SyncEngine(server.endpoint) as engine:
+        assert engine.serve("r", PROMPTS[0])[1].chunks == (0, 1, 2, 3, 4)
 
 
 def test_connections_without_a_word_do_not_end_a_server_that_has_no_descriptors_left(start, folder):
