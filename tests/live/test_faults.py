@@ -105,7 +105,7 @@ def test_a_start_that_fails_after_a_kill_leaves_l1_to_the_next(start, folder):
         command = [*server.command, "--http", f"127.0.0.1:{taken.getsockname()[1]}"]
         refused = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(), check=False)
         assert refused.returncode == 2
-        assert "cannot serve HTTP" in refused.stderr
+        assert "--http" in refused.stderr
     server.start()
     with SyncEngine(server.endpoint) as engine:
         assert engine.serve("again", PROMPTS[0])[0].hits == (5,)
