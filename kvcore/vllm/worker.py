@@ -7,10 +7,9 @@ acknowledgements, when its bytes have arrived and the pages were the chunk's bef
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ from numpy.typing import NDArray
 
 from kvcore.live.arena import Arena, ArenaError
 from kvcore.live.wire import Registered
+from kvcore.vllm.copies import NOTHING, Behind, InThread, LateBlocks, Running, begun, is_over, refused, wait_for
 from kvcore.vllm.jobs import Copy, StepPlan, StepReport
 from kvcore.vllm.links import WorkerLink
 from kvcore.vllm.mover import Cache, Mover
 from kvcore.vllm.stats import Counters
 from kvcore.vllm.transfers import TransferFactory
-from kvkernels import DeviceError, DoneHandle, Handle, LayoutError, Measured
+from kvkernels import DeviceError, Handle, LayoutError
 
 _LOG = logging.getLogger("kvcore.vllm")
 _SAY_AGAIN_S = 60.0
@@ -33,35 +33,6 @@ _LATER_S = 0.003
 """A step's tokens are out by then, behind its last layer."""
 _UNUSABLE_S = 60.0
 """How long a worker stays away from a server whose arena it cannot use: hits would be loads that fail."""
-
-
-@dataclass(slots=True, eq=False)
-class _Running:
-    """A copy under way."""
-
-    copy: Copy
-    handle: Handle
-    mover: Mover
-    started: float
-    valid: NDArray[np.bool_]
-    """Chunks whose pages were of the right generation before the copy, and are copied; fewer once some have failed."""
-    report: StepReport = field(default_factory=StepReport)
-    """Of the step that loads it (synchronous loads only)."""
-    step: int = 0
-    """Which step that is."""
-    failures_seen: int = 0
-    """How many failed loads of this rank were known to who planned it (stores only)."""
-    ordered: int = 0
-    """Layers, from the first, that attention was made to wait for."""
-    over: bool = False
-    copied: NDArray[np.intp] = field(init=False)
-    """The chunks that were handed to the mover, which counts them from 0."""
-    bad_blocks: set[int] = field(default_factory=set)
-    """Blocks that were to be loaded and were not, known when it is over."""
-
-    def __post_init__(self) -> None:
-        """Remember what is copied, of which some may turn out not to be valid."""
-        self.copied = np.flatnonzero(self.valid)
 
 
 class WorkerSide:
@@ -105,13 +76,13 @@ class WorkerSide:
         self._aside = ThreadPoolExecutor(1, "kvcore-aside")
         """Does what no step waits for."""
         self._closing = False
-        self._loading: list[_Running] = []
-        self._storing: list[_Running] = []
+        self._loading: list[Running] = []
+        self._storing: list[Running] = []
         self._guarded: StepPlan | None = None
         """The plan whose blocks were guarded last."""
         self._begun: StepPlan | None = None
         """The plan whose loads were begun last."""
-        self._of_step: list[_Running] = []
+        self._of_step: list[Running] = []
         """The synchronous loads of that plan."""
         self._engine_thread = 0
         self._received: set[str] = set()
@@ -202,12 +173,12 @@ class WorkerSide:
                 self._order(one, layer + 1)
 
     @staticmethod
-    def _order(one: _Running, layers: int) -> None:
+    def _order(one: Running, layers: int) -> None:
         try:
             for layer in range(one.ordered, layers):
                 one.handle.wait_layer(layer)
         except Exception as error:  # the step is lost, not the engine: its blocks are told of as not loaded
-            _refused(one, error)
+            refused(one, error)
         one.ordered = max(one.ordered, layers)
 
     def finish_step(self, plan: StepPlan) -> None:
@@ -216,7 +187,7 @@ class WorkerSide:
         So the engine prepares its next step meanwhile; what became of the loads is asked for with the step's tokens.
         """
         with self._lock:  # one that another thread is just ending is over
-            under_way = [one for one in self._of_step if not one.over and one.handle is not _NOTHING]
+            under_way = [one for one in self._of_step if not one.over and one.handle is not NOTHING]
         late = [one for one in under_way if one.ordered < one.mover.layout.num_layers]
         for one in late:
             # The engine did not ask for every layer: what it computed may rest on blocks not there yet.
@@ -277,11 +248,11 @@ class WorkerSide:
 
         return known
 
-    def _settle(self, loads: Sequence[_Running]) -> None:
+    def _settle(self, loads: Sequence[Running]) -> None:
         """Return when these loads are over, well or not."""
         for one in loads:
             if not one.over:
-                _wait(one)
+                wait_for(one)
         self._end_loads()
 
     def close(self) -> None:
@@ -365,15 +336,15 @@ class WorkerSide:
                 self._load_failed(copy, np.ones(len(copy.chunks), bool))
                 return
             valid = self._generations_hold(mover, copy)
-            handle: Handle = _NOTHING
+            handle: Handle = NOTHING
             started = time.perf_counter()
             if valid.any():
                 pages, blocks = copy.pages[valid], copy.blocks[valid]
                 if copy.asynchronous and self._in_step:
-                    handle = _InThread(self._thread.submit(mover.load, pages, blocks))
+                    handle = InThread(self._thread.submit(mover.load, pages, blocks))
                 else:
-                    handle = _begun(mover.load, pages, blocks)
-            one = _Running(copy, handle, mover, started, valid, self._report, self._step)
+                    handle = begun(mover.load, pages, blocks)
+            one = Running(copy, handle, mover, started, valid, self._report, self._step)
             self._loading = [*self._loading, one]
             if not copy.asynchronous:
                 self._of_step.append(one)
@@ -386,12 +357,12 @@ class WorkerSide:
                 return
             valid = self._generations_hold(mover, copy)
             started = time.perf_counter()
-            handle: Handle = _NOTHING
+            handle: Handle = NOTHING
             if not self._stores:
-                handle = _Behind([one.handle for one in self._loading if not one.copy.asynchronous])
+                handle = Behind([one.handle for one in self._loading if not one.copy.asynchronous])
             elif valid.any():
-                handle = _begun(mover.store, copy.pages[valid], copy.blocks[valid], rest_s=_LATER_S)
-            one = _Running(copy, handle, mover, started, valid, failures_seen=failures_seen)
+                handle = begun(mover.store, copy.pages[valid], copy.blocks[valid], rest_s=_LATER_S)
+            one = Running(copy, handle, mover, started, valid, failures_seen=failures_seen)
             self._storing.append(one)
         if self._in_step:
             self._end_store(one)
@@ -406,12 +377,12 @@ class WorkerSide:
     def _end_loads(self) -> None:
         """Count the loads that have ended; called in the engine's thread and where a step's outcome is asked for."""
         with self._lock:
-            ended = [one for one in self._loading if _over(one)]
+            ended = [one for one in self._loading if is_over(one)]
             self._loading = [one for one in self._loading if one not in ended]
             for one in ended:
                 self._end_load(one)
 
-    def _end_load(self, one: _Running) -> None:
+    def _end_load(self, one: Running) -> None:
         good = one.valid & self._generations_hold(one.mover, one.copy)
         # What lies behind a chunk that failed is computed anew, whether it arrived or not.
         good = np.logical_and.accumulate(good)
@@ -422,7 +393,7 @@ class WorkerSide:
             self._received.add(one.copy.request)
         one.over = True
 
-    def _loaded(self, one: _Running, good: NDArray[np.bool_]) -> None:
+    def _loaded(self, one: Running, good: NDArray[np.bool_]) -> None:
         copy, (seconds, stalled) = one.copy, self._took(one)
         if not copy.asynchronous:
             one.report.load_stalls[copy.request] = stalled
@@ -448,7 +419,7 @@ class WorkerSide:
             counts["tokens"], copy.request, counts["nbytes"], _tiers(copy.tiers), counts["seconds"], self._where(),
         )  # fmt: skip
 
-    def _took(self, one: _Running) -> tuple[float, float]:
+    def _took(self, one: Running) -> tuple[float, float]:
         """Return the seconds of an ended copy, and how long a step stood still for it: all the while if nobody knows.
 
         A copy that waited for its turn behind the engine's work began later than it was asked for, and may have ended
@@ -460,7 +431,7 @@ class WorkerSide:
             return seconds, seconds
         return measured.seconds, measured.seconds if self._in_step else measured.stalled
 
-    def _load_failed(self, copy: Copy, failed: NDArray[np.bool_], one: _Running | None = None) -> None:
+    def _load_failed(self, copy: Copy, failed: NDArray[np.bool_], one: Running | None = None) -> None:
         blocks = copy.blocks[failed]
         bad = blocks[blocks >= 0].tolist()
         (self._bad_blocks if one is None or copy.asynchronous else one.bad_blocks).update(bad)
@@ -477,7 +448,7 @@ class WorkerSide:
             copy.request, len(bad) * self._cache.block_tokens,
         )  # fmt: skip
 
-    def _end_store(self, one: _Running) -> None:
+    def _end_store(self, one: Running) -> None:
         """Wait for a store, then count and acknowledge it, once: two threads may come here with the same one."""
         rejected, seconds = list[int](), 0.0
         try:
@@ -503,7 +474,7 @@ class WorkerSide:
             if not good.all():
                 self._store_failed(one.copy, ~good)
 
-    def _stored(self, one: _Running, good: NDArray[np.bool_], seconds: float) -> None:
+    def _stored(self, one: Running, good: NDArray[np.bool_], seconds: float) -> None:
         copy, names = one.copy, _chosen(one.copy.chunks, good)
         if not self._stores:
             if self._link is not None:
@@ -545,127 +516,6 @@ class WorkerSide:
 
     def _where(self) -> str:
         return f" (rank {self._rank})" if self._rank else ""
-
-
-class LateBlocks(Set[int]):
-    """Block ids that are known when loads have ended: whoever looks waits for that. Pickled it is a plain set."""
-
-    def __init__(self, known: Callable[[], set[int]]) -> None:
-        self._known = known
-
-    def __contains__(self, block: object) -> bool:
-        """Whether it was not loaded."""
-        return block in self._known()
-
-    def __iter__(self) -> Iterator[int]:
-        """Go through them."""
-        return iter(self._known())
-
-    def __bool__(self) -> bool:
-        """True: whoever only wants to know whether there is something to tell need not wait for it."""
-        return True
-
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self._known())
-
-    @classmethod
-    def _from_iterable(cls, blocks: Iterable[Any]) -> set[Any]:
-        """What operators make of it and another set."""
-        return set(blocks)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Become a plain set."""
-        return set, (list(self._known()),)
-
-
-def _over(one: _Running) -> bool:
-    """Whether a load has ended; one that the device refused has, and nothing of it is valid."""
-    try:
-        return one.handle.done()
-    except Exception as error:
-        _refused(one, error)
-        return True
-
-
-def _wait(one: _Running) -> None:
-    try:
-        one.handle.wait()
-    except Exception as error:
-        _refused(one, error)
-
-
-def _refused(one: _Running, error: Exception) -> None:
-    if one.valid.any():
-        _LOG.error("Request %s: nothing is loaded: %s", one.copy.request, error)
-    one.valid[:] = False
-
-
-class _InThread:
-    """A load that another thread carries out."""
-
-    def __init__(self, future: "Future[Handle]") -> None:
-        self._future = future
-
-    def done(self) -> bool:
-        """Whether it has ended; raises what it raised."""
-        return self._future.done() and self._future.result().done()
-
-    def wait(self) -> None:
-        """Block until it has ended."""
-        self._future.result().wait()
-
-    def wait_layer(self, layer: int) -> None:
-        """Nothing: the request is not in the batch."""
-
-    def wait_sources(self) -> None:
-        """Nothing: the arena's pages are not written while their generation holds."""
-
-    def rejected(self) -> tuple[int, ...]:
-        """None: it is a load."""
-        return ()
-
-    def measured(self) -> Measured | None:
-        """What it measured."""
-        return self._future.result().measured()
-
-
-def _begun(copy: Callable[..., Handle], *given: Any, **named: Any) -> Handle:
-    """Begin a copy; one that the device refuses at once fails like one that it refuses later, and not the engine."""
-    try:
-        return copy(*given, **named)
-    except DeviceError as error:
-        return _Refused(error)
-
-
-class _Refused(DoneHandle):
-    """A copy that could not be begun."""
-
-    def __init__(self, error: DeviceError) -> None:
-        self._error = error
-
-    def done(self) -> bool:
-        """Raises why."""
-        raise self._error
-
-    def wait(self) -> None:
-        """Raises why."""
-        raise self._error
-
-
-class _Behind(DoneHandle):
-    """No copy, but over when these loads are."""
-
-    def __init__(self, loads: Sequence[Handle]) -> None:
-        self._loads = loads
-
-    def wait(self) -> None:
-        """Block until they have ended; raises what one of them raised."""
-        for load in self._loads:
-            load.wait()
-
-
-_NOTHING = DoneHandle()
 
 
 def _chosen(chunks: Iterable[bytes], wanted: NDArray[np.bool_]) -> tuple[bytes, ...]:

@@ -13,10 +13,11 @@ torch = pytest.importorskip("torch")
 
 from kvcore.live.arena import Arena, ArenaError, ArenaPaths  # noqa: E402
 from kvcore.live.wire import Registered  # noqa: E402
+from kvcore.vllm.copies import LateBlocks  # noqa: E402
 from kvcore.vllm.jobs import Copy, StepPlan  # noqa: E402
 from kvcore.vllm.mover import Cache  # noqa: E402
 from kvcore.vllm.transfers import Backends, HostTransfers  # noqa: E402
-from kvcore.vllm.worker import LateBlocks, WorkerSide  # noqa: E402
+from kvcore.vllm.worker import WorkerSide  # noqa: E402
 from kvkernels import DeviceError, HostArena, LayoutError, Measured, choose  # noqa: E402
 from kvkernels.reference import ReferenceTransfer  # noqa: E402
 
