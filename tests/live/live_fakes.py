@@ -16,6 +16,7 @@ from kvcore.live.arena import Arena, Reader, Writer
 from kvcore.live.client import Register, SchedulerClient, WorkerClient
 from kvcore.live.connection import Client, ServerAwayError
 from kvcore.live.presence import connect_liveness
+from kvcore.live.settings import Settings
 
 START_S = 30
 
@@ -36,6 +37,12 @@ def wait_for(condition, timeout_s=10.0):
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
     return found
+
+
+def settings_in(folder, **changes):
+    """Of a server in this process, with all that it makes in a folder: 64 pages of 64 KiB, no HTTP."""
+    sizes = {"page_size": "65536", "l1_size_gb": 64 * 65536 / 2**30, "pretouch": False}
+    return Settings(**{"bind": (f"ipc://{folder}/s.ipc",), "arena_dir": str(folder), "http": "off", **sizes, **changes})
 
 
 def environment():

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from live_fakes import SyncEngine, chain, clients, environment, wait_for
+from live_fakes import SyncEngine, chain, clients, environment, settings_in, wait_for
 
 from kvcore.live import wire
 from kvcore.live.client import MISS, NOT_YET, Client, Register, RemoteError, SchedulerClient, WorkerClient
 from kvcore.live.server import Server
-from kvcore.live.settings import Settings
 from kvsim.servers import served
 from kvtraces.journal import Equal, verify
 
@@ -168,16 +167,7 @@ def test_connections_without_a_word_do_not_end_a_server_that_has_no_descriptors_
 @pytest.mark.parametrize("journal", [True, False])
 def test_a_fault_in_the_loop_leaves_l1_to_the_next_server_as_a_kill_does(folder, monkeypatch, journal):
     endpoint = f"ipc://{folder}/s.ipc"
-    settings = Settings(
-        bind=(endpoint,),
-        http="off",
-        arena_dir=str(folder),
-        name="t",
-        page_size="65536",
-        l1_size_gb=64 * 65536 / 2**30,
-        pretouch=False,
-        journal=str(folder / "journal") if journal else "",
-    )
+    settings = settings_in(folder, name="t", journal=str(folder / "journal") if journal else "")
     server = Server(settings)
     server.open()
     with ThreadPoolExecutor() as threads:

@@ -5,13 +5,12 @@ import threading
 import time
 
 import pytest
-from live_fakes import SyncEngine, chain, environment, wait_for
+from live_fakes import SyncEngine, chain, environment, settings_in, wait_for
 
 from kvcore.live import server as server_module
 from kvcore.live import wire
 from kvcore.live.client import RemoteError
 from kvcore.live.server import Server
-from kvcore.live.settings import Settings
 from kvcore.live.stores.base import StoreError
 from kvcore.live.stores.files import FileStore
 from kvtraces.journal import Equal, JournalWriter, segments, verify
@@ -259,16 +258,7 @@ def test_a_clean_stop_waits_for_what_is_on_its_way_to_l2(folder, monkeypatch, pa
     monkeypatch.setattr(server_module, "open_store", lambda url, size_bytes: SlowStore(folder / "l2"))
     monkeypatch.setattr(server_module, "_LAST_COPIES_S", patience_s)
     endpoint = f"ipc://{folder}/s.ipc"
-    settings = Settings(
-        bind=(endpoint,),
-        http="off",
-        arena_dir=str(folder),
-        page_size="65536",
-        l1_size_gb=64 * 65536 / 2**30,
-        pretouch=False,
-        l2=f"files:{folder}/l2",
-        journal=str(folder / "journal"),
-    )
+    settings = settings_in(folder, l2=f"files:{folder}/l2", journal=str(folder / "journal"))
     with server_module.Server(settings), SyncEngine(endpoint) as engine:
         for at, prompt in enumerate(PROMPTS):
             engine.serve(f"{at}", prompt)
@@ -413,14 +403,4 @@ def test_a_store_that_does_not_answer_holds_up_neither_the_end_nor_the_journal(f
 
 
 def in_process(folder, **more):
-    return Settings(
-        l1_size_gb=0.01,
-        page_size="64KiB",
-        l2=f"files:{folder}/l2",
-        arena_dir=str(folder),
-        name="t",
-        http="off",
-        bind=(f"ipc://{folder}/sock",),
-        pretouch=False,
-        **more,
-    )
+    return settings_in(folder, name="t", l1_size_gb=0.01, l2=f"files:{folder}/l2", **more)

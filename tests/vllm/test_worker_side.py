@@ -119,6 +119,13 @@ class Rig:
     def said(self, kind):
         return [one for one in self.line.said if one[0] == kind]
 
+    def names_said_in_time(self, kind):
+        """The chunks of what is said so, by a thread that ends copies, once there is some."""
+        until = time.monotonic() + 5
+        while not self.said(kind) and time.monotonic() < until:
+            time.sleep(0.01)
+        return [one[2] for one in self.said(kind)]
+
     def meet_another_server(self):
         """The one at hand stops cleanly, so that its file is gone, and another makes its own."""
         paths = ArenaPaths(self.arena.path.parent, "rig0")
@@ -509,10 +516,7 @@ def test_a_store_is_acknowledged_while_the_engine_idles(device):
     device.step(StepPlan(stores=[device.copy(range(8))]))
     assert not device.said("committed")
     device.devices[0].handles[0].gate.set()
-    until = time.monotonic() + 5
-    while not device.said("committed") and time.monotonic() < until:
-        time.sleep(0.01)
-    assert [one[2] for one in device.said("committed")] == [(b"chunk0", b"chunk1")]
+    assert device.names_said_in_time("committed") == [(b"chunk0", b"chunk1")]
 
 
 def test_a_store_lets_the_tokens_of_its_step_out_first(device):
@@ -655,10 +659,7 @@ def test_what_is_computed_on_a_load_under_way_is_stored_only_if_it_ends_well(dev
     handle.gate.set()
     store = device.devices[-1].handles[-1]
     store.gate.set()
-    until = time.monotonic() + 5
-    while not device.said("aborted") and time.monotonic() < until:
-        time.sleep(0.01)
-    assert [one[2] for one in device.said("aborted")] == [(b"chunk0", b"chunk1")]
+    assert device.names_said_in_time("aborted") == [(b"chunk0", b"chunk1")]
     assert not device.said("committed")
 
 
@@ -714,10 +715,7 @@ def test_ranks_that_hold_the_same_kv_store_nothing_that_one_of_them_computed_on_
     assert not rig.said("committed")
     assert not rig.said("aborted"), "the load is still under way"
     made[0].handles[0].gate.set()
-    until = time.monotonic() + 5
-    while not rig.said("aborted") and time.monotonic() < until:
-        time.sleep(0.01)
-    assert [one[2] for one in rig.said("aborted")] == [(b"chunk0",)]
+    assert rig.names_said_in_time("aborted") == [(b"chunk0",)]
     assert not rig.said("committed")
     rig.side.close()
     rig.arena.close()
@@ -744,10 +742,7 @@ def test_a_copy_that_the_device_refuses_at_once_fails_and_not_the_engine(tmp_pat
     copy = rig.copy(range(4))
     rig.step(StepPlan(loads=[copy]) if kind == "load" else StepPlan(stores=[copy]))
     said = "load_failed" if kind == "load" else "aborted"
-    until = time.monotonic() + 5
-    while not rig.said(said) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert [one[2] for one in rig.said(said)] == [(b"chunk0",)]
+    assert rig.names_said_in_time(said) == [(b"chunk0",)]
     assert set(rig.side.bad_blocks()) == (set(range(4)) if kind == "load" else set())
     rig.side.close()
     rig.arena.close()
@@ -761,10 +756,7 @@ def test_a_store_whose_device_does_not_say_what_it_took_is_given_up(device):
 
     device.devices[0].handles[0].measured = broken
     device.devices[0].handles[0].gate.set()
-    until = time.monotonic() + 5
-    while not device.said("aborted") and time.monotonic() < until:
-        time.sleep(0.01)
-    assert [one[2] for one in device.said("aborted")] == [(b"chunk0", b"chunk1")]
+    assert device.names_said_in_time("aborted") == [(b"chunk0", b"chunk1")]
 
 
 def test_a_worker_that_could_not_use_the_arena_comes_back_to_one_that_it_can(tmp_path):
