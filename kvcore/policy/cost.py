@@ -26,9 +26,10 @@ class LoadCost:
             raise ValueError(f"bandwidths {self.bytes_per_s}, latencies {self.latency_ns}: one each a tier, above zero")
 
     def prefill_ns(self, new_tokens: int, cached_tokens: int) -> float:
-        """Return the time to compute `new_tokens` behind `cached_tokens`, in ns."""
-        if not new_tokens:
-            return 0.0
+        """Return the time to compute `new_tokens` behind `cached_tokens`, in ns.
+
+        None at all takes a step as well: an engine computes the last token of a prompt that it holds whole.
+        """
         attention = self.prefill_quadratic_ns * new_tokens * (new_tokens + 2 * cached_tokens)
         return max(self.prefill_floor_ns, self.prefill_base_ns + self.prefill_linear_ns * new_tokens + attention)
 

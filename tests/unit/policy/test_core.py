@@ -328,9 +328,16 @@ def test_a_hit_is_loaded_where_that_is_faster(bytes_per_s, loads):
 
 def test_a_full_queue_makes_computing_faster():
     story = Story(None, chunk_bytes=36 << 20, load_cost=cost(50e9))
+    story.store("r", (A, B))
+    assert isinstance(story.look_up("s", (A, B))[1], Load)
+    assert story.look_up("t", (A, B), queued_bytes=10**10)[1].reason == "recompute"
+
+
+def test_a_prompt_that_is_held_whole_still_takes_a_step():
+    story = Story(None, chunk_bytes=36 << 20, load_cost=cost(50e9))
     story.store("r", (A,))
-    assert isinstance(story.look_up("s", (A,))[1], Load)
-    assert story.look_up("t", (A,), queued_bytes=10**10)[1].reason == "recompute"
+    refused = Refuse(request="s", tier=0, chunks=(A,), reason="recompute")
+    assert story.look_up("s", (A,))[1] == refused, "computing a chunk takes 9.0 ms, loading it and a step 9.3 ms"
 
 
 def test_cleared_chunks_are_not_found_and_go_when_nobody_reads_them():
