@@ -4,12 +4,15 @@ Tested with 0.26 and 0.32; any other version is tried, with a warning.
 """
 
 import logging
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import vllm
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -36,6 +39,7 @@ __all__ = [
     "block_ids",
     "check_supported",
     "check_version",
+    "connectors",
     "copies_in_step",
     "engine_facts",
     "hashes_by_sha256",
@@ -46,6 +50,7 @@ __all__ = [
     "names_media",
     "packing",
     "plans_ahead",
+    "register",
     "runs_as_one_graph",
     "transfer_factory",
     "waits_layer_by_layer",
@@ -126,6 +131,16 @@ def check_supported(vllm_config: Any, spec: Any) -> None:
         raise UnsupportedModelError(
             "vLLM says that this model, or its pooling, does not support prefix caching, nor can kvcore reuse its KV. "
             "Start vLLM without --kv-transfer-config for it"
+        )
+    if getattr(getattr(vllm_config, "aux_output_config", None), "enabled", False):
+        raise UnsupportedModelError(
+            "kvcore does not handle --enable-return-routed-experts: there are none of tokens that are loaded"
+        )
+    ahead = getattr(vllm_config, "speculative_config", None) is not None and not vllm_config.use_v2_model_runner
+    if ahead and parallel.pipeline_parallel_size > 1:
+        raise UnsupportedModelError(
+            "kvcore does not handle speculative decoding with pipeline_parallel_size > 1 in vLLM's first model runner: "
+            "it does not say when a step's KV is computed on other than the last rank"
         )
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         raise UnsupportedModelError(
@@ -246,6 +261,18 @@ def runs_as_one_graph(forward_context: Any) -> bool:
 def worker_connector() -> Any:
     """Return the worker's connector where a worker runs in this process, else None."""
     return get_kv_transfer_group() if has_kv_transfer_group() else None
+
+
+def connectors(connector: Any) -> list[Any]:
+    """Return a connector and, where it is vLLM's MultiConnector, those that it is made of."""
+    return [connector, *getattr(connector, "_connectors", ())]
+
+
+def register(module: str, names: Sequence[str]) -> None:
+    """Have vLLM know connectors by name."""
+    for name in names:
+        with suppress(ValueError):  # it does
+            KVConnectorFactory.register_connector(name, module, name)
 
 
 def block_ids(blocks: Any) -> list[int]:

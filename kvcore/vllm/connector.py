@@ -92,9 +92,8 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
         self._worker: WorkerSide | None = None
         self._cache: Cache | None = None
         self._server = self._start_server() if role == compat.KVConnectorRole.SCHEDULER else None
+        self.recomputes_failed_loads = not self._settings.fail_on_load_error
         if role == compat.KVConnectorRole.SCHEDULER:
-            if not self._settings.fail_on_load_error:
-                self._kv_transfer_config.kv_load_failure_policy = "recompute"
             recompute_by_preemption()
 
     def _start_server(self) -> EmbeddedServer | None:
@@ -234,12 +233,23 @@ class KVCoreMPConnector(compat.KVConnectorBase_V1):  # type: ignore[misc]
     def set_xfer_handshake_metadata_pp_aware(self, metadata: dict[tuple[int, int], Any]) -> None:
         """Take in what the workers' KV caches are like, and register with the server."""
         shakes = list(metadata.values())
+        if not all(isinstance(shake, KVCoreHandshake) for shake in shakes):
+            raise compat.UnsupportedModelError(
+                "vLLM's MultiConnector hands on the handshake of its first connector that has one, which was not "
+                "kvcore's: list kvcore in front, and no other that has one beside it"
+            )
         first: KVCoreHandshake = shakes[0]
         kinds = sorted({(shake.block_bytes, shake.fingerprint) for shake in shakes})
         if len(kinds) > 1:
             told = "; ".join(f"{size} bytes, {fingerprint}" for size, fingerprint in kinds)
             raise compat.UnsupportedModelError(f"kvcore needs equal KV on every rank; a block has {told}")
         namespace = self._namespace(first.fingerprint)
+        if not identity.lasts(self._vllm_config):
+            _LOG.warning(
+                "nothing tells whether the weights of %s have changed: what this engine stores is of no use to others, "
+                "nor to itself when it is started anew; --revision names them",
+                self._vllm_config.model_config.model,
+            )
         client = SchedulerClient(
             self._endpoint(),
             self._register("scheduler", block_bytes=first.block_bytes, namespace=namespace),
@@ -378,5 +388,11 @@ class KVCoreConnector(KVCoreMPConnector):
 
 def _worker_here() -> WorkerSide | None:
     """The worker's half, where it lives in this process."""
-    here = compat.worker_connector()
-    return here._worker if isinstance(here, KVCoreMPConnector) else None
+    for one in compat.connectors(compat.worker_connector()):
+        if isinstance(one, KVCoreMPConnector):
+            return one._worker
+    return None
+
+
+# MultiConnector looks the connectors that it has made up by name, also those that were given by their module.
+compat.register("kvcore.vllm", [KVCoreMPConnector.__name__, KVCoreConnector.__name__])

@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence, Set
 from inspect import signature
 from typing import Any, NamedTuple
 
+from kvcore.vllm import compat
+
 __all__ = ["recompute_by_preemption"]
 
 
@@ -58,6 +60,8 @@ def recompute_by_preemption() -> None:
         invalid = set(late)
         if not invalid:  # known now
             return set()
+        if any(getattr(one, "recomputes_failed_loads", False) for one in compat.connectors(self.connector)):
+            self.recompute_kv_load_failures = True
         computed = {request.request_id: request.num_computed_tokens for request in self.running}
         failed: set[str] = rewind(self, invalid, scheduled)
         if self.recompute_kv_load_failures:

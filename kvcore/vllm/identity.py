@@ -20,7 +20,7 @@ def engine_namespace(vllm_config: Any, *, layout: str, isa: str, block_tokens: i
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     return Namespace(
         model="|".join([str(model.model), *_variants(vllm_config)]),
-        revision=model_revision(model),
+        revision=model_revision(model) or _of_this_start(vllm_config),
         kv_dtype=kv_dtype(vllm_config),
         layout=layout,
         isa=isa,
@@ -42,29 +42,49 @@ def model_revision(model_config: Any) -> str:
     """Return what tells one state of the weights from another.
 
     A commit where the model came from a hub. For a folder the names, sizes and times of change of its weights, so that
-    weights which are overwritten in place are not taken for those before; the same weights copied elsewhere are.
+    weights which are overwritten in place are not taken for those before; the same weights copied elsewhere are. For
+    weights that lie elsewhere, as in object storage, what the user calls them (`--revision`); nothing where he does
+    not.
     """
     folder = Path(str(model_config.model))
-    if folder.is_dir():
-        files = sorted(file for file in folder.iterdir() if file.suffix in {".safetensors", ".bin", ".pt", ".gguf"})
-        return ",".join(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    weights = [file for file in files if file.suffix in {".safetensors", ".bin", ".pt", ".gguf"}]
+    if weights:
+        return ",".join(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in weights)
     commit = getattr(getattr(model_config, "hf_config", None), "_commit_hash", None)
     return str(commit or model_config.revision or "")
+
+
+def lasts(vllm_config: Any) -> bool:
+    """Return whether this engine's KV can be known for its own again when it has been started anew."""
+    return bool(model_revision(vllm_config.model_config)) or _invented(vllm_config)
+
+
+def _of_this_start(vllm_config: Any) -> str:
+    """Name weights of which nothing tells whether they have changed: they are known for as long as the engine runs."""
+    if _invented(vllm_config):
+        return ""
+    return f"start {vllm_config.instance_id} {vllm_config.kv_transfer_config.engine_id}"
+
+
+def _invented(vllm_config: Any) -> bool:
+    return bool(vllm_config.load_config.load_format == "dummy")
 
 
 def _variants(vllm_config: Any) -> list[str]:
     """Name the settings that make other KV out of the same weights."""
     model, media = vllm_config.model_config, vllm_config.model_config.multimodal_config
     config = _config_text(model.hf_config)
-    invented = vllm_config.load_config.load_format == "dummy"
+    online = getattr(model, "quantization_config", None)
     facts = {
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantization,
+        "quantization_config": _text(online) if online else None,
         "config": sha256(config.encode()).hexdigest(),
         # Which of its factors such a model takes hangs on the longest prompt that is served.
         "max_model_len": model.max_model_len if any(kind in config for kind in _BY_LENGTH) else None,
         "mm_processor_kwargs": _text(media.mm_processor_kwargs) if media and media.mm_processor_kwargs else None,
-        "weights": f"dummy {model.seed}" if invented else None,
+        "weights": f"dummy {model.seed}" if _invented(vllm_config) else getattr(model, "model_weights", None) or None,
         "draft": getattr(vllm_config.speculative_config, "model", None),
     }
     return [f"{name}={value}" for name, value in facts.items() if value is not None]

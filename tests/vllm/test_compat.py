@@ -29,8 +29,11 @@ def cache(*specs, layers=("model.layers.0.self_attn.attn",)):
     )
 
 
-def config(*, pipeline=1, supported=True, media=None, caching=True, **cached):
+def config(*, pipeline=1, supported=True, media=None, caching=True, routed=False, drafts=False, runner=1, **cached):
     return SimpleNamespace(
+        aux_output_config=SimpleNamespace(enabled=routed),
+        speculative_config="ngram" if drafts else None,
+        use_v2_model_runner=runner == 2,
         parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline, decode_context_parallel_size=1),
         model_config=SimpleNamespace(is_prefix_caching_supported=supported, multimodal_config=media),
         cache_config=SimpleNamespace(enable_prefix_caching=caching, **cached),
@@ -60,11 +63,14 @@ def test_layers_that_attend_to_what_comes_later_are_refused():
 
 def test_settings_with_which_kv_is_not_a_prefixs_are_refused():
     compat.check_supported(config(pipeline=2), FULL)
-    compat.check_supported(config(), MLA)
+    compat.check_supported(config(drafts=True), MLA)
+    compat.check_supported(config(pipeline=2, drafts=True, runner=2), FULL)
     for refused, spec, said in [
         (config(pipeline=2), MLA, "MLA with pipeline_parallel_size"),
         (config(supported=False), FULL, "does not support prefix caching"),
         (config(calculate_kv_scales=True), FULL, "calculate_kv_scales"),
+        (config(routed=True), FULL, "routed-experts"),
+        (config(pipeline=2, drafts=True), FULL, "speculative decoding with pipeline_parallel_size"),
     ]:
         with pytest.raises(compat.UnsupportedModelError, match=said):
             compat.check_supported(refused, spec)

@@ -9,7 +9,7 @@ from engine_double import BLOCK, CHUNK, EngineRequest, engine_hashes
 from kvcore.policy.hashing import Namespace, block_hashes
 from kvcore.vllm import adapters, namespace
 from kvcore.vllm.adapters import Adapters
-from kvcore.vllm.identity import engine_namespace
+from kvcore.vllm.identity import engine_namespace, lasts
 from kvcore.vllm.namespace import Hasher
 from kvcore.vllm.settings import read
 from kvcore.vllm.stats import Counters, add
@@ -220,6 +220,8 @@ def config(folder, **changes):
             tensor_parallel_size=changes.pop("tensor", 1), pipeline_parallel_size=changes.pop("pipeline", 1)
         ),
         speculative_config=None,
+        instance_id=changes.pop("start", "1"),
+        kv_transfer_config=SimpleNamespace(engine_id="e"),
     )
 
 
@@ -238,6 +240,7 @@ def test_engine_namespace_tells_apart_what_changes_kv(tmp_path):
         {"multimodal_config": media(max_pixels=5)}, {"load_format": "dummy"}, {"load_format": "dummy", "seed": 1},
         {"hf_config": Config(rope_parameters={"rope_type": "longrope"})},
         {"hf_config": Config(rope_parameters={"rope_type": "longrope"}), "max_model_len": 8192},
+        {"quantization_config": {"linear": "fp8_per_tensor"}}, {"quantization_config": {"linear": "int4"}},
     ]  # fmt: skip
     assert digest(tmp_path, max_model_len=8192, seed=1, multimodal_config=media()) == same
     seen = {same, *(digest(tmp_path, **change) for change in changes), digest("org/model"), digest("org/other")}
@@ -245,6 +248,21 @@ def test_engine_namespace_tells_apart_what_changes_kv(tmp_path):
     os.utime(weights, ns=(1, 1))
     seen.add(digest(tmp_path))
     assert len(seen) == len(changes) + 5
+
+
+def test_weights_of_which_nothing_tells_whether_they_have_changed_are_those_of_one_start(tmp_path):
+    """vLLM makes a folder without weights for what lies in object storage, and notes where that is."""
+    (tmp_path / "config.json").write_text("{}")
+    stored = digest(tmp_path, model_weights="s3://bucket/a")
+    assert digest(tmp_path, model_weights="s3://bucket/a") == stored
+    named = {"revision": "v2", "model_weights": "s3://bucket/a"}
+    seen = {stored, digest(tmp_path, model_weights="s3://bucket/b"), digest(tmp_path, **named)}
+    seen.add(digest(tmp_path, model_weights="s3://bucket/a", start="2"))
+    assert len(seen) == 4
+    assert digest(tmp_path, **named, start="2") in seen, "the user says that they are the same"
+    assert not lasts(config(tmp_path))
+    assert lasts(config(tmp_path, **named))
+    assert digest(tmp_path, load_format="dummy") == digest(tmp_path, load_format="dummy", start="2")
 
 
 def test_settings_come_from_the_config_then_the_environment():
