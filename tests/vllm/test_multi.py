@@ -4,10 +4,11 @@ import harness
 import numpy as np
 import pytest
 
-vllm = pytest.importorskip("vllm")
+pytest.importorskip("vllm")
 
 from harness import CHUNK, assert_same, generate, metrics
 from servers import ServerInThread
+from vllm import __version__
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 
 from kvcore.vllm import KVCoreMPConnector, compat, connector
@@ -29,7 +30,7 @@ def reference(tiny_model):
         return generate(llm, [PROMPT])
 
 
-@pytest.mark.skipif(vllm.__version__.startswith("0.26."), reason="it takes counts from another process only")
+@pytest.mark.skipif(__version__.startswith("0.26."), reason="it takes counts from another process only")
 @pytest.mark.parametrize("load_mode", ["sync", "async"])
 def test_a_part_of_several_gives_hits_and_its_failed_loads_are_recomputed(
     tiny_model, reference, tmp_path, monkeypatch, load_mode
