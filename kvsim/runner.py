@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kvcore.policy.driver import Observer
 from kvsim.cluster import run_on_cluster
 from kvsim.engine.columns import Columns, columns_of, copied_bytes, utilisation
 from kvsim.engine.load import Load, offered_load
@@ -119,7 +118,6 @@ def run(
     baseline: bool = True,
     timeline: bool = False,
     workload: Workload | None = None,
-    observe: Observer | None = None,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> RunResult:
@@ -131,7 +129,6 @@ def run(
         baseline: Whether to run it again without L1 and L2, for `ttft_no_cache_s`.
         timeline: Whether to keep every step of the engines.
         workload: The log prepared for this chunk size, where several settings share it.
-        observe: Sees every event of the core with its decisions.
         workers: With 2, the baseline runs in a process beside this one (which must be importable: a script needs its
             `if __name__ == "__main__"`).
         progress: Told of the requests that have ended, and of all; not of the baseline's.
@@ -152,7 +149,7 @@ def run(
             file = stack.enter_context(_file_of(log))
             pool = stack.enter_context(_processes(1))
             beside = _submit(pool, _with_log, file, _no_cache, None, settings)
-        finished = simulate(workload, settings, observe=observe, timeline=timeline, progress=progress)
+        finished = simulate(workload, settings, timeline=timeline, progress=progress)
         columns = columns_of(log, finished, workload.chunk_tokens)
         load = offered_load(columns, settings.engines)
         if baseline:
