@@ -87,6 +87,11 @@ class StorePool:
         """By operation, with what error it failed when it was tried last; those that worked are not in it."""
         return dict(self._troubles.errors)
 
+    @property
+    def corrupt(self) -> int:
+        """Chunks that the store found broken."""
+        return self._store.corrupt
+
     def has_room(self, size_bytes: int) -> bool:
         """Whether a put of so many bytes would be queued now."""
         return self._putting.admits(size_bytes)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kvcore.live.stores.base import Parts, StoreCounters, StoreError, StoreFull
+from kvcore.live.stores.base import Parts, StoreError, StoreFull
 from kvcore.live.stores.files import FileStore
 from kvcore.live.stores.pool import Completion, Outcome, StorePool
 
@@ -20,7 +20,7 @@ class GatedStore:
     """Keeps chunks in a dict; each operation first waits for the gate, then raises `fault` if there is one."""
 
     def __init__(self) -> None:
-        self.counters = StoreCounters()
+        self.corrupt = 0
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
