@@ -47,7 +47,8 @@ def test_leading_hits_of_an_unbounded_cache(words: list[list[int]]) -> None:
         hits = next((i for i, name in enumerate(prompt) if name not in cache), len(prompt))
         expected.append(hits)
         cache.update(prompt)
-    assert leading_hits(make_log(prompts)).tolist() == expected
+    log = make_log(prompts)
+    assert leading_hits(log, first_seen(log.blocks)).tolist() == expected
 
 
 def test_describe() -> None:
