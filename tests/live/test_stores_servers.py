@@ -132,7 +132,7 @@ def bed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bed]:
         store = open_store(f"{server.url}?prefix=test{number}:")
 
         def poke(chunk: bytes, value: bytes) -> None:
-            store._client.set(b"test%d:" % number + chunk, value)  # type: ignore[attr-defined]
+            store._client.set(b"test%d:" % number + chunk, value)
 
     else:
         endpoint = request.getfixturevalue("s3_endpoint")
@@ -140,7 +140,7 @@ def bed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bed]:
         store = open_store(f"s3://bucket/a/prefix{number}?endpoint={endpoint}&timeout=20")
 
         def poke(chunk: bytes, value: bytes) -> None:
-            obstore.put(store._bucket, chunk.hex(), value)  # type: ignore[attr-defined]
+            obstore.put(store._bucket, chunk.hex(), value)
 
     yield Bed(store, poke)
     store.close()
@@ -288,8 +288,8 @@ def test_a_stopped_redis_costs_no_more_than_its_timeouts(own_redis: RedisServer)
 
 def test_a_full_redis_is_store_full(own_redis: RedisServer) -> None:
     store = open_store(own_redis.url)
-    store._client.config_set("maxmemory-policy", "noeviction")  # type: ignore[attr-defined]
-    store._client.config_set("maxmemory", "6mb")  # type: ignore[attr-defined]
+    store._client.config_set("maxmemory-policy", "noeviction")
+    store._client.config_set("maxmemory", "6mb")
     big = bytes(1 << 20)
     names = [bytes([number]) * 32 for number in range(10)]
     with pytest.raises(StoreFull, match="maxmemory"):
@@ -370,9 +370,9 @@ def test_failed_requests_to_s3_are_tried_again(s3_endpoint: str) -> None:
             store = open_store(f"{url}&retries=3")
             store.put(NAME, [memoryview(DATA)])
             assert read(store, NAME) == DATA
-            assert handler.refused == {"PUT": 2, "GET": 2}  # type: ignore[attr-defined]
+            assert handler.refused == {"PUT": 2, "GET": 2}
             store.close()
-            handler.refused.clear()  # type: ignore[attr-defined]
+            handler.refused.clear()
             impatient = open_store(f"{url}&retries=1")
             with pytest.raises(StoreError):
                 impatient.put(NAME, [memoryview(DATA)])

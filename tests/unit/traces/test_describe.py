@@ -25,7 +25,7 @@ def make_log(prompts: list[list[int]], block_tokens: int | None = 10) -> Log:
 @given(st.lists(st.integers(0, 2**63 - 1) | st.integers(0, 20), max_size=60))
 def test_first_seen(names: list[int]) -> None:
     seen: set[int] = set()
-    expected = [not (name in seen or seen.add(name)) for name in names]  # type: ignore[func-returns-value]
+    expected = [not (name in seen or seen.add(name)) for name in names]
     assert first_seen(np.array(names, np.int64)).tolist() == expected
 
 

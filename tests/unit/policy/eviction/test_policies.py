@@ -433,7 +433,7 @@ def state(policy: EvictionPolicy) -> list[object]:
     """The order of a plain dict is compared too: no policy may depend on more than what it is made of."""
     return [
         list(value.items()) if isinstance(value, OrderedDict) else value
-        for value in (getattr(policy, name) for name in policy.__slots__)  # type: ignore[attr-defined]
+        for value in (getattr(policy, name) for name in policy.__slots__)
     ]
 
 
@@ -506,7 +506,7 @@ def test_state_is_plain(name: str) -> None:
     policy.touch([b"b"])
     policy.victims(1, lambda _: True)
     assert not hasattr(policy, "__dict__")
-    for slot in policy.__slots__:  # type: ignore[attr-defined]
+    for slot in policy.__slots__:
         value = getattr(policy, slot)
         assert type(value) in (int, dict, OrderedDict)
         if isinstance(value, dict):
@@ -546,7 +546,7 @@ def test_wtinylfu_drops_counts_that_are_zero(uses: int) -> None:
             assert policy.victims(1, lambda _: True) is not None
         policy.insert([chunk], 1)
         policy.touch([chunk] * (uses - 1))
-        most = max(most, len(policy._counts))  # type: ignore[attr-defined]
+        most = max(most, len(policy._counts))
     assert most <= 11 * capacity
 
 
