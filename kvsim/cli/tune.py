@@ -212,10 +212,11 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
         print_json({**result.to_dict(), **({"by_journal": told} if told else {})})
         return
     from kvsim.cli.tuned import show  # noqa: PLC0415
+    from kvsim.report.units import sentence  # noqa: PLC0415
 
     show(result)
     for note in told:
-        typer.echo(f"* {note[0].upper()}{note[1:]}.")
+        typer.echo(f"* {sentence(note)}")
 
 
 _PRICE_NAMES = ("gpu_hour", "ram_gb_hour", "disk_gb_hour")

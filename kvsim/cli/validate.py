@@ -168,9 +168,10 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
         print_json({"settings": plain(settings), "notes": [*notes(found), *told], **by_replay, **found.as_dict()})
         return
     from kvsim.cli.validated import show  # noqa: PLC0415
+    from kvsim.report.units import sentence  # noqa: PLC0415
 
     show(found)
     for note in told:
-        typer.echo(f"* {note[0].upper()}{note[1:]}.")
+        typer.echo(f"* {sentence(note)}")
     if replayed is not None:
         typer.echo(f"* By the journal: {replayed}")
