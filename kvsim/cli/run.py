@@ -157,7 +157,7 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
     if json:
         print_json({"settings": plain(settings), **({"notes": told} if told else {}), **result.summary()})
         return
-    from kvsim.cli.ran import show  # noqa: PLC0415
+    from kvsim.cli.show_run import show  # noqa: PLC0415
     from kvsim.report.units import sentence  # noqa: PLC0415
 
     show(result)

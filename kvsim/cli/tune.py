@@ -211,7 +211,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
     if json:
         print_json({**result.to_dict(), **({"by_journal": told} if told else {})})
         return
-    from kvsim.cli.tuned import show  # noqa: PLC0415
+    from kvsim.cli.show_tune import show  # noqa: PLC0415
     from kvsim.report.units import sentence  # noqa: PLC0415
 
     show(result)
