@@ -68,6 +68,6 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Every benchmark that this machine can run; figures go to benchmarks/results/."""
+    """The benchmarks of benchmarks/run.py; `-- --trace FILE` where ../shared is not there."""
     session.install("-e", ".[live,report]", *groups("tests"))
     session.run("python", "benchmarks/run.py", *session.posargs)

@@ -38,7 +38,7 @@ def names(start: int, count: int) -> tuple[bytes, ...]:
 def serve(core: Core, request: str, chunks: tuple[bytes, ...], now_ns: int) -> None:
     """Take one request through the core with copies that end at once."""
     decisions = core.handle(LookedUp(now_ns=now_ns, request=request, instance="engine", chunks=chunks))
-    hits = decisions[0].hits[0]  # type: ignore[union-attr]
+    hits = decisions[0].hits[0]
     for decision in decisions:
         if isinstance(decision, Load):
             core.handle(LoadDone(now_ns=now_ns, request=request, tier=0, chunks=decision.chunks))

@@ -45,9 +45,9 @@ def model(work):
     folder = work / "model"
     if not (folder / "config.json").exists():
         sys.path.insert(0, str(HERE.parent / "tests" / "vllm"))
-        from tiny_model import build_big_model  # noqa: PLC0415 - it imports torch
+        from tiny_model import build_model  # noqa: PLC0415 - it imports torch
 
-        build_big_model(folder)
+        build_model(folder, layers=8, hidden=1024, heads=16, kv_heads=8)  # 105 M parameters
     return folder
 
 

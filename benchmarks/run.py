@@ -27,7 +27,7 @@ def commands(trace: str, big: str, file: str) -> dict[str, list[str]]:
         "tune": ["tune.py", trace],
         "read_log": ["read_log.py", big],
         "sweep": ["sweep.py", big],
-        "simulate": ["simulate_command.py", trace],
+        "simulate": ["simulate.py", trace],
         "server": ["server.py", file],
     }
 

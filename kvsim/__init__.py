@@ -70,7 +70,7 @@ _HOMES = {
     "read": "kvtraces",
     "run": "kvsim.runner",
     "run_many": "kvsim.runner",
-    "served": "kvsim.servers",
+    "served": "kvsim.recorded_settings",
     "simulate": "kvsim.api",
     "tune": "kvsim.tuner",
     "validate": "kvsim.validation",

@@ -4,25 +4,27 @@ import pickle
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from kvcore.policy.driver import Observer
 from kvsim.cluster import run_on_cluster
 from kvsim.engine.columns import Columns, columns_of, copied_bytes, utilisation
 from kvsim.engine.load import Load, offered_load
 from kvsim.engine.settings import RunSettings
-from kvsim.engine.simulation import Progress, Workload, prepare, simulate
+from kvsim.engine.simulation import Finished, Progress, Workload, prepare, simulate
 from kvtraces import Log
 
 PERCENTILES = (50, 90, 95, 99)
 _T = TypeVar("_T")
+_Bare: TypeAlias = tuple[dict[str, float | None], Load]
+"""TTFT of a run without L1 and L2, and what it was offered and served."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -119,7 +121,6 @@ def run(
     baseline: bool = True,
     timeline: bool = False,
     workload: Workload | None = None,
-    observe: Observer | None = None,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> RunResult:
@@ -131,7 +132,6 @@ def run(
         baseline: Whether to run it again without L1 and L2, for `ttft_no_cache_s`.
         timeline: Whether to keep every step of the engines.
         workload: The log prepared for this chunk size, where several settings share it.
-        observe: Sees every event of the core with its decisions.
         workers: With 2, the baseline runs in a process beside this one (which must be importable: a script needs its
             `if __name__ == "__main__"`).
         progress: Told of the requests that have ended, and of all; not of the baseline's.
@@ -145,21 +145,13 @@ def run(
         workload = prepare(log, settings.chunk_tokens, reuse=cached)
     if cached and workload.chunk_tokens is not None:
         settings.core_config(workload.chunk_tokens)  # what it refuses is refused before a process is started
-    without = load_without = None
-    with ExitStack() as stack:
-        beside = None
-        if baseline and cached and workers > 1:
-            file = stack.enter_context(_file_of(log))
-            pool = stack.enter_context(_processes(1))
-            beside = _submit(pool, _with_log, file, _no_cache, None, settings)
-        finished = simulate(workload, settings, observe=observe, timeline=timeline, progress=progress)
-        columns = columns_of(log, finished, workload.chunk_tokens)
-        load = offered_load(columns, settings.engines)
-        if baseline:
-            if not cached:
-                without, load_without = _spread(columns, "ttft_s", load), load
-            else:
-                without, load_without = _no_cache(log, workload, settings) if beside is None else beside.result()
+    work = partial(simulate, workload, settings, timeline=timeline, progress=progress)
+    finished, bare = _with_baseline(log, workload, settings, work, workers) if baseline and cached else (work(), None)
+    columns = columns_of(log, finished, workload.chunk_tokens)
+    load = offered_load(columns, settings.engines)
+    if baseline and not cached:
+        bare = _spread(columns, "ttft_s", load), load  # it is its own
+    without, load_without = bare or (None, None)
     shell = finished.shell
     return RunResult(
         settings=settings,
@@ -177,6 +169,17 @@ def run(
         warnings=(*filter(None, [settings.profile.doubt()]), *finished.warnings),
         steps=tuple(tuple(engine.steps or ()) for engine in finished.engines),
     )
+
+
+def _with_baseline(
+    log: Log, workload: Workload, settings: RunSettings, work: Callable[[], Finished], workers: int
+) -> tuple[Finished, _Bare]:
+    """Do the work, and run the setting without L1 and L2: beside it, where there may be two processes."""
+    if workers <= 1:
+        return work(), _no_cache(log, workload, settings)
+    with _file_of(log) as file, _processes(1) as pool:
+        beside = _submit(pool, _with_log, file, _no_cache, None, settings)
+        return work(), beside.result()
 
 
 def run_many(
@@ -273,7 +276,7 @@ def _end_on_interrupt() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def _no_cache(log: Log, workload: Workload | None, settings: RunSettings) -> tuple[dict[str, float | None], Load]:
+def _no_cache(log: Log, workload: Workload | None, settings: RunSettings) -> _Bare:
     """Run a setting without L1 and L2."""
     if workload is None:
         workload = prepare(log, settings.chunk_tokens, reuse=False)

@@ -19,6 +19,8 @@ PARTS = ("queue", "load", "prefill")
 HITS = {"l0": "l0_tokens", "l1": "matched_l1", "l2": "matched_l2", "loaded": "loaded_tokens"}
 """What is compared of the hits: our name, and the column of both the run and the trace schema."""
 BINS = 20
+_RESAMPLES = 500
+"""Of the bootstrap over requests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +141,6 @@ def validate(
     settings: RunSettings,
     *,
     handling: bool = True,
-    resamples: int = 500,
     progress: Progress | None = None,
 ) -> Validation:
     """Simulate a recorded log and compare.
@@ -153,7 +154,6 @@ def validate(
         settings: What it was recorded under.
         handling: Whether the recorded TTFT and queue begin at the request's arrival at the server, as `kvcore serve
             --record` writes them, or only inside the engine, behind the server's own handling.
-        resamples: Of the bootstrap.
         progress: As in `run`.
 
     Raises:
@@ -180,7 +180,7 @@ def validate(
         requests=len(log),
         compared=len(usable),
         hits={name: _hits(log, result, column) for name, column in HITS.items() if _has(log, column)},
-        ttft=_quantiles(predicted[usable], recorded[usable], baseline, resamples, settings.seed),
+        ttft=_quantiles(predicted[usable], recorded[usable], baseline, settings.seed),
         mean_absolute_error_s=error,
         median_relative_error=float(np.median(np.abs(predicted[usable] / recorded[usable] - 1))),
         baseline_mean_absolute_error_s=baseline_error,
@@ -256,11 +256,11 @@ def _hits(log: Log, result: RunResult, column: str) -> Hits:
     )
 
 
-def _quantiles(predicted: Floats, recorded: Floats, baseline: Floats, resamples: int, seed: int) -> dict[str, Quantile]:
+def _quantiles(predicted: Floats, recorded: Floats, baseline: Floats, seed: int) -> dict[str, Quantile]:
     rng = np.random.default_rng(seed)
     points = list(PERCENTILES)
-    drawn = np.empty((resamples, len(points)))
-    for i in range(resamples):
+    drawn = np.empty((_RESAMPLES, len(points)))
+    for i in range(_RESAMPLES):
         rows = rng.integers(0, len(predicted), len(predicted))
         drawn[i] = np.percentile(predicted[rows], points) / np.percentile(recorded[rows], points) - 1
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)

@@ -84,7 +84,7 @@ class ArenaPaths:
 
 
 class Arena:
-    """An arena mapped into this process. Made by `open`, `create` or `takeover` (a server) or `attach` (a worker)."""
+    """An arena mapped into this process. Made by `open` (a server) or `attach` (a worker)."""
 
     def __init__(self, path: Path, mapping: Mapping, layout: "_Layout", lock: "_ServerLock | None") -> None:
         self.path = path
@@ -113,36 +113,6 @@ class Arena:
             if found is not None:
                 found.remove(paths.arena, layout)
             return cls._create(paths, layout, lock)
-        except BaseException:
-            lock.release()
-            raise
-
-    @classmethod
-    def create(cls, paths: ArenaPaths, *, size_bytes: int, page_bytes: int = DEFAULT_PAGE_BYTES) -> Self:
-        """Make a new arena of `size_bytes` rounded down to whole pages, reserved in full.
-
-        Raises:
-            ArenaError: it exists, or another server runs on it, or it does not fit (with the figures). Nothing is left.
-        """
-        layout = _Layout.of(size_bytes, page_bytes)
-        lock = _ServerLock(paths.lock)
-        try:
-            return cls._create(paths, layout, lock)
-        except BaseException:
-            lock.release()
-            raise
-
-    @classmethod
-    def takeover(cls, paths: ArenaPaths) -> Self:
-        """Continue on the arena that an earlier server left, as it is, under a raised epoch.
-
-        Raises:
-            ArenaError: there is none, it is of another format, or another server runs on it.
-        """
-        lock = _ServerLock(paths.lock)
-        try:
-            found = _Found.must_be_at(paths.arena)
-            return cls._take_over(paths, found, found.known_layout(), lock)
         except BaseException:
             lock.release()
             raise
@@ -242,11 +212,6 @@ class Arena:
     def epoch(self) -> int:
         """Raised by every server that starts on this arena; a worker that sees it change must register again."""
         return int(self._opened.header["epoch"][0])
-
-    @property
-    def server_pid(self) -> int:
-        """The process id of the server that holds it or held it last."""
-        return int(self._opened.header["server_pid"][0])
 
     @property
     def unjournaled(self) -> bool:

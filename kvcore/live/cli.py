@@ -80,8 +80,9 @@ def _serve_signature() -> inspect.Signature:
             ],
         )
     ]
+    defaults = Settings()
     for field in Settings.__struct_fields__:
-        kind, about, default = plain_type(field), meta(field), _default_of(field)
+        kind, about, default = plain_type(field), meta(field), getattr(defaults, field)
         group = (about.extra or {})["group"]
         shown = "none" if default in ("", ()) else str(default).lower() if isinstance(default, bool) else str(default)
         many = get_origin(kind) is tuple
@@ -104,10 +105,6 @@ def _serve_signature() -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def _default_of(field: str) -> Any:
-    return getattr(Settings(), field)
-
-
 def _metavar(kind: Any) -> str:
     return {int: "INT", float: "NUMBER"}.get(kind, "TEXT")
 
@@ -125,8 +122,9 @@ def _serve(**flags: Any) -> None:
     raise typer.Exit(serve(settings))
 
 
-_serve.__signature__ = _serve_signature()  # type: ignore[attr-defined]
-_serve.__annotations__ = {p.name: p.annotation for p in _serve_signature().parameters.values()}
+_SERVE_SIGNATURE = _serve_signature()
+_serve.__signature__ = _SERVE_SIGNATURE  # type: ignore[attr-defined]
+_serve.__annotations__ = {p.name: p.annotation for p in _SERVE_SIGNATURE.parameters.values()}
 app.command("serve", help=_SERVE_HELP)(_serve)
 
 

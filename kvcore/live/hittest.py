@@ -74,8 +74,8 @@ def asked(base: str, model: str, prompt_tokens: int) -> tuple[str, int]:
     return model, prompt_tokens if longest is None else min(prompt_tokens, longest - 1)
 
 
-def _json(url: str, body: dict[str, Any] | None = None) -> Any:
-    with _open(url, body) as answer:
+def _json(url: str) -> Any:
+    with _open(url) as answer:
         return json.load(answer)
 
 

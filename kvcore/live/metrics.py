@@ -65,6 +65,11 @@ HELP: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
     "kvcore_recorder_dropped": ("counter", "Trace rows lost.", ()),
     "kvcore_journal_bytes": ("counter", "Bytes written to the journal.", ()),
     "kvcore_journal_failed": ("gauge", "1 where the journal could not be written and was given up.", ()),
+    "kvcore_l2_corrupt_chunks": (
+        "counter",
+        "Chunks that were broken in L2 when they were asked for; among its misses.",
+        (),
+    ),
     "kvcore_l2_dropped_chunks": ("counter", "Chunks not written to L2 for want of room in its queue.", ()),
     "kvcore_uptime_seconds": ("gauge", "Since the server started.", ()),
 }

@@ -46,6 +46,7 @@ def status(service: "Service") -> dict[str, Any]:
             for salt, pages in core.tiers[0].quotas.items()
         },
         "l2_failing": None if service.parts.pool is None else service.parts.pool.failing,
+        "l2_corrupt_chunks": None if service.parts.pool is None else service.parts.pool.corrupt,
         "l2_threads": service.settings.copying_threads if service.settings.l2 else None,
         "requests": len(service.works),
         "instances": [_shown(instance) for instance in service.members.instances.values()],
@@ -74,6 +75,8 @@ def kept_elsewhere(service: "Service") -> Iterable[tuple[tuple[str, ...], float]
     yield ("kvcore_requests_at_work",), len(service.works)
     yield ("kvcore_uptime_seconds",), (service.clock.now_ns() - service.started_ns) / 1e9
     yield ("kvcore_l2_dropped_chunks",), service.transport.dropped_l2_chunks
+    if service.parts.pool is not None:
+        yield ("kvcore_l2_corrupt_chunks",), service.parts.pool.corrupt
     if service.parts.recorder is not None:
         yield ("kvcore_recorder_rows",), service.parts.recorder.rows
         yield ("kvcore_recorder_dropped",), service.parts.recorder.dropped

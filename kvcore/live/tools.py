@@ -63,7 +63,7 @@ def status_tables(report: dict[str, Any]) -> list[Table]:
         ("pages", f"{arena['free_pages']} free, {arena['quarantined_pages']} quarantined"),
         ("requests at work", report["requests"]),
         ("quotas", _quotas(report["quotas"])),
-        ("L2", _l2(report["l2_failing"])),
+        ("L2", _l2(report["l2_failing"], report["l2_corrupt_chunks"])),
         ("recorder", _recorder(report["recorder"])),
         ("journal", _journal(report["journal"])),
     ):
@@ -84,10 +84,11 @@ def _quotas(quotas: dict[str, dict[str, int]]) -> str:
     return ", ".join(f"{salt}: {one['used_pages']} of {one['pages']} pages" for salt, one in quotas.items()) or "none"
 
 
-def _l2(failing: dict[str, str] | None) -> str:
+def _l2(failing: dict[str, str] | None, corrupt: int | None) -> str:
     if failing is None:
         return "off"
-    return "; ".join(f"{operation} fails: {error}" for operation, error in failing.items()) or "works"
+    state = [f"{operation} fails: {error}" for operation, error in failing.items()] or ["works"]
+    return "; ".join([*state, f"chunks found broken: {corrupt}"] if corrupt else state)
 
 
 def _journal(journal: dict[str, Any] | None) -> str:

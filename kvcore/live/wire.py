@@ -46,9 +46,9 @@ class WireError(Exception):
         self.id = correlation
 
 
-def ipc_endpoint(arena_dir: str = DEFAULT_ARENA_DIR, port: int = DEFAULT_PORT) -> str:
-    """Return the endpoint on which a server with that arena folder and port listens for clients of its own host."""
-    return f"ipc://{arena_dir.rstrip('/')}/kvcore-{port}.ipc"
+def ipc_endpoint(arena_dir: str = DEFAULT_ARENA_DIR) -> str:
+    """Return the endpoint on which a server with that arena folder listens for clients of its own host, by default."""
+    return f"ipc://{arena_dir.rstrip('/')}/kvcore-{DEFAULT_PORT}.ipc"
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):

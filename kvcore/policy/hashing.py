@@ -162,13 +162,11 @@ def chunk_names(hashes: Sequence[bytes], blocks_per_chunk: int) -> tuple[bytes, 
     return tuple(hashes[blocks_per_chunk - 1 :: blocks_per_chunk])
 
 
-def trace_id(digest: bytes) -> int:
-    """Return the first 63 bits of a hash, the form in which a request log names a block."""
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 def trace_ids(digests: Sequence[bytes]) -> NDArray[np.int64]:
-    """Return `trace_id` of many hashes, [len(digests)]. Raises ValueError if one is not 32 bytes."""
+    """Return the first 63 bits of each hash, the form in which a request log names a block, [len(digests)].
+
+    Raises ValueError if one is not 32 bytes.
+    """
     joined = b"".join(digests)
     if len(joined) != DIGEST_BYTES * len(digests):
         raise ValueError(f"every digest must have {DIGEST_BYTES} bytes")

@@ -1,6 +1,6 @@
 """Lookups, and the way of what they found to the engine."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
 from kvcore.policy.cost import chunks_worth_loading
@@ -130,9 +130,7 @@ def load_done(state: State, event: LoadDone) -> None:
     """A load has arrived: in the engine, or in tier 0 from below."""
     request = state.requests.get(event.request)
     if event.tier == 0:
-        if request is not None:
-            request.loading = max(0, request.loading - len(event.chunks))
-            finish(state, request)
+        _engine_is_through(state, request, event.chunks)
         return
     settle_lost(state, event.request, event.chunks)
     if request is None:
@@ -153,13 +151,18 @@ def load_done(state: State, event: LoadDone) -> None:
     go_on(state, [request, *waiters.values()])
 
 
+def _engine_is_through(state: State, request: Request | None, chunks: Sequence[Chunk]) -> None:
+    """A load into the engine has ended, well or not."""
+    if request is not None:
+        request.loading = max(0, request.loading - len(chunks))
+        finish(state, request)
+
+
 def load_failed(state: State, event: LoadFailed) -> None:
     """A load has not arrived."""
     request = state.requests.get(event.request)
     if event.tier == 0:
-        if request is not None:
-            request.loading = max(0, request.loading - len(event.chunks))
-            finish(state, request)
+        _engine_is_through(state, request, event.chunks)
         return
     if event.gone:
         take_out(state, event.tier, event.chunks, "failed")

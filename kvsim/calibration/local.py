@@ -20,7 +20,6 @@ class LocalEndpoint:
         model: Name or path.
         arguments: vLLM's engine arguments, such as `max_model_len` or `enforce_eager`.
         python: An interpreter that has vLLM; None: this one.
-        environment: The child's environment variables; None: this process's.
 
     Raises:
         EndpointError: vLLM does not start; the message has the last line it wrote.
@@ -32,7 +31,6 @@ class LocalEndpoint:
         *,
         arguments: Mapping[str, Any] | None = None,
         python: str | None = None,
-        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.model = model
         self.where = "vLLM in process"
@@ -45,7 +43,6 @@ class LocalEndpoint:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                env=None if environment is None else dict(environment),
             )
         except OSError as error:
             raise EndpointError(f"{command[0]}: {error}") from None

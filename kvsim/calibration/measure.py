@@ -205,13 +205,8 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
     fit = fit_prefill(prefill)
     grid = prefill_grid(prefill, fit)
     misses = [abs(fit.at(n, c) / seconds - 1) for (n, c), seconds in prefill.items()]
-    share = spread({point: seconds for point, seconds in kept.seconds.items() if point != _SUSTAINED})
-    told = "one measurement a point" if share is None else f"repeats of a point spread by {100 * share:.1f}% (median)"
-    today = dt.datetime.now(tz=dt.UTC).date().isoformat()
-    source = f"kvsim calibrate, {endpoint.where}, {facts.model}, {today}"
-    filled = len(grid.x) * len(grid.y) - len(prefill)
-    without_rest, repeated = kept.seconds.get(_SUSTAINED, []), _repeated(kept)
-    slower = _slower(without_rest, ttft.get((repeated, 0), 0.0), base + token * repeated)
+    filled, repeated = len(grid.x) * len(grid.y) - len(prefill), _repeated(kept)
+    slower = _slower(kept.seconds.get(_SUSTAINED, []), ttft.get((repeated, 0), 0.0), base + token * repeated)
     return Profile(
         name=facts.name,
         model=facts.model,
@@ -229,39 +224,60 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
         duplex=facts.duplex,
         handling_base_s=base,
         handling_token_s=token,
-        provenance={
-            "prefill": Part(
-                kind="measured",
-                source=source,
-                error=f"{told}; {filled} points follow the fit",
-                spread=share,
-            ),
-            "prefill_fit": Part(
-                kind="fitted",
-                source=source,
-                error=f"{100 * np.mean(misses):.1f}% mean, {100 * np.max(misses):.1f}% worst against the grid",
-            ),
-            "decode": Part(
-                kind="measured",
-                source=source,
-                error=f"as above; {len(kept.failed)} points could not be measured and follow a linear form",
-            ),
-            "pcie": facts.transfers_from,
-            "handling": Part(
-                kind="fitted",
-                source=source,
-                error="what TTFT of one token behind a cached prefix takes beyond a decode step",
-            ),
-            "sustained": Part(
-                kind="measured" if without_rest else "assumed",
-                source=source,
-                error=f"{len(without_rest)} prefills of {repeated:,} tokens without rest"
-                if without_rest
-                else "no prefill was measured without rest: they are too short for that, too long, or it was left out",
-            ),
-        },
+        provenance=_provenance(kept, facts, endpoint, filled=filled, misses=misses, repeated=repeated),
         sustained=slower,
     )
+
+
+def _provenance(
+    kept: State, facts: Facts, endpoint: Endpoint, *, filled: int, misses: list[float], repeated: int
+) -> dict[str, Part]:
+    """Return where each part of a profile is from.
+
+    Args:
+        kept: The measurements.
+        facts: As in `calibrate`.
+        endpoint: As in `calibrate`.
+        filled: Points of the prefill's grid that were not measured.
+        misses: How far the fit is off each that was, as a fraction.
+        repeated: Tokens of the prefill without rest.
+    """
+    share = spread({point: seconds for point, seconds in kept.seconds.items() if point != _SUSTAINED})
+    told = "one measurement a point" if share is None else f"repeats of a point spread by {100 * share:.1f}% (median)"
+    today = dt.datetime.now(tz=dt.UTC).date().isoformat()
+    source = f"kvsim calibrate, {endpoint.where}, {facts.model}, {today}"
+    without_rest = kept.seconds.get(_SUSTAINED, [])
+    return {
+        "prefill": Part(
+            kind="measured",
+            source=source,
+            error=f"{told}; {filled} points follow the fit",
+            spread=share,
+        ),
+        "prefill_fit": Part(
+            kind="fitted",
+            source=source,
+            error=f"{100 * np.mean(misses):.1f}% mean, {100 * np.max(misses):.1f}% worst against the grid",
+        ),
+        "decode": Part(
+            kind="measured",
+            source=source,
+            error=f"as above; {len(kept.failed)} points could not be measured and follow a linear form",
+        ),
+        "pcie": facts.transfers_from,
+        "handling": Part(
+            kind="fitted",
+            source=source,
+            error="what TTFT of one token behind a cached prefix takes beyond a decode step",
+        ),
+        "sustained": Part(
+            kind="measured" if without_rest else "assumed",
+            source=source,
+            error=f"{len(without_rest)} prefills of {repeated:,} tokens without rest"
+            if without_rest
+            else "no prefill was measured without rest: they are too short for that, too long, or it was left out",
+        ),
+    }
 
 
 def _slower(without_rest: list[float], rested: float, beside: float) -> float:

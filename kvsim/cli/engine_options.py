@@ -214,7 +214,7 @@ def with_journal(
     packing = context.params["packing"]
     if journal is None:
         return given, priced(packing=packing), []
-    from kvsim.servers import served  # noqa: PLC0415
+    from kvsim.recorded_settings import served  # noqa: PLC0415
 
     found, kv = served(journal), priced().kv
     told = {name: value for name, value in found.flags(kv).items() if name in given and not said(context, name)}
@@ -223,7 +223,7 @@ def with_journal(
 
 def routed(context: typer.Context, settings: "RunSettings", log: "Log", journal: Path | None) -> "RunSettings":
     """Let requests go to the engines that served them, where a journal tells how many there were."""
-    from kvsim.servers import instances  # noqa: PLC0415
+    from kvsim.recorded_settings import instances  # noqa: PLC0415
 
     if journal is None or said(context, "routing") or said(context, "engines"):
         return settings

@@ -157,11 +157,12 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
     if json:
         print_json({"settings": plain(settings), **({"notes": told} if told else {}), **result.summary()})
         return
-    from kvsim.cli.ran import show  # noqa: PLC0415
+    from kvsim.cli.show_run import show  # noqa: PLC0415
+    from kvsim.report.units import sentence  # noqa: PLC0415
 
     show(result)
     for note in told:
-        typer.echo(f"* {note[0].upper()}{note[1:]}.")
+        typer.echo(f"* {sentence(note)}")
 
 
 def _check(timeline: Path | None, chrome_trace: Path | None, read: list[Path]) -> None:

@@ -48,7 +48,7 @@ def named_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table
     return built
 
 
-def meter(title: str, rows: Sequence[tuple[str, float, str]], width: int = 24) -> None:
+def meter(title: str, rows: Sequence[tuple[str, float, str]]) -> None:
     """Print named shares, 0 to 1, with a bar each and a word beside."""
     console = Console(highlight=False)
     console.print(Text(title, style="bold"))
@@ -58,15 +58,16 @@ def meter(title: str, rows: Sequence[tuple[str, float, str]], width: int = 24) -
     built.add_column(justify="right", no_wrap=True)
     built.add_column(justify="right", no_wrap=True)
     for name, share, beside in rows:
-        built.add_row(Text(name), bar(share, width), f"{100 * share:.1f}%", Text(beside))
+        built.add_row(Text(name), bar(share), f"{100 * share:.1f}%", Text(beside))
     console.print(built)
 
 
+_BAR_COLUMNS = 24
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
-def bar(share: float, width: int) -> Text:
-    """Return a share, 0 to 1, as a bar of `width` columns, in eighths of one."""
-    eighths = round(8 * width * min(max(share, 0.0), 1.0))
+def bar(share: float) -> Text:
+    """Return a share, 0 to 1, as a bar, in eighths of a column."""
+    eighths = round(8 * _BAR_COLUMNS * min(max(share, 0.0), 1.0))
     filled = "█" * (eighths // 8) + (_EIGHTHS[eighths % 8].strip() if eighths % 8 else "")
-    return Text.assemble((filled, "blue"), ("·" * (width - len(filled)), "dim"))
+    return Text.assemble((filled, "blue"), ("·" * (_BAR_COLUMNS - len(filled)), "dim"))

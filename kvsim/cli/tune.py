@@ -30,6 +30,7 @@ from kvsim.cli.options import (
     Traces,
     integers,
     names,
+    said,
     sizes,
 )
 from kvsim.errors import UsageError
@@ -175,7 +176,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
             "ram_gb_hour": price_ram_gb_hour,
             "disk_gb_hour": price_disk_gb_hour,
         },
-        {**engine, "routing": routing} != _ENGINE,
+        any(said(context, name) for name in (*engine, "routing")),
         routing=routing,
         **recorded,
     )
@@ -210,24 +211,14 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
     if json:
         print_json({**result.to_dict(), **({"by_journal": told} if told else {})})
         return
-    from kvsim.cli.tuned import show  # noqa: PLC0415
+    from kvsim.cli.show_tune import show  # noqa: PLC0415
+    from kvsim.report.units import sentence  # noqa: PLC0415
 
     show(result)
     for note in told:
-        typer.echo(f"* {note[0].upper()}{note[1:]}.")
+        typer.echo(f"* {sentence(note)}")
 
 
-_ENGINE = {
-    "l2_kind": "disk",
-    "load_or_recompute": False,
-    "routing": "round-robin",
-    "max_model_len": None,
-    "max_num_batched_tokens": 8192,
-    "max_num_seqs": 256,
-    "l0_gb": None,
-    "l0_block_tokens": 16,
-}
-"""The defaults of the flags that say on what is simulated: another value asks for a simulation, too."""
 _PRICE_NAMES = ("gpu_hour", "ram_gb_hour", "disk_gb_hour")
 
 

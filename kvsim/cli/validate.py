@@ -158,7 +158,7 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
             progress=lambda done, total: shown.update("running", done, total),
         )
     if report is not None:
-        from kvsim.report.validated import write_validation  # noqa: PLC0415
+        from kvsim.report.validation_page import write_validation  # noqa: PLC0415
 
         write_validation(found, report, title=", ".join(trace))
     if json:
@@ -167,10 +167,11 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
         by_replay = {} if replayed is None else {"journal": as_json(replayed)}
         print_json({"settings": plain(settings), "notes": [*notes(found), *told], **by_replay, **found.as_dict()})
         return
-    from kvsim.cli.validated import show  # noqa: PLC0415
+    from kvsim.cli.show_validation import show  # noqa: PLC0415
+    from kvsim.report.units import sentence  # noqa: PLC0415
 
     show(found)
     for note in told:
-        typer.echo(f"* {note[0].upper()}{note[1:]}.")
+        typer.echo(f"* {sentence(note)}")
     if replayed is not None:
         typer.echo(f"* By the journal: {replayed}")

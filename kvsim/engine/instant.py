@@ -26,7 +26,6 @@ from kvcore.policy import (
     RoomAsked,
     StoreCommitted,
 )
-from kvcore.policy.driver import Observer
 from kvsim.engine.chunks import chunk_chains, salts
 from kvtraces import Log
 
@@ -104,15 +103,7 @@ class CoreResult:
         return self.hit_tokens / self.input_tokens if self.input_tokens else 0.0
 
 
-def simulate_core(
-    log: Log,
-    config: CoreConfig,
-    chunk_tokens: int,
-    *,
-    chunk_pages: int = 1,
-    chunk_bytes: int = 0,
-    observe: Observer | None = None,
-) -> CoreResult:
+def simulate_core(log: Log, config: CoreConfig, chunk_tokens: int) -> CoreResult:
     """Run a log through the core, one request after the other, each taking no time.
 
     Each request is looked up, asks room for every missing chunk, stores what it got, and ends, at its own timestamp
@@ -120,19 +111,16 @@ def simulate_core(
 
     Args:
         log: The requests, in the order of their lookups.
-        config: Tiers in pages, policies and the rest.
+        config: Tiers in pages (of a chunk each), policies and the rest.
         chunk_tokens: Tokens of a chunk.
-        chunk_pages: Pages of a chunk.
-        chunk_bytes: Bytes of a chunk, for load-or-recompute.
-        observe: Sees every event with its decisions.
 
     Raises:
         UsageError: The log has lengths alone, or a chunk is no whole number of its blocks.
     """
     chains = chunk_chains(log, chunk_tokens)
     transport = InstantTransport()
-    driver = transport.driver = Driver(Core(config), transport, observe)
-    driver.handle(InstanceRegistered(now_ns=0, instance=INSTANCE, chunk_pages=chunk_pages, chunk_bytes=chunk_bytes))
+    driver = transport.driver = Driver(Core(config), transport)
+    driver.handle(InstanceRegistered(now_ns=0, instance=INSTANCE, chunk_pages=1, chunk_bytes=0))
     hits = np.array(list(_replay(log, chains, driver, transport)), dtype=np.int64)
     return CoreResult(
         chunk_tokens=chunk_tokens,

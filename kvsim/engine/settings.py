@@ -18,7 +18,6 @@ GIB = 2**30
 MOST = 1e9
 """The most of what is given in GiB, seconds, requests a second or currency: more is a slip, and overflows somewhere."""
 _MOST_ENGINES = 10_000
-ROUTINGS: tuple[Routing, ...] = ("round-robin", "least-loaded", "prefix-aware", "recorded")
 
 
 class SettingsError(UsageError):

@@ -21,7 +21,6 @@ from kvcore.policy import (
     RoomAsked,
     StoreCommitted,
 )
-from kvcore.policy.driver import Observer
 from kvsim.engine.job import Job
 from kvsim.engine.links import Link
 
@@ -56,7 +55,6 @@ class Shell:
         chunk_tokens: Tokens of a chunk.
         chunk_bytes: Bytes of a chunk.
         chunk_pages: Pages of a chunk.
-        observe: Sees every event of the core with its decisions.
     """
 
     def __init__(
@@ -69,7 +67,6 @@ class Shell:
         chunk_tokens: int,
         chunk_bytes: int,
         chunk_pages: int,
-        observe: Observer | None = None,
     ) -> None:
         self._clock = SimClock(env)
         self._engines = engines
@@ -82,7 +79,7 @@ class Shell:
         self._held: dict[Job, tuple[Chunk, ...]] = {}
         """Requests that wait for some of them, and what they hope to load."""
         self._names = [f"engine-{engine.number}" for engine in engines]
-        self.driver = Driver(Core(config), self, observe)
+        self.driver = Driver(Core(config), self)
         self.refused: dict[str, int] = {}
         """Chunks that were not stored or not loaded, by reason."""
         self.evicted = 0

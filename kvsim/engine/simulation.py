@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from kvcore.policy.driver import Observer
 from kvsim.engine.arrivals import arrival_times, refused
 from kvsim.engine.chunks import chunk_chains, output_chains, salts
 from kvsim.engine.engine import Engine
@@ -78,7 +77,6 @@ def simulate(
     workload: Workload,
     settings: RunSettings,
     *,
-    observe: Observer | None = None,
     timeline: bool = False,
     progress: Progress | None = None,
 ) -> Finished:
@@ -87,7 +85,6 @@ def simulate(
     Args:
         workload: The requests.
         settings: What to run.
-        observe: Sees every event of the core with its decisions.
         timeline: Whether the engines keep their steps.
         progress: Told about a hundred times, and at the end.
 
@@ -113,7 +110,6 @@ def simulate(
                 chunk_tokens=workload.chunk_tokens,
                 chunk_bytes=settings.chunk_bytes(workload.chunk_tokens),
                 chunk_pages=settings.chunk_pages(workload.chunk_tokens),
-                observe=observe,
             )
     elif settings.l1_gb != 0:
         raise SettingsError("the log has no hash_ids: nothing says what is reused; run it with no L1")

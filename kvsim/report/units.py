@@ -28,3 +28,8 @@ def mib(size_bytes: int) -> str:
 def percent(value: float) -> str:
     """Return a fraction in percent."""
     return f"{100 * value:.1f}%"
+
+
+def sentence(words: str) -> str:
+    """Return words as a sentence: a capital first, a full stop last."""
+    return f"{words[0].upper()}{words[1:]}."

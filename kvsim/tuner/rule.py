@@ -43,13 +43,11 @@ class Choice:
         pays: Whether reuse pays at all.
         point: The recommended setting; where reuse does not pay, the one that saves most.
         frontier: The setting that the rule takes at each L1 size, by ascending size.
-        best_saved_s: The most mean TTFT that any setting saves, in seconds.
     """
 
     pays: bool
     point: Point
     frontier: tuple[Point, ...]
-    best_saved_s: float
 
 
 def choose(points: Sequence[Point], rule: Rule) -> Choice:
@@ -66,7 +64,6 @@ def choose(points: Sequence[Point], rule: Rule) -> Choice:
         pays=pays,
         point=frontier[knee] if pays else best,
         frontier=tuple(frontier.values()),
-        best_saved_s=_saved(best),
     )
 
 

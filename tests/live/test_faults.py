@@ -19,7 +19,7 @@ from live_fakes import SyncEngine, chain, clients, environment, settings_in, wai
 from kvcore.live import wire
 from kvcore.live.client import MISS, NOT_YET, Client, Register, RemoteError, SchedulerClient, WorkerClient
 from kvcore.live.server import Server
-from kvsim.servers import served
+from kvsim.recorded_settings import served
 from kvtraces.journal import Equal, verify
 
 PROMPTS = [chain(f"p{at}", 5) for at in range(6)]

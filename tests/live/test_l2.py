@@ -1,6 +1,7 @@
 """L2 behind a real server: what left L1 comes back with its own bytes, and a bad value is a miss."""
 
 import subprocess
+import sys
 import threading
 import time
 
@@ -10,9 +11,11 @@ from live_fakes import SyncEngine, chain, environment, settings_in, wait_for
 from kvcore.live import server as server_module
 from kvcore.live import wire
 from kvcore.live.client import RemoteError
+from kvcore.live.metrics import render
 from kvcore.live.server import Server
 from kvcore.live.stores.base import StoreError
 from kvcore.live.stores.files import FileStore
+from kvcore.live.tools import report
 from kvtraces.journal import Equal, JournalWriter, segments, verify
 
 PROMPTS = [chain(f"p{at}", 4) for at in range(8)]
@@ -24,6 +27,18 @@ def flags(folder, *more):
 
 def files(folder):
     return [path for path in (folder / "l2").glob("??/*") if path.is_file()]
+
+
+def file_of(folder, chunk):
+    (path,) = [path for path in files(folder) if path.name == chunk.hex()]
+    return path
+
+
+def damage(folder, chunk):
+    path = file_of(folder, chunk)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
 
 
 def fill(server, engine):
@@ -77,11 +92,7 @@ def test_a_damaged_file_is_a_miss_and_is_stored_anew(start, folder):
     server = start(*flags(folder), l1_pages=12)
     with SyncEngine(server.endpoint) as engine:
         fill(server, engine)
-        damaged = PROMPTS[0][2]
-        (path,) = [path for path in files(folder) if path.name == damaged.hex()]
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
+        damage(folder, PROMPTS[0][2])
         found = engine.lookup("r", PROMPTS[0])
         assert found.hits == (0, 4)
         assert (found.load_start, found.load_chunks) == (0, 2), "the run ends before it"
@@ -92,6 +103,21 @@ def test_a_damaged_file_is_a_miss_and_is_stored_anew(start, folder):
         engine.end("r")
         assert sum(engine.serve("again", PROMPTS[0])[0].hits) == 4
     assert server.counters()["kvcore_evicted_chunks", "l2"] >= 1
+
+
+def test_broken_chunks_are_counted_and_missing_ones_are_not_among_them(start, folder):
+    server = start(*flags(folder), l1_pages=12)
+    with SyncEngine(server.endpoint) as engine:
+        fill(server, engine)
+        assert server.status()["l2_corrupt_chunks"] == server.counters()["kvcore_l2_corrupt_chunks"] == 0
+        damage(folder, PROMPTS[0][2])
+        file_of(folder, PROMPTS[1][1]).unlink()
+        assert [engine.serve(f"{at}", PROMPTS[at])[0].load_chunks for at in range(2)] == [2, 1]
+    assert server.status()["l2_corrupt_chunks"] == 1
+    assert b"\nkvcore_l2_corrupt_chunks_total 1.0\n" in render(report(server.endpoint, wire.GetMetrics(), 5))
+    command = [sys.executable, "-m", "kvcore", "status", "--server", server.endpoint]
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True).stdout
+    assert "works; chunks found broken: 1" in shown
 
 
 def test_requests_that_want_the_same_chunks_fetch_them_once(start, folder):

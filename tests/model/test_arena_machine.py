@@ -63,7 +63,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     @rule(chunk=consumes(chunks), order=st.randoms(use_true_random=False))
     def give(self, chunk: int, order: object) -> None:
         ids = self.held.pop(chunk, [])
-        order.shuffle(ids)  # type: ignore[attr-defined]
+        order.shuffle(ids)
         self.allocator.give(np.array(ids, np.uint32))
         for page in ids:
             self.back(page)

@@ -26,14 +26,6 @@ def tiny_model(tmp_path_factory):
     return build_model(tmp_path_factory.getbasetemp() / "tiny")
 
 
-@pytest.fixture(scope="session")
-def big_model(tmp_path_factory):
-    """The folder of the seeded model of 105 M parameters."""
-    from tiny_model import build_big_model
-
-    return build_big_model(tmp_path_factory.getbasetemp() / "big")
-
-
 def pytest_collection_modifyitems(items):
     """Warnings of vLLM and torch are not ours to mend."""
     for item in items:

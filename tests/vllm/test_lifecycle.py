@@ -21,7 +21,7 @@ from kvcore.policy.hashing import block_hashes, trace_ids
 from kvcore.vllm import KVCoreMPConnector, compat
 from kvcore.vllm.compat import UnsupportedModelError
 from kvcore.vllm.embedded import EmbeddedServer
-from kvsim.servers import served
+from kvsim.recorded_settings import served
 from kvsim.tuner.pricing import KvSize
 
 pytestmark = pytest.mark.vllm

@@ -33,7 +33,6 @@ def bench(model, folder, *flags):
 
 
 @pytest.mark.vllm
-@pytest.mark.slow
 def test_cold_and_every_hit_beside_no_connector(tiny_model, tmp_path):
     pytest.importorskip("vllm")
     done, result = bench(
@@ -70,7 +69,6 @@ def test_cold_and_every_hit_beside_no_connector(tiny_model, tmp_path):
 
 
 @pytest.mark.vllm
-@pytest.mark.slow
 def test_a_hit_that_was_none_is_an_error_and_the_rest_goes_on(tiny_model, tmp_path):
     pytest.importorskip("vllm")
     l1_of_one_chunk = str(2 / 1024)

@@ -68,7 +68,7 @@ class Rig:
     """An arena of 64 pages, a KV cache of random bytes, and the worker's half between them."""
 
     def __init__(self, folder, rank=0, shards=1, in_step=True, factory=Plain, packing="none"):
-        self.arena = Arena.create(ArenaPaths(folder, f"rig{rank}"), size_bytes=64 * PAGE, page_bytes=PAGE)
+        self.arena = Arena.open(ArenaPaths(folder, f"rig{rank}"), size_bytes=64 * PAGE, page_bytes=PAGE)
         torch.manual_seed(rank)
         self.tensors = {f"layer.{i}": torch.randn(BLOCKS, 2, BLOCK, 8) for i in range(LAYERS)}
         if packing != "none":  # values of bf16, in rows of whole vectors
@@ -130,7 +130,7 @@ class Rig:
         """The one at hand stops cleanly, so that its file is gone, and another makes its own."""
         paths = ArenaPaths(self.arena.path.parent, "rig0")
         self.arena.close()
-        self.arena = Arena.create(paths, size_bytes=64 * PAGE, page_bytes=PAGE)
+        self.arena = Arena.open(paths, size_bytes=64 * PAGE, page_bytes=PAGE)
         self.registered = self.line.registered = structs.replace(self.registered, epoch=self.arena.epoch + 1)
 
     def rows(self, blocks):
@@ -353,7 +353,7 @@ def test_a_server_that_takes_the_arena_over_finds_it_mapped(counted):
     counted.step(StepPlan(stores=[counted.copy(range(4))]))
     paths = ArenaPaths(counted.arena.path.parent, "rig0")
     counted.arena.close(unlink=False)
-    counted.arena = Arena.takeover(paths)
+    counted.arena = Arena.open(paths, size_bytes=64 * PAGE, page_bytes=PAGE)
     counted.registered = counted.line.registered = structs.replace(counted.registered, epoch=counted.arena.epoch)
     counted.side.server_is_back()
     counted.step(StepPlan(loads=[counted.copy(range(20, 24))]))

@@ -77,11 +77,6 @@ def build_model(
     return folder
 
 
-def build_big_model(folder: Path) -> Path:
-    """Write the model of 105 M parameters."""
-    return build_model(folder, layers=8, hidden=1024, heads=16, kv_heads=8)
-
-
 def build_mixed_model(folder: Path) -> Path:
     """Write a Gemma 3 of six layers, five of which attend to 128 tokens only."""
     import torch

@@ -48,7 +48,7 @@ def describe(log: Log) -> Summary:
     if log.block_tokens is not None:
         new = _first_seen(log)
         unique_blocks = int(np.count_nonzero(new))
-        hit_ratio = int(_leading_hits(log, new).sum()) * log.block_tokens / max(prompt_tokens, 1)
+        hit_ratio = int(leading_hits(log, new).sum()) * log.block_tokens / max(prompt_tokens, 1)
     return Summary(
         requests=len(log),
         skipped=log.skipped,
@@ -64,18 +64,17 @@ def describe(log: Log) -> Summary:
     )
 
 
-def leading_hits(log: Log) -> IntArray:
-    """Return [n] how many leading blocks of each prompt were in an earlier one: the hits of a cache without bound."""
-    return _leading_hits(log, _first_seen(log))
-
-
 def _first_seen(log: Log) -> NDArray[np.bool_]:
     from kvtraces._seen import first_seen  # noqa: PLC0415 - numba is loaded only where it is needed
 
     return first_seen(log.blocks)
 
 
-def _leading_hits(log: Log, new: NDArray[np.bool_]) -> IntArray:
+def leading_hits(log: Log, new: NDArray[np.bool_]) -> IntArray:
+    """Return [n] how many leading blocks of each prompt were in an earlier one: the hits of a cache without bound.
+
+    `new` says of each of the log's blocks whether it is seen for the first time.
+    """
     positions = np.append(np.flatnonzero(new), len(new))
     first_new = positions[np.searchsorted(positions, log.starts[:-1])]
     hits: IntArray = np.minimum(first_new, log.starts[1:]) - log.starts[:-1]

@@ -106,13 +106,8 @@ def read_pieces(path: Path, bad: BadRows, progress: Callable[[int], None] | None
             yield b"".join(rest)
 
 
-def compression(path: Path) -> str | None:
-    """Return "gzip" or "zstd" by a file's first bytes, whatever it is called; None for a plain file."""
-    with path.open("rb") as file:
-        return _compression(file.read(4))
-
-
 def _compression(head: bytes) -> str | None:
+    """Return "gzip" or "zstd" by a file's first bytes, whatever it is called; None for a plain file."""
     return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
 
 

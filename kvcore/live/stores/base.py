@@ -2,7 +2,6 @@
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -24,15 +23,6 @@ class StoreFull(StoreError):  # noqa: N818 - a kind of StoreError, named for wha
     """A store has no room for a value. It may have once others are deleted."""
 
 
-@dataclass(slots=True)
-class StoreCounters:
-    """What a store has met. Threads count without a lock, so a figure may miss a little under load."""
-
-    hits: int = 0
-    missing: int = 0
-    corrupt: int = 0
-
-
 class Store(Protocol):
     """Holds chunks by name. Every method may be called from several threads at once.
 
@@ -40,7 +30,8 @@ class Store(Protocol):
     the URL's scheme.
     """
 
-    counters: StoreCounters
+    corrupt: int
+    """Chunks that were asked for and found broken. Threads count without a lock: a few may be missed under load."""
 
     def put(self, chunk: bytes, parts: Parts) -> None:
         """Store a chunk, whole or not at all, over any that has its name.
@@ -53,8 +44,8 @@ class Store(Protocol):
     def get(self, chunk: bytes, into: Parts) -> bool:
         """Fill `into` with a chunk of exactly that many bytes and return True.
 
-        False, counted in `counters`: it is not there, or is of another size, or fails its checksum. `into` may then
-        hold rubbish.
+        False: it is not there, or is broken, which `corrupt` counts: of another size, or with another checksum. `into`
+        may then hold rubbish.
 
         Raises:
             StoreError: the store cannot be asked.
@@ -123,16 +114,14 @@ def framed(chunk: bytes, parts: Parts) -> memoryview:
     return value
 
 
-def accept(counters: StoreCounters, chunk: bytes, value: memoryview, into: Parts) -> bool:
-    """Check a whole framed value, copy it into the parts, and count. For stores that return a value in one piece."""
+def accept(chunk: bytes, value: memoryview, into: Parts) -> bool:
+    """Copy a whole framed value into the parts, unless it is broken. For stores that return a value in one piece."""
     size = size_of(into)
     is_good = value.nbytes == FRAME_BYTES + size and is_intact(chunk, value[:FRAME_BYTES], _cut(value, into))
     if not is_good:
-        counters.corrupt += 1
         return False
     for part, piece in zip(into, _cut(value, into), strict=True):
         _copy(part, piece)
-    counters.hits += 1
     return True
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from kvcore.live.stores.base import (
     FRAME_BYTES,
     Parts,
-    StoreCounters,
     StoreError,
     StoreFull,
     Sums,
@@ -45,7 +44,7 @@ class FileStore:
     """
 
     def __init__(self, folder: Path, size_bytes: int | None = None) -> None:
-        self.counters = StoreCounters()
+        self.corrupt = 0
         self.size_bytes = size_bytes
         self._folder = folder
         self._lock = threading.Lock()
@@ -107,7 +106,6 @@ class FileStore:
         except FileNotFoundError as error:
             if self._is_away():
                 raise _store_error(self._folder, error) from error
-            self.counters.missing += 1
             return False
         except OSError as error:
             if error.errno not in _OF_ONE_FILE:
@@ -118,10 +116,7 @@ class FileStore:
             if not is_good:
                 with suppress(StoreError):  # a miss all the same; it only takes room
                     self.delete([chunk])
-        if is_good:
-            self.counters.hits += 1
-        else:
-            self.counters.corrupt += 1
+        self.corrupt += not is_good
         return is_good
 
     def delete(self, chunks: Sequence[bytes]) -> None:

@@ -67,7 +67,6 @@ class StorePool:
         self, store: Store, *, queue_bytes: int, writers: int = 2, readers: int = 2, pause: float = 1.0
     ) -> None:
         self._store = store
-        self._queue_bytes = queue_bytes
         self._pause = self._next_pause = pause
         self._pausing = threading.Lock()
         self._away_until = 0.0
@@ -89,14 +88,9 @@ class StorePool:
         return dict(self._troubles.errors)
 
     @property
-    def queued_put_bytes(self) -> int:
-        """Bytes of puts queued or under way."""
-        return self._putting.used
-
-    @property
-    def queued_get_bytes(self) -> int:
-        """Bytes of gets queued or under way."""
-        return self._getting.used
+    def corrupt(self) -> int:
+        """Chunks that the store found broken."""
+        return self._store.corrupt
 
     def has_room(self, size_bytes: int) -> bool:
         """Whether a put of so many bytes would be queued now."""

@@ -7,7 +7,7 @@ import redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
-from kvcore.live.stores.base import Parts, StoreCounters, StoreError, StoreFull, accept, framed
+from kvcore.live.stores.base import Parts, StoreError, StoreFull, accept, framed
 
 _MAX_DELETED_AT_ONCE = 1000
 
@@ -23,7 +23,7 @@ class RedisStore:
     """
 
     def __init__(self, url: str, *, prefix: str = "kvcore:", timeout: float = 2.0) -> None:
-        self.counters = StoreCounters()
+        self.corrupt = 0
         self._prefix = prefix.encode()
         try:
             self._client = redis.Redis.from_url(
@@ -54,9 +54,10 @@ class RedisStore:
         except redis.RedisError as error:
             raise self._error(error) from error
         if value is None:
-            self.counters.missing += 1
             return False
-        return accept(self.counters, chunk, memoryview(value), into)
+        is_good = accept(chunk, memoryview(value), into)
+        self.corrupt += not is_good
+        return is_good
 
     def delete(self, chunks: Sequence[bytes]) -> None:
         """Unlink keys, all in one round trip. See `Store.delete`."""

@@ -8,7 +8,7 @@ import obstore
 from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import S3Store as Bucket
 
-from kvcore.live.stores.base import Parts, StoreCounters, StoreError, accept, framed
+from kvcore.live.stores.base import Parts, StoreError, accept, framed
 
 
 class S3Store:
@@ -32,7 +32,7 @@ class S3Store:
         timeout: float = 10.0,
         retries: int = 3,
     ) -> None:
-        self.counters = StoreCounters()
+        self.corrupt = 0
         self._where = f"s3://{bucket}/{prefix}"
         config: dict[str, Any] = {"virtual_hosted_style_request": False} if endpoint else {}
         config |= {key: value for key, value in (("endpoint", endpoint), ("region", region)) if value is not None}
@@ -72,11 +72,12 @@ class S3Store:
         try:
             value = obstore.get(self._bucket, chunk.hex()).bytes()
         except (NotFoundError, FileNotFoundError):
-            self.counters.missing += 1
             return False
         except (BaseError, OSError) as error:
             raise self._error(error) from error
-        return accept(self.counters, chunk, memoryview(value), into)
+        is_good = accept(chunk, memoryview(value), into)
+        self.corrupt += not is_good
+        return is_good
 
     def delete(self, chunks: Sequence[bytes]) -> None:
         """Delete objects, up to 1000 in a request. See `Store.delete`."""

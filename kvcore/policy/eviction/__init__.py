@@ -5,7 +5,6 @@ from typing import Final
 
 from kvcore.policy.eviction.arc import Arc
 from kvcore.policy.eviction.base import EvictionPolicy
-from kvcore.policy.eviction.belady import belady_hits
 from kvcore.policy.eviction.fifo import Fifo
 from kvcore.policy.eviction.gdsf import Gdsf
 from kvcore.policy.eviction.lfu import Lfu
@@ -26,7 +25,6 @@ __all__ = [
     "S3Fifo",
     "Sieve",
     "WTinyLfu",
-    "belady_hits",
     "make_policy",
 ]
 

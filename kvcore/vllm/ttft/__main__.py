@@ -19,6 +19,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from kvcore.live.arena import DEFAULT_PAGE_BYTES
 from kvcore.vllm.ttft import report
 from kvcore.vllm.ttft.engine import Engine, EngineError
 from kvcore.vllm.ttft.measure import Measurement, Plan, Sample
@@ -349,12 +350,12 @@ def _engine_arguments(given: list[str]) -> dict[str, Any]:
     return found
 
 
-def _evictable_gb(model: str, dtype: str, plan: Plan, chunk_tokens: int, page_bytes: int = 2 << 20) -> float:
+def _evictable_gb(model: str, dtype: str, plan: Plan, chunk_tokens: int) -> float:
     token_bytes = kv_bytes_per_token(model, dtype)
     if token_bytes is None:
         raise typer.BadParameter("kvcore-l2 needs a model folder: its config.json says how much KV a prompt has")
-    pages = -(-chunk_tokens * token_bytes // page_bytes)
-    return _EVICTABLE * (max(plan.lengths) // chunk_tokens) * pages * page_bytes / 2**30
+    pages = -(-chunk_tokens * token_bytes // DEFAULT_PAGE_BYTES)
+    return _EVICTABLE * (max(plan.lengths) // chunk_tokens) * pages * DEFAULT_PAGE_BYTES / 2**30
 
 
 def _versions() -> dict[str, str]:

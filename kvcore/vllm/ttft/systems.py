@@ -196,7 +196,7 @@ def kvcore_server(folder: Path, **flags: Any) -> Iterator[str]:
 
 
 @contextmanager
-def lmcache_server(folder: Path, l1_gb: float, chunk_tokens: int = _LMCACHE_CHUNK) -> Iterator[tuple[int, int]]:
+def lmcache_server(folder: Path, l1_gb: float) -> Iterator[tuple[int, int]]:
     """Run an `lmcache server` and yield its ports: of its messages, and of HTTP."""
     port, http_port, metrics_port = free_port(), free_port(), free_port()
     given: dict[str, Any] = {
@@ -206,7 +206,7 @@ def lmcache_server(folder: Path, l1_gb: float, chunk_tokens: int = _LMCACHE_CHUN
         "http-port": http_port,
         "prometheus-port": metrics_port,
         "l1-size-gb": l1_gb,
-        "chunk-size": chunk_tokens,
+        "chunk-size": _LMCACHE_CHUNK,
         "eviction-policy": "LRU",
     }
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]

@@ -41,6 +41,7 @@ def test_the_settings_are_those_of_run_alone(kvsim_command, command, chat_trace)
         ("--l2-sizes-gb", "0,20"),
         ("--price-gpu-hour", 2),
         ("--max-num-seqs", 64),
+        ("--max-num-seqs", 256),  # the default, but said
         ("--l0-gb", 3),
     ],
 )

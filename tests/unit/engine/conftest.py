@@ -73,7 +73,7 @@ def build_log(
 
 def build_settings(profile: Profile, **changes: object) -> RunSettings:
     defaults: dict[str, object] = {"profile": profile, "l1_gb": 0.0, "max_num_batched_tokens": 2**40, "page_bytes": 1}
-    return RunSettings(**(defaults | changes))  # type: ignore[arg-type]
+    return RunSettings(**(defaults | changes))
 
 
 @pytest.fixture(scope="session")

@@ -59,14 +59,13 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-# --- create, attach, close ---
+# --- open, attach, close ---
 
 
 def test_a_worker_sees_what_the_server_made(paths: ArenaPaths) -> None:
-    with Arena.create(paths, size_bytes=SIZE + 100, page_bytes=PAGE) as server:
+    with Arena.open(paths, size_bytes=SIZE + 100, page_bytes=PAGE) as server:
         worker = Arena.attach(paths.arena)
         assert (worker.pages, worker.page_bytes, worker.epoch) == (64, PAGE, server.epoch)
-        assert server.server_pid == os.getpid()
         assert worker.address % (2 << 20) == 0
         server.data[5 * PAGE] = 77
         server.generations[63] = 9
@@ -79,7 +78,7 @@ def test_a_worker_sees_what_the_server_made(paths: ArenaPaths) -> None:
 
 
 def test_a_closed_arena_says_so(paths: ArenaPaths) -> None:
-    arena = Arena.create(paths, size_bytes=SIZE, page_bytes=PAGE)
+    arena = Arena.open(paths, size_bytes=SIZE, page_bytes=PAGE)
     arena.close()
     arena.close()
     with pytest.raises(ArenaError, match="closed"):
@@ -87,7 +86,7 @@ def test_a_closed_arena_says_so(paths: ArenaPaths) -> None:
 
 
 def test_views_outlive_close_and_keep_the_workers_lock(paths: ArenaPaths) -> None:
-    server = Arena.create(paths, size_bytes=SIZE, page_bytes=PAGE)
+    server = Arena.open(paths, size_bytes=SIZE, page_bytes=PAGE)
     worker = Arena.attach(paths.arena)
     view = worker.data[:8]
     view[:] = 3
@@ -102,21 +101,13 @@ def test_views_outlive_close_and_keep_the_workers_lock(paths: ArenaPaths) -> Non
 
 
 def test_one_server_only(paths: ArenaPaths) -> None:
-    with Arena.create(paths, size_bytes=SIZE, page_bytes=PAGE):
+    with Arena.open(paths, size_bytes=SIZE, page_bytes=PAGE):
         with pytest.raises(ArenaError, match=f"held by the server with process id {os.getpid()}"):
             Arena.open(paths, size_bytes=SIZE, page_bytes=PAGE)
         assert paths.arena.exists()
         assert paths.lock.exists()
-    with Arena.create(paths, size_bytes=SIZE, page_bytes=PAGE):
+    with Arena.open(paths, size_bytes=SIZE, page_bytes=PAGE):
         pass
-
-
-def test_create_refuses_what_exists_and_leaves_it(paths: ArenaPaths) -> None:
-    paths.arena.write_bytes(b"something")
-    with pytest.raises(ArenaError, match="File exists"):
-        Arena.create(paths, size_bytes=SIZE, page_bytes=PAGE)
-    assert paths.arena.read_bytes() == b"something"
-    paths.arena.unlink()
 
 
 @pytest.mark.parametrize(
@@ -141,8 +132,6 @@ def test_a_missing_folder_and_a_bad_name_are_refused(tmp_path: Path) -> None:
         ArenaPaths(tmp_path, "../x")
     with pytest.raises(ArenaError, match="no arena"):
         Arena.attach(tmp_path / "kvcore-x.arena")
-    with pytest.raises(ArenaError, match="no arena"):
-        Arena.takeover(ArenaPaths(tmp_path, "x"))
     assert os.listdir(tmp_path) == []
 
 
@@ -189,18 +178,16 @@ def test_half_made_and_resized_arenas_are_replaced(paths: ArenaPaths) -> None:
     Arena.open(paths, size_bytes=SIZE, page_bytes=PAGE).close(unlink=False)
     with Arena.open(paths, size_bytes=2 * SIZE, page_bytes=PAGE) as arena:
         assert (arena.taken_over, arena.pages) == (False, 128)
-    Arena.create(paths, size_bytes=SIZE, page_bytes=PAGE).close(unlink=False)
+    Arena.open(paths, size_bytes=SIZE, page_bytes=PAGE).close(unlink=False)
     os.truncate(paths.arena, 10_000)
     with pytest.raises(ArenaError, match="not an arena"):
         Arena.attach(paths.arena)
-    with pytest.raises(ArenaError, match="not an arena"):
-        Arena.takeover(paths)
     with Arena.open(paths, size_bytes=SIZE, page_bytes=PAGE) as arena:
         assert not arena.taken_over
 
 
 def test_another_size_is_refused_while_somebody_maps_it(paths: ArenaPaths) -> None:
-    Arena.create(paths, size_bytes=SIZE, page_bytes=PAGE).close(unlink=False)
+    Arena.open(paths, size_bytes=SIZE, page_bytes=PAGE).close(unlink=False)
     worker = Arena.attach(paths.arena)
     with pytest.raises(ArenaError, match=r"64 pages of 4096 bytes, not 128 pages .* mapped"):
         Arena.open(paths, size_bytes=2 * SIZE, page_bytes=PAGE)
@@ -234,7 +221,7 @@ def test_pretouch_makes_every_page_resident_and_keeps_contents(
         monkeypatch.setattr(Mapping, "collapse", lambda *_: errno.EINVAL)
     size_bytes = 80 << 20
     seen: list[tuple[int, int]] = []
-    with Arena.create(paths, size_bytes=size_bytes) as arena:
+    with Arena.open(paths, size_bytes=size_bytes) as arena:
         arena.data[40 << 20] = 5
         assert resident_bytes(arena.address) < size_bytes
         pretouch = arena.pretouch(progress=lambda done, total: seen.append((done, total)))
@@ -249,7 +236,7 @@ def test_pretouch_makes_every_page_resident_and_keeps_contents(
 
 def test_pretouch_tells_when_memory_is_not_there(paths: ArenaPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Mapping, "populate", lambda *_: errno.EFAULT)
-    with Arena.create(paths, size_bytes=SIZE, page_bytes=PAGE) as arena:
+    with Arena.open(paths, size_bytes=SIZE, page_bytes=PAGE) as arena:
         pretouch = arena.pretouch()
         assert pretouch.join(60)
         assert pretouch.error is not None
@@ -264,7 +251,7 @@ def test_huge_pages_are_made_after_all_is_touched_and_given_up_when_refused(
     calls: list[str] = []
     monkeypatch.setattr(Mapping, "populate", lambda *_: calls.append("touch") or 0)
     monkeypatch.setattr(Mapping, "collapse", lambda *_: calls.append("collapse") or code)
-    with Arena.create(paths, size_bytes=160 << 20) as arena:
+    with Arena.open(paths, size_bytes=160 << 20) as arena:
         pretouch = arena.pretouch()
         assert pretouch.join(60)
         assert calls == ["touch"] * 5 + ["collapse"] * asked
@@ -280,7 +267,7 @@ def test_huge_pages_keep_what_is_written_meanwhile() -> None:
     if os.statvfs("/dev/shm").f_bavail * os.statvfs("/dev/shm").f_frsize < 256 << 20:
         pytest.skip("/dev/shm is too small")
     paths = ArenaPaths(Path("/dev/shm"), f"test-{os.getpid()}")
-    with Arena.create(paths, size_bytes=128 << 20) as arena:
+    with Arena.open(paths, size_bytes=128 << 20) as arena:
         pretouch = arena.pretouch()
         words = arena.data.view(np.uint64)
         rounds = 0
@@ -303,7 +290,7 @@ def test_close_stops_a_pretouch_under_way(paths: ArenaPaths, monkeypatch: pytest
 
     monkeypatch.setattr(Mapping, "populate", slow)
     monkeypatch.setattr(Mapping, "collapse", lambda *_: errno.EINVAL)
-    arena = Arena.create(paths, size_bytes=256 << 20)
+    arena = Arena.open(paths, size_bytes=256 << 20)
     pretouch = arena.pretouch()
     assert entered.wait(30)
     arena.close()
@@ -324,7 +311,7 @@ def test_pieces_merge_adjacent_pages_and_cut_out_a_shard() -> None:
 
 
 def test_shards_are_written_and_read_across_scattered_pages(paths: ArenaPaths) -> None:
-    with Arena.create(paths, size_bytes=SIZE, page_bytes=PAGE) as arena:
+    with Arena.open(paths, size_bytes=SIZE, page_bytes=PAGE) as arena:
         pages = np.array([7, 3, 4, 60, 1], np.uint32)
         told = arena.generations[pages]
         chunk = np.random.default_rng(0).integers(0, 256, 2 * 10_000, np.uint8)
@@ -343,7 +330,7 @@ def test_shards_are_written_and_read_across_scattered_pages(paths: ArenaPaths) -
 def test_pages_handed_out_anew_are_stale_before_and_after_a_copy(
     paths: ArenaPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Arena.create(paths, size_bytes=SIZE, page_bytes=PAGE) as arena:
+    with Arena.open(paths, size_bytes=SIZE, page_bytes=PAGE) as arena:
         allocator = PageAllocator(arena.generations, arena.page_writers)
         pages = allocator.take(2)
         told = arena.generations[pages]
@@ -374,7 +361,7 @@ REWRITER = """
     from kvcore.live.allocator import PageAllocator
     from kvcore.live.arena import Arena, ArenaPaths, Writer
 
-    arena = Arena.create(ArenaPaths(Path(sys.argv[1]), "test"), size_bytes=18 * 4096, page_bytes=4096)
+    arena = Arena.open(ArenaPaths(Path(sys.argv[1]), "test"), size_bytes=18 * 4096, page_bytes=4096)
     allocator = PageAllocator(arena.generations, arena.page_writers)
     board = arena.data[:8].view(np.uint64)
     own = allocator.take(1)
@@ -412,7 +399,7 @@ def test_a_reader_racing_a_rewriter_never_accepts_torn_data(paths: ArenaPaths, s
             assert (flat.view(np.uint64) == generation).all()
     kill(process)
     arena.close()
-    Arena.takeover(paths).close()
+    Arena.open(paths, size_bytes=18 * PAGE, page_bytes=PAGE).close()
     assert accepted >= 50
     assert stale >= 50
 
@@ -436,7 +423,7 @@ SERVER = """
     from pathlib import Path
     from kvcore.live.allocator import PageAllocator
     from kvcore.live.arena import Arena, ArenaPaths
-    arena = Arena.create(ArenaPaths(Path(sys.argv[1]), "test"), size_bytes=64 * 4096, page_bytes=4096)
+    arena = Arena.open(ArenaPaths(Path(sys.argv[1]), "test"), size_bytes=64 * 4096, page_bytes=4096)
     allocator = PageAllocator(arena.generations, arena.page_writers)
     print("ready", flush=True)
     pids = [int(pid) for pid in sys.stdin.readline().split()]

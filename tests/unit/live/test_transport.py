@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from kvcore.live.book import Book
-from kvcore.live.stores.base import StoreCounters
 from kvcore.live.stores.pool import StorePool
 from kvcore.live.transport import LiveTransport
 from kvcore.policy import Demote, StoreAborted
@@ -17,7 +16,7 @@ CHUNKS = tuple(bytes([at]) * 32 for at in range(5))
 class Memory:
     """A store that takes everything."""
 
-    counters = StoreCounters()
+    corrupt = 0
 
     def put(self, chunk, parts):
         pass

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import kvsim
-from kvsim.report.validated import render_validation
+from kvsim.report.validation_page import render_validation
 from kvsim.report.validation_words import cdf, headline, sentences, where
 from kvtraces import Chat, Poisson, generate
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_belady import belady_hits
 
-from kvcore.policy.eviction import OFFLINE, POLICIES, belady_hits, make_policy
+from kvcore.policy.eviction import OFFLINE, POLICIES, make_policy
 from kvsim.sweep import Chains, chains, hit_chunks, lru_curve, point, sweep
 from kvtraces import Log
 

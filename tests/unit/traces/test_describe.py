@@ -25,7 +25,7 @@ def make_log(prompts: list[list[int]], block_tokens: int | None = 10) -> Log:
 @given(st.lists(st.integers(0, 2**63 - 1) | st.integers(0, 20), max_size=60))
 def test_first_seen(names: list[int]) -> None:
     seen: set[int] = set()
-    expected = [not (name in seen or seen.add(name)) for name in names]  # type: ignore[func-returns-value]
+    expected = [not (name in seen or seen.add(name)) for name in names]
     assert first_seen(np.array(names, np.int64)).tolist() == expected
 
 
@@ -47,7 +47,8 @@ def test_leading_hits_of_an_unbounded_cache(words: list[list[int]]) -> None:
         hits = next((i for i, name in enumerate(prompt) if name not in cache), len(prompt))
         expected.append(hits)
         cache.update(prompt)
-    assert leading_hits(make_log(prompts)).tolist() == expected
+    log = make_log(prompts)
+    assert leading_hits(log, first_seen(log.blocks)).tolist() == expected
 
 
 def test_describe() -> None:

@@ -246,7 +246,7 @@ def test_bad_sessions(tmp_path: Path) -> None:
     mend = "mend or remove the request, or count it with --skip-bad"
     nested = {"t": 1, "type": "subagent", "requests": [agent_request(2, [1]), agent_request(3, [1], out=-1)]}
     cases = [
-        (agent_request(1, [1, "x"]), f":16: requests[1].hash_ids[1]: expected int, got str; {mend}"),  # type: ignore[list-item]
+        (agent_request(1, [1, "x"]), f":16: requests[1].hash_ids[1]: expected int, got str; {mend}"),
         ({"t": 1, "in": 3}, f":16: requests[1].out: is missing; {mend}"),
         ({"in": 3}, f":16: requests[1].t: is missing; {mend}"),
         (17, f":16: requests[1]: expected object, got int; {mend}"),
@@ -254,7 +254,7 @@ def test_bad_sessions(tmp_path: Path) -> None:
         (agent_request(1, [1], **{"in": 99}), ":16: requests[1].hash_ids: 1 ids where 99 tokens in blocks of 4"),
     ]
     for request, message in cases:
-        write_session(path, "a", agent_request(0, [1]), request)  # type: ignore[arg-type]
+        write_session(path, "a", agent_request(0, [1]), request)
         with pytest.raises(LogError) as caught:
             read(path)
         assert str(caught.value).removeprefix(str(path)).startswith(message)

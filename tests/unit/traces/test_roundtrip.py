@@ -102,7 +102,7 @@ def assert_same(a: Log, b: Log) -> None:
 
 
 def row(time_ms: float, name: int, **more: object) -> Row:
-    return Row(timestamp=time_ms, input_length=BLOCK, output_length=1, hash_ids=[name], block_size=BLOCK, **more)  # type: ignore[arg-type]
+    return Row(timestamp=time_ms, input_length=BLOCK, output_length=1, hash_ids=[name], block_size=BLOCK, **more)
 
 
 def test_rotation_names_and_order(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import kvsim
 from kvsim.engine.settings import SettingsError
 from kvsim.errors import UsageError
 from kvsim.report import render
-from kvsim.report.words import headline, sentences
+from kvsim.report.tune_words import headline, sentences
 from kvsim.tuner import Prices, Trial, costs, tune
 from kvsim.tuner.run import _warnings
 from kvsim.tuner.trial import candidates

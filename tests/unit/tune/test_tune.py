@@ -12,7 +12,7 @@ import pytest
 import kvsim
 from kvsim.errors import UsageError
 from kvsim.profiles.load import to_json
-from kvsim.report.words import frontier_rows, sentences
+from kvsim.report.tune_words import frontier_rows, sentences
 from kvsim.tuner import Costs, KvSize, costs, tune
 from kvtraces import Bursty, Chat, Log, generate
 

@@ -63,7 +63,7 @@ def test_a_vendors_store_comes_by_entry_point(tmp_path: Path, monkeypatch: pytes
     (info / "entry_points.txt").write_text("[kvcore.stores]\nvendor = kv_vendor:Vendor\nmore = kv_vendor:needs_more\n")
     monkeypatch.syspath_prepend(tmp_path)
     store = open_store("vendor://somewhere", 7)
-    assert (store.url, store.size_bytes) == ("vendor://somewhere", 7)  # type: ignore[attr-defined]
+    assert (store.url, store.size_bytes) == ("vendor://somewhere", 7)
     with pytest.raises(StoreError, match="needs the Python package a_package_that_nobody_has"):
         open_store("more:x")
     with pytest.raises(StoreError, match="vendor"):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcore.policy.eviction import POLICIES, EvictionPolicy, belady_hits, make_policy
+from kvcore.policy.eviction import POLICIES, EvictionPolicy, make_policy
 from kvcore.policy.types import Chunk
 
 Eligible = Callable[[Chunk], bool]
@@ -433,7 +433,7 @@ def state(policy: EvictionPolicy) -> list[object]:
     """The order of a plain dict is compared too: no policy may depend on more than what it is made of."""
     return [
         list(value.items()) if isinstance(value, OrderedDict) else value
-        for value in (getattr(policy, name) for name in policy.__slots__)  # type: ignore[attr-defined]
+        for value in (getattr(policy, name) for name in policy.__slots__)
     ]
 
 
@@ -506,7 +506,7 @@ def test_state_is_plain(name: str) -> None:
     policy.touch([b"b"])
     policy.victims(1, lambda _: True)
     assert not hasattr(policy, "__dict__")
-    for slot in policy.__slots__:  # type: ignore[attr-defined]
+    for slot in policy.__slots__:
         value = getattr(policy, slot)
         assert type(value) in (int, dict, OrderedDict)
         if isinstance(value, dict):
@@ -546,7 +546,7 @@ def test_wtinylfu_drops_counts_that_are_zero(uses: int) -> None:
             assert policy.victims(1, lambda _: True) is not None
         policy.insert([chunk], 1)
         policy.touch([chunk] * (uses - 1))
-        most = max(most, len(policy._counts))  # type: ignore[attr-defined]
+        most = max(most, len(policy._counts))
     assert most <= 11 * capacity
 
 
@@ -571,28 +571,3 @@ def test_s3fifo_filters_a_scan() -> None:
     left = policy.victims(20, lambda _: True)
     assert left is not None
     assert set(range(10)) <= set(left)
-
-
-def test_belady_by_hand() -> None:
-    # After request 1 the cache of 2 keeps 1 and 2 (next used by requests 2 and 3), not 3 (never again).
-    chains = [[1, 2, 3], [1, 4], [1, 2], [1, 4]]
-    assert belady_hits(chains, 2) == [0, 1, 2, 1]
-    assert belady_hits(chains, 3) == [0, 1, 2, 2]
-    assert belady_hits(chains, None) == [0, 1, 2, 2]
-    assert belady_hits(chains, 1) == [0, 1, 1, 1]
-
-
-@settings(max_examples=60, deadline=None)
-@given(chunks=st.lists(st.integers(0, 4), max_size=9), capacity=st.integers(1, 3))
-def test_belady_is_the_best(chunks: list[int], capacity: int) -> None:
-    """Over requests of one chunk no choice of what to keep does better: all choices are tried."""
-    best: dict[frozenset[int], int] = {frozenset(): 0}
-    for chunk in chunks:
-        reached: dict[frozenset[int], int] = {}
-        for cache, hits in best.items():
-            now = hits + (chunk in cache)
-            for after in {cache} | {frozenset(cache | {chunk}) - {gone} for gone in cache | {chunk, -1}}:
-                if len(after) <= capacity:
-                    reached[after] = max(now, reached.get(after, 0))
-        best = reached
-    assert sum(belady_hits([[chunk] for chunk in chunks], capacity)) == max(best.values())

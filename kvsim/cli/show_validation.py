@@ -6,6 +6,7 @@ from rich.text import Text
 
 from kvsim.cli.show import chart, facts, named_table
 from kvsim.report.run_words import setting_facts
+from kvsim.report.units import sentence
 from kvsim.report.validation_words import (
     GROUP_HEADINGS,
     HIT_HEADINGS,
@@ -40,8 +41,8 @@ def show(found: Validation) -> None:
     chart(console, cdf(found))
     console.print()
     words = Text(headline(found), style="bold green" if found.beats_baseline else "bold yellow")
-    for sentence in sentences(found):
-        words.append(f"\n{sentence}", style="not bold default")
+    for line in sentences(found):
+        words.append(f"\n{line}", style="not bold default")
     console.print(Panel(words, title="Validation", title_align="left", padding=(0, 1), width=min(console.width, 110)))
     for note in notes(found):
-        console.print(Text(f"* {note[0].upper()}{note[1:]}.", style="dim"))
+        console.print(Text(f"* {sentence(note)}", style="dim"))

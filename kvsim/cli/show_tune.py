@@ -8,7 +8,7 @@ from rich.text import Text
 from kvsim.cli.show import chart, facts, table
 from kvsim.report.charts import hit_ratio
 from kvsim.report.trial_words import LEAST, trial_headings, trial_marked, trial_rows
-from kvsim.report.words import (
+from kvsim.report.tune_words import (
     FRONTIER_HEADINGS,
     frontier_rows,
     further_notes,

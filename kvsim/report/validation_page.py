@@ -5,6 +5,7 @@ from pathlib import Path
 from kvsim.files import write_text
 from kvsim.report.page import answer, bullets, named, page, plots, table
 from kvsim.report.run_words import setting_facts
+from kvsim.report.units import sentence
 from kvsim.report.validation_words import (
     GROUP_HEADINGS,
     HIT_HEADINGS,
@@ -40,7 +41,7 @@ def render_validation(found: Validation, *, title: str) -> str:
         f"Cost profile, {name}: {part.kind}; {part.source}; error {part.error}."
         for name, part in result.settings.profile.provenance.items()
     ]
-    told = [f"{note[0].upper()}{note[1:]}." for note in notes(found)]
+    told = [sentence(note) for note in notes(found)]
     body = [
         answer(headline(found), sentences(found)),
         plots(drawn),

@@ -6,7 +6,7 @@ from kvsim.files import write_text
 from kvsim.report.charts import charts
 from kvsim.report.page import answer, bullets, named, page, plots, table
 from kvsim.report.trial_words import trial_headings, trial_marked, trial_rows
-from kvsim.report.words import (
+from kvsim.report.tune_words import (
     FRONTIER_HEADINGS,
     frontier_rows,
     further_notes,

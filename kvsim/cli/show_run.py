@@ -6,6 +6,7 @@ from rich.text import Text
 
 from kvsim.cli.show import facts, meter, named_table
 from kvsim.report.run_words import SPREAD_HEADINGS, hit_rows, run_notes, saved, setting_facts, times_rows, use_rows
+from kvsim.report.units import sentence
 from kvsim.runner import RunResult
 
 
@@ -20,14 +21,10 @@ def show(result: RunResult) -> None:
     meter("Prompt tokens found", [(name, share, f"{tokens:,}") for name, tokens, share in hit_rows(result)])
     meter("\nBusy until the last token", [(name, share, "") for name, share in use_rows(result)])
     console.print()
-    words = Text(_sentence(result.load.sentence()), style="bold green" if good else "bold yellow")
+    words = Text(sentence(result.load.sentence()), style="bold green" if good else "bold yellow")
     gain = saved(result)
     if gain is not None:
-        words.append(f"\n{_sentence(gain)}", style="not bold default")
+        words.append(f"\n{sentence(gain)}", style="not bold default")
     console.print(Panel(words, title="Load", title_align="left", padding=(0, 1), width=min(console.width, 110)))
     for note in run_notes(result):
-        console.print(Text(f"* {_sentence(note)}", style="dim"))
-
-
-def _sentence(words: str) -> str:
-    return f"{words[0].upper()}{words[1:]}."
+        console.print(Text(f"* {sentence(note)}", style="dim"))

@@ -1,4 +1,4 @@
-"""The offline bound, for comparison with the policies that run.
+"""Belady's offline bound, plainly: what the compiled sweep is tested against.
 
 Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2), 1966.
 """
@@ -14,8 +14,7 @@ def belady_hits(chains: Sequence[Sequence[Hashable]], capacity: int | None) -> l
     the stream of all chunk accesses; chunks never used again are dropped.
 
     Deviations: the paper replaces one page a fault, and must keep the page at hand; this keeps none that is not worth
-    its place. It is no EvictionPolicy, since it needs the future, and it sorts the cache at every request: it is the
-    plain statement of the bound that the compiled sweep is tested against.
+    its place. It sorts the cache at every request.
     """
     never = sum(len(chain) for chain in chains)
     next_uses = _next_uses(chains, never)

@@ -2,7 +2,7 @@
 
 from kvsim.plots import number
 from kvsim.report.trial_words import trial_headline, trial_sentences
-from kvsim.report.units import gib, mib, percent, seconds
+from kvsim.report.units import gib, mib, percent, seconds, sentence
 from kvsim.tuner.points import Figures, Point
 from kvsim.tuner.result import TuneResult
 from kvtraces.words import counted
@@ -30,7 +30,7 @@ def sentences(result: TuneResult) -> list[str]:
     """Return what the recommendation brings and rests on, one sentence each."""
     if not result.pays:
         settled = result.settled is not None and result.settled.chosen is not None
-        why = [] if settled else [f"{result.notes[0][0].upper()}{result.notes[0][1:]}."]
+        why = [] if settled else [sentence(result.notes[0])]
         return [*why, *_simulated(result), _without(result)]
     point = result.point
     cold, warm = point.cold, point.warm
@@ -105,7 +105,7 @@ def _without(result: TuneResult) -> str:
 def further_notes(result: TuneResult) -> list[str]:
     """Return the notes that `sentences` has not said already, as sentences."""
     notes = result.notes if result.pays else result.notes[1:]
-    return [f"{note[0].upper()}{note[1:]}." for note in notes]
+    return [sentence(note) for note in notes]
 
 
 FRONTIER_HEADINGS = (
