@@ -1,11 +1,12 @@
 """What a server and its engines ran with, as the journal tells: a prediction of its log needs no flags again."""
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from kvcore.policy import (
     Cleared,
@@ -181,6 +182,19 @@ def instances(log: Log) -> int:
     return 0 if column is None else len(set(column.tolist()))
 
 
+def in_places(log: Log, journal: str | Path, engines: int) -> Log | None:
+    """Return a log of more instances than engines with the place of each, 0 and on, as its instance.
+
+    None where the journal does not tell which of them took another's place.
+    """
+    places = _seen(journal).places
+    names = log.extra["instance"].tolist()
+    if any(places.get(name, engines) >= engines for name in names):
+        return None
+    placed = np.array([str(places[name]) for name in names], dtype=object)
+    return replace(log, extra={**log.extra, "instance": placed})
+
+
 def _untold(config: CoreConfig, *, quotas: bool) -> list[str]:
     told = ["quotas of tenants"] if quotas else []
     return [*told, "tiers below L2"] if len(config.tiers) > 2 else told
@@ -263,6 +277,17 @@ class _Seen:
             elif not came:
                 here.discard(name)
         return most
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Which engine of a simulation each one is: what comes after another has left for good takes its place."""
+        gone = {name: at for at, (name, came) in enumerate(self.moves) if not came and name not in self.here}
+        found: dict[str, int] = {}
+        for at, (name, _) in enumerate(self.moves):
+            if name not in found and self._is_engine(name):
+                taken = {place for other, place in found.items() if gone.get(other, len(self.moves)) > at}
+                found[name] = min(set(range(len(found) + 1)) - taken)
+        return found
 
     def told(self) -> list[str]:
         """Return what must be said of it beside a prediction."""

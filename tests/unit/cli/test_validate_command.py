@@ -390,6 +390,57 @@ def test_what_was_done_before_the_journal_begins_is_told(tmp_path):
     ]
 
 
+@pytest.fixture
+def served_by(recorded, tmp_path):
+    """Writes the log as if these engines had served it, in turn."""
+
+    def written(*names):
+        column = np.resize(np.array(names, dtype=object), len(recorded[0]))
+        path = tmp_path / "named.jsonl"
+        path.unlink(missing_ok=True)
+        write(dataclasses.replace(recorded[0], extra={**recorded[0].extra, "instance": column}), path)
+        return ("--trace", path, *COSTS, "--l0-gb", 6, "--journal", tmp_path / "journal")
+
+    return written
+
+
+def test_an_engine_that_restarts_goes_on_in_its_place(kvsim_command, served_by, tmp_path):
+    with Journal(tmp_path / "journal") as journal:
+        for name in ("a", "b"):
+            journal.came(name)
+        for old, new in (("b", "c"), ("a", "d")):
+            journal.left(old)
+            journal.came(new)
+        for name in ("c", "d"):  # the server restarts, and they register again
+            journal.left(name)
+        for name in ("d", "c"):
+            journal.came(name)
+    names = "aabacdd"
+    command = served_by(*names)
+    told = "the log names 4 engine instances, and 2 at once are simulated: one that registered after another had left"
+    for verb in ("validate", "run"):
+        found = kvsim_command.json(verb, *command)
+        assert (found["settings"]["engines"], found["settings"]["routing"]) == (2, "recorded")
+        assert [note for note in found["notes"] if note.startswith(told)]
+    by_two = kvsim_command.json("validate", *served_by(*("xy"["bc".count(name)] for name in names)))
+    assert found["ttft_s"] == by_two["run"]["ttft_s"]
+    assert not [note for note in by_two["notes"] if "engine instances" in note]
+
+
+def test_routing_that_cannot_be_as_recorded_is_told(kvsim_command, served_by, tmp_path):
+    with Journal(tmp_path / "journal") as journal:
+        for name in ("a", "b"):
+            journal.came(name)
+    found = kvsim_command.json("validate", *served_by("a", "b", "from before"))
+    assert (found["settings"]["engines"], found["settings"]["routing"]) == (2, "round-robin")
+    (told,) = [note for note in found["notes"] if "engine instances" in note]
+    assert told == (
+        "the log names 3 engine instances, and 2 at once are simulated: the journal does not tell which took another's "
+        "place, so requests go to engines by --routing round-robin, not to those that served them; --engines 3 "
+        "--routing recorded makes each an engine of its own"
+    )
+
+
 def test_a_run_and_a_tuning_take_them_too(kvsim_command, trace, server):
     server.ran(THIRTY_GIB, META, chunk_bytes=5, engines=[ENGINE])
     command = ("--trace", trace, *COSTS, "--journal", server.folder)
