@@ -23,7 +23,7 @@ BINS = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hits:
-    """Hit tokens of one tier, over the requests that have them recorded."""
+    """Hit tokens of one tier, over the requests that have them recorded and are not refused by the simulation."""
 
     requests: int
     predicted: int
@@ -167,6 +167,7 @@ def validate(
     usable = np.flatnonzero(np.isfinite(recorded) & np.isfinite(predicted) & (recorded > 0))
     if len(usable) < 4 * BINS:
         raise SettingsError(_too_few(int((recorded > 0).sum()), len(usable), settings))
+    served = np.flatnonzero(~result.columns["refused"].astype(np.bool_))
     baseline = from_others(log.input_tokens[usable], recorded[usable])
     parts = {name: _part(log, result, usable, name) for name in PARTS if _has(log, f"{name}_ms", usable)}
     if handling and "queue" in parts:
@@ -179,7 +180,7 @@ def validate(
     return Validation(
         requests=len(log),
         compared=len(usable),
-        hits={name: _hits(log, result, column) for name, column in HITS.items() if _has(log, column)},
+        hits={name: _hits(log, result, column, served) for name, column in HITS.items() if _has(log, column, served)},
         ttft=_quantiles(predicted[usable], recorded[usable], baseline, resamples, settings.seed),
         mean_absolute_error_s=error,
         median_relative_error=float(np.median(np.abs(predicted[usable] / recorded[usable] - 1))),
@@ -227,12 +228,9 @@ def _recorded(log: Log, column: str) -> Floats:
     return values.astype(np.float64)
 
 
-def _has(log: Log, column: str, rows: NDArray[np.int64] | None = None) -> bool:
+def _has(log: Log, column: str, rows: NDArray[np.int64]) -> bool:
     values = log.extra.get(column)
-    if values is None:
-        return False
-    picked = values.astype(np.float64) if rows is None else values.astype(np.float64)[rows]
-    return bool(np.isfinite(picked).any())
+    return values is not None and bool(np.isfinite(values.astype(np.float64)[rows]).any())
 
 
 def _part(log: Log, result: RunResult, rows: NDArray[np.int64], name: str) -> tuple[Floats, Floats]:
@@ -242,13 +240,13 @@ def _part(log: Log, result: RunResult, rows: NDArray[np.int64], name: str) -> tu
     return predicted, np.where(np.isfinite(recorded), recorded, predicted)
 
 
-def _hits(log: Log, result: RunResult, column: str) -> Hits:
+def _hits(log: Log, result: RunResult, column: str, served: NDArray[np.int64]) -> Hits:
     recorded = _recorded(log, column)
-    rows = np.isfinite(recorded)
+    rows = served[np.isfinite(recorded[served])]
     there, then = result.columns[column].astype(np.int64)[rows], recorded[rows].astype(np.int64)
     total, real = int(there.sum()), int(then.sum())
     return Hits(
-        requests=int(rows.sum()),
+        requests=len(rows),
         predicted=total,
         recorded=real,
         error=total / real - 1 if real else (0.0 if not total else None),

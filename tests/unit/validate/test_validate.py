@@ -125,3 +125,16 @@ def test_a_log_with_nothing_recorded_is_refused(truth):
         validate(LOG, SETTINGS)
     with pytest.raises(SettingsError, match="at least"):
         validate(recorded(truth, ttft_ms=np.full(600, np.nan)), SETTINGS)
+
+
+def test_hits_of_requests_that_the_simulation_refuses_are_not_compared(truth):
+    log, settings = recorded(truth), dataclasses.replace(SETTINGS, max_model_len=2_500)
+    found = validate(log, settings)
+    served = ~found.result.columns["refused"].astype(bool)
+    assert 100 < served.sum() < 500
+    for name, column in (("l0", "l0_tokens"), ("l1", "matched_l1"), ("loaded", "loaded_tokens")):
+        hits, there, then = found.hits[name], found.result.columns[column][served], log.extra[column][served]
+        assert (hits.requests, hits.predicted, hits.recorded) == (served.sum(), there.sum(), then.sum())
+        assert hits.equal_requests == np.mean(there == then)
+    only_refused = np.where(served, np.nan, 64.0)
+    assert "l1" not in validate(recorded(truth, matched_l1=only_refused), settings).hits
