@@ -25,7 +25,7 @@ _RESAMPLES = 500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hits:
-    """Hit tokens of one tier, over the requests that have them recorded."""
+    """Hit tokens of one tier, over the requests that have them recorded and are not refused by the simulation."""
 
     requests: int
     predicted: int
@@ -45,7 +45,7 @@ class Quantile:
     error: float
     """predicted / recorded - 1."""
     low: float
-    """95% interval of the error, by a bootstrap over requests."""
+    """95% interval of the error for these arrivals, by a bootstrap over blocks of requests in a row (`redrawn`)."""
     high: float
     baseline_s: float
     baseline_error: float
@@ -167,6 +167,8 @@ def validate(
     usable = np.flatnonzero(np.isfinite(recorded) & np.isfinite(predicted) & (recorded > 0))
     if len(usable) < 4 * BINS:
         raise SettingsError(_too_few(int((recorded > 0).sum()), len(usable), settings))
+    served = np.flatnonzero(~result.columns["refused"].astype(np.bool_))
+    arrived = usable[np.argsort(log.timestamp_ms[usable], kind="stable")]
     baseline = from_others(log.input_tokens[usable], recorded[usable])
     parts = {name: _part(log, result, usable, name) for name in PARTS if _has(log, f"{name}_ms", usable)}
     if handling and "queue" in parts:
@@ -179,8 +181,8 @@ def validate(
     return Validation(
         requests=len(log),
         compared=len(usable),
-        hits={name: _hits(log, result, column) for name, column in HITS.items() if _has(log, column)},
-        ttft=_quantiles(predicted[usable], recorded[usable], baseline, settings.seed),
+        hits={name: _hits(log, result, column, served) for name, column in HITS.items() if _has(log, column, served)},
+        ttft=_quantiles(predicted[arrived], recorded[arrived], baseline, settings.seed),
         mean_absolute_error_s=error,
         median_relative_error=float(np.median(np.abs(predicted[usable] / recorded[usable] - 1))),
         baseline_mean_absolute_error_s=baseline_error,
@@ -227,12 +229,9 @@ def _recorded(log: Log, column: str) -> Floats:
     return values.astype(np.float64)
 
 
-def _has(log: Log, column: str, rows: NDArray[np.int64] | None = None) -> bool:
+def _has(log: Log, column: str, rows: NDArray[np.int64]) -> bool:
     values = log.extra.get(column)
-    if values is None:
-        return False
-    picked = values.astype(np.float64) if rows is None else values.astype(np.float64)[rows]
-    return bool(np.isfinite(picked).any())
+    return values is not None and bool(np.isfinite(values.astype(np.float64)[rows]).any())
 
 
 def _part(log: Log, result: RunResult, rows: NDArray[np.int64], name: str) -> tuple[Floats, Floats]:
@@ -242,13 +241,13 @@ def _part(log: Log, result: RunResult, rows: NDArray[np.int64], name: str) -> tu
     return predicted, np.where(np.isfinite(recorded), recorded, predicted)
 
 
-def _hits(log: Log, result: RunResult, column: str) -> Hits:
+def _hits(log: Log, result: RunResult, column: str, served: NDArray[np.int64]) -> Hits:
     recorded = _recorded(log, column)
-    rows = np.isfinite(recorded)
+    rows = served[np.isfinite(recorded[served])]
     there, then = result.columns[column].astype(np.int64)[rows], recorded[rows].astype(np.int64)
     total, real = int(there.sum()), int(then.sum())
     return Hits(
-        requests=int(rows.sum()),
+        requests=len(rows),
         predicted=total,
         recorded=real,
         error=total / real - 1 if real else (0.0 if not total else None),
@@ -261,7 +260,7 @@ def _quantiles(predicted: Floats, recorded: Floats, baseline: Floats, seed: int)
     points = list(PERCENTILES)
     drawn = np.empty((_RESAMPLES, len(points)))
     for i in range(_RESAMPLES):
-        rows = rng.integers(0, len(predicted), len(predicted))
+        rows = redrawn(len(predicted), rng)
         drawn[i] = np.percentile(predicted[rows], points) / np.percentile(recorded[rows], points) - 1
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     there, then, plain = (np.percentile(values, points) for values in (predicted, recorded, baseline))
@@ -277,6 +276,27 @@ def _quantiles(predicted: Floats, recorded: Floats, baseline: Floats, seed: int)
         )
         for i, point in enumerate(points)
     }
+
+
+def block_requests(count: int) -> int:
+    """Return how many requests in a row `redrawn` keeps together, of `count`.
+
+    The cube root of the count is the order at which the bootstrap's error is least; four times that is a choice: longer
+    ones gave no better intervals of queues at 30 to 80% load.
+    """
+    return round(4 * float(np.cbrt(count)))
+
+
+def redrawn(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw as many rows as there are, in blocks of neighbours; behind the last row comes the first.
+
+    Requests wait for each other, so neighbours are off alike: drawn one by one they would pass for more evidence than
+    they are. Near saturation, where few queues fill a log, the interval by blocks is too narrow still. After Politis
+    and Romano, "A circular block-resampling procedure for stationary data", 1992.
+    """
+    block = block_requests(count)
+    begins = rng.integers(0, count, -(-count // block))
+    return np.asarray((begins[:, None] + np.arange(block)) % count, dtype=np.int64).ravel()[:count]
 
 
 def _parts(parts: Mapping[str, tuple[Floats, Floats]], errors: Mapping[str, Floats]) -> dict[str, PartError]:

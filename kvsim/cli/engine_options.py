@@ -221,13 +221,28 @@ def with_journal(
     return {**given, **told}, priced(packing=packing if said(context, "packing") else found.packing(kv)), found.notes()
 
 
-def routed(context: typer.Context, settings: "RunSettings", log: "Log", journal: Path | None) -> "RunSettings":
-    """Let requests go to the engines that served them, where a journal tells how many there were."""
-    from kvsim.recorded_settings import instances  # noqa: PLC0415
+def routed(
+    context: typer.Context, settings: "RunSettings", log: "Log", journal: Path | None
+) -> "tuple[RunSettings, Log, list[str]]":
+    """Let requests go to the engines that served them, where a journal tells how many there were.
 
-    if journal is None or said(context, "routing") or said(context, "engines"):
-        return settings
-    return replace(settings, routing="recorded") if 1 < instances(log) <= settings.engines else settings
+    Returns the settings, the log, and what must be said of it: an engine that restarts has another name.
+    """
+    from kvsim.recorded_settings import in_places, instances  # noqa: PLC0415
+
+    names = instances(log)
+    if journal is None or said(context, "routing") or said(context, "engines") or names <= 1:
+        return settings, log, []
+    if names <= settings.engines:
+        return replace(settings, routing="recorded"), log, []
+    most = f"the log names {names} engine instances, and {settings.engines} at once are simulated"
+    placed = in_places(log, journal, settings.engines)
+    if placed is None:
+        way = "the journal does not tell which took another's place, so requests go to engines by --routing"
+        other = f"--engines {names} --routing recorded makes each an engine of its own"
+        return settings, log, [f"{most}: {way} {settings.routing}, not to those that served them; {other}"]
+    told = f"{most}: one that registered after another had left takes its place, with what its GPU cache held"
+    return replace(settings, routing="recorded"), placed, [told]
 
 
 def _size(value: float) -> float | None:

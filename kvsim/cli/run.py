@@ -144,7 +144,8 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
     with stages(progress) as shown:
         log = read_log(trace, block_size, skip_bad, shown, settings.profile.model)
         check_log_chunk(settings.chunk_tokens, log.block_tokens)
-        settings = routed(context, settings, log, journal)
+        settings, log, by_routing = routed(context, settings, log, journal)
+        told += by_routing
         result = simulated(
             log,
             settings,

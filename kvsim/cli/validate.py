@@ -150,7 +150,8 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
         check_log_chunk(settings.chunk_tokens, log.block_tokens)
         if not block_known and log.block_tokens is not None:
             settings = replace(settings, l0_block_tokens=log.block_tokens)
-        settings = routed(context, settings, log, journal)
+        settings, log, by_routing = routed(context, settings, log, journal)
+        told += by_routing
         found = compared(
             log,
             settings,

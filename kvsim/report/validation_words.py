@@ -4,7 +4,7 @@ import numpy as np
 
 from kvsim.plots import Chart, Series
 from kvsim.report.units import percent, seconds
-from kvsim.validation import HITS, PARTS, Group, Validation
+from kvsim.validation import HITS, PARTS, Group, Validation, block_requests
 from kvtraces.words import counted
 
 TTFT_HEADINGS = ("TTFT", "recorded", "predicted", "error", "95% interval", "by length", "its error")
@@ -42,6 +42,10 @@ def sentences(found: Validation) -> list[str]:
             f"{seconds(found.baseline_mean_absolute_error_s)}."
         ),
         where(found),
+        (
+            f"The 95% intervals are for these arrivals, by drawing blocks of {block_requests(found.compared)} requests "
+            "in a row again; near saturation they are still too narrow."
+        ),
         ""
         if found.compared == found.requests
         else f"{counted(found.compared, 'request')} with a recorded TTFT to compare with.",

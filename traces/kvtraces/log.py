@@ -25,7 +25,7 @@ class Log:
     block_tokens: int | None
     """Tokens in a block; None for a log of lengths alone, which drives load but has no hit ratio."""
     timestamp_ms: FloatArray
-    """[n] arrival times. They never fall, unless the log gives the order itself (`seq`)."""
+    """[n] arrival times. They never fall, unless a recording gives the order itself (`seq`)."""
     input_tokens: IntArray
     """[n] prompt lengths, the trailing partial block included."""
     output_tokens: IntArray

@@ -79,7 +79,8 @@ def read(
     The block size is what the rows say (`block_size`); else `block_tokens`; else the one power of two for which every
     row has `len(hash_ids) == ceil(input_length / block)`. Only full blocks are kept. Rows are sorted by `seq` where
     they have it; else time must not run backwards within a recording. Several recordings are merged by `seq` where no
-    two rows share one, else by time; ties keep the order in which they were given.
+    two rows share one and time does not run backwards then, else by time, each in its own order; ties keep the order in
+    which they were given.
 
     With `skip_bad`, bad rows are left out and counted in the Log. `progress` is called with (bytes read, bytes in all).
     Raises LogError, one line that names file, line and field, for anything that is not a log.
@@ -357,16 +358,19 @@ def _order(log: Log, lengths: Sequence[int]) -> IntArray | None:
     seq = log.extra.get("seq")
     if len(lengths) == 1:
         return None if seq is None else _sorted(seq)
-    if seq is not None and not np.isnan(seq).any() and len(np.unique(seq)) == len(seq):
-        return _sorted(seq)
     # By time, but never against a recording's own order: where its clock was set back, the latest time stands.
     within, ends = [], offsets(np.array(lengths, np.int64))
     for first, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
         own = None if seq is None or np.isnan(seq[first]) else seq[first:end]
         within.append(first + (np.arange(end - first) if own is None else np.argsort(own, kind="stable")))
     rows = np.concatenate(within)
-    keys = [np.maximum.accumulate(log.timestamp_ms[part]) for part in within]
-    return rows[np.argsort(np.concatenate(keys), kind="stable")]
+    latest = np.concatenate([np.maximum.accumulate(log.timestamp_ms[part]) for part in within])
+    if seq is not None and not np.isnan(seq).any() and len(np.unique(seq)) == len(seq):
+        # Of one server, or of two of which one counted on where the other was: where time runs backwards, of two.
+        by_seq = np.argsort(seq[rows])
+        if bool((np.diff(latest[by_seq]) >= 0).all()):
+            return rows[by_seq]
+    return rows[np.argsort(latest, kind="stable")]
 
 
 def _sorted(seq: NDArray[np.float64]) -> IntArray | None:

@@ -8,9 +8,25 @@ import numpy as np
 import pytest
 
 import kvsim
-from kvcore.policy import Core, CoreConfig, InstanceLeft, InstanceRegistered, LoadCost, TierConfig
+from kvcore.policy import (
+    Cleared,
+    Core,
+    CoreConfig,
+    InstanceLeft,
+    InstanceRegistered,
+    LoadCost,
+    LookedUp,
+    Pinned,
+    QuotaSet,
+    RequestEnded,
+    RoomAsked,
+    StoreCommitted,
+    TierCleared,
+    TierConfig,
+    Unpinned,
+)
 from kvtraces import Chat, Poisson, generate, write
-from kvtraces.journal import Head, JournalWriter
+from kvtraces.journal import Head, JournalWriter, take_snapshot
 
 COSTS = ("--model", "qwen3-8b", "--gpu", "h100")
 SERVER = ("--chunk-tokens", 64, "--l0-gb", 6, "--l1-size-gb", 30)
@@ -259,6 +275,170 @@ def test_as_many_engines_as_there_were_at_once(kvsim_command, recorded, server, 
     assert (settings["engines"], settings["routing"]) == (2, "recorded")
     assert kvsim_command.json(*command, "--routing", "least-loaded")["settings"]["routing"] == "least-loaded"
     assert kvsim_command.json(*command, "--engines", 1)["settings"]["routing"] == "round-robin"
+
+
+class Journal:
+    """A server's journal, event by event; it keeps its last segment alone where it `rotates`."""
+
+    def __init__(self, folder, config=THIRTY_GIB, keep=1):
+        self.core = Core(config)
+        self.writer = JournalWriter(folder, Head(config=config, meta=META), keep=keep)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.writer.close()
+
+    def happens(self, kind, second=0, **values):
+        event = kind(now_ns=int(second * 1e9), **values)
+        self.writer.step(event, self.core.handle(event))
+
+    def came(self, name, second=0, chunk_bytes=7_411_968):
+        self.happens(InstanceRegistered, second, instance=name, chunk_pages=5, chunk_bytes=chunk_bytes)
+
+    def left(self, name, second=0):
+        self.happens(InstanceLeft, second, instance=name)
+
+    def stores(self, chunk):
+        self.happens(LookedUp, request="r", instance="a", chunks=(chunk,))
+        self.happens(RoomAsked, request="r", chunks=(chunk,))
+        self.happens(StoreCommitted, request="r", tier=0, chunks=(chunk,))
+        self.happens(RequestEnded, request="r")
+
+    def rotates(self):
+        self.writer.rotate(take_snapshot(self.core))
+
+
+def test_engines_that_registered_in_segments_that_are_gone(kvsim_command, trace, tmp_path):
+    """A server that runs for long deletes them; who is there is in the snapshot that the first one left begins with."""
+    with Journal(tmp_path / "journal") as journal:
+        for name in "abc":
+            journal.came(name)
+            journal.writer.engine(name, ENGINE)
+        journal.left("c")
+        journal.rotates()
+        journal.rotates()
+        journal.left("b")
+        journal.came("d")
+    (segment,) = (tmp_path / "journal").iterdir()
+    assert segment.name == "00000003.kvj"
+    found = kvsim.served(tmp_path / "journal")
+    assert (found.engines, found.chunk_bytes, found.notes()) == (2, 7_411_968, [])
+    settings = kvsim_command.json("validate", "--trace", trace, *COSTS, "--journal", tmp_path / "journal")["settings"]
+    assert (settings["engines"], settings["packed_share"]) == (2, pytest.approx(0.785, abs=0.001))
+
+
+def test_engines_of_which_the_journal_tells_no_more_than_their_settings(tmp_path):
+    with Journal(tmp_path / "journal") as journal:
+        journal.came("a")
+        journal.writer.engine("a", ENGINE)
+        journal.left("a")
+        journal.came("bench", chunk_bytes=5)
+        journal.rotates()
+    found = kvsim.served(tmp_path / "journal")
+    assert (found.engines, found.chunk_bytes, found.engine) == (None, None, ENGINE)
+    (told,) = found.notes()
+    assert told == (
+        "the journal does not tell how many engines there were at once and whether engines packed their KV, as where "
+        "its first segments are deleted: give --engines and --packing"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "words"),
+    [
+        (Cleared, {}, "chunks were cleared"),
+        (TierCleared, {"tier": 0}, "L1 was emptied by a restart of the server"),
+        (Pinned, {"chunks": (b"1",)}, "chunks were pinned in L1"),
+        (QuotaSet, {"salt": "tenant", "pages": 5}, "quotas of tenants were set"),
+        (Unpinned, {"chunks": ()}, None),
+    ],
+)
+def test_what_was_done_at_run_time_is_told(kvsim_command, trace, tmp_path, kind, values, words):
+    with Journal(tmp_path / "journal") as journal:
+        journal.came("a", second=1000, chunk_bytes=64 * 147_456)
+        journal.happens(kind, second=1012, **values)
+    command = ("--trace", trace, *COSTS, "--l0-gb", 6, "--journal", tmp_path / "journal")
+    ending = "after the journal's beginning, which is not simulated: hits from then on may differ"
+    once = [] if words is None else [f"{words} 1 time, 12 s {ending}"]
+    assert kvsim.served(tmp_path / "journal").notes() == once
+    assert set(once) <= set(kvsim_command.json("validate", *command)["notes"])
+    assert set(once) <= set(kvsim_command.json("run", *command).get("notes", ()))
+    if words is None:
+        return
+    with Journal(tmp_path / "journal", keep=9) as journal:  # a server that knows nothing; the machine began anew, too
+        journal.came("b", second=8)
+        journal.happens(kind, second=20, **values)
+        journal.rotates()
+    assert kvsim.served(tmp_path / "journal").notes() == [
+        f"{words} 2 times, first 12 and last 24 s {ending}",
+        f"the server started with nothing cached 1 time, 12 s {ending}",
+    ]
+
+
+def test_what_was_done_before_the_journal_begins_is_told(tmp_path):
+    with Journal(tmp_path / "journal") as journal:
+        journal.came("a")
+        journal.stores(b"1")
+        journal.happens(Pinned, chunks=(b"1",))
+        journal.happens(QuotaSet, salt="tenant", pages=50)
+        journal.rotates()
+    assert kvsim.served(tmp_path / "journal").notes() == [
+        "the server had quotas of tenants, which are not simulated",
+        "chunks were pinned in L1 from the journal's beginning on, which is not simulated",
+    ]
+
+
+@pytest.fixture
+def served_by(recorded, tmp_path):
+    """Writes the log as if these engines had served it, in turn."""
+
+    def written(*names):
+        column = np.resize(np.array(names, dtype=object), len(recorded[0]))
+        path = tmp_path / "named.jsonl"
+        path.unlink(missing_ok=True)
+        write(dataclasses.replace(recorded[0], extra={**recorded[0].extra, "instance": column}), path)
+        return ("--trace", path, *COSTS, "--l0-gb", 6, "--journal", tmp_path / "journal")
+
+    return written
+
+
+def test_an_engine_that_restarts_goes_on_in_its_place(kvsim_command, served_by, tmp_path):
+    with Journal(tmp_path / "journal") as journal:
+        for name in ("a", "b"):
+            journal.came(name)
+        for old, new in (("b", "c"), ("a", "d")):
+            journal.left(old)
+            journal.came(new)
+        for name in ("c", "d"):  # the server restarts, and they register again
+            journal.left(name)
+        for name in ("d", "c"):
+            journal.came(name)
+    names = "aabacdd"
+    command = served_by(*names)
+    told = "the log names 4 engine instances, and 2 at once are simulated: one that registered after another had left"
+    for verb in ("validate", "run"):
+        found = kvsim_command.json(verb, *command)
+        assert (found["settings"]["engines"], found["settings"]["routing"]) == (2, "recorded")
+        assert [note for note in found["notes"] if note.startswith(told)]
+    by_two = kvsim_command.json("validate", *served_by(*("xy"["bc".count(name)] for name in names)))
+    assert found["ttft_s"] == by_two["run"]["ttft_s"]
+    assert not [note for note in by_two["notes"] if "engine instances" in note]
+
+
+def test_routing_that_cannot_be_as_recorded_is_told(kvsim_command, served_by, tmp_path):
+    with Journal(tmp_path / "journal") as journal:
+        for name in ("a", "b"):
+            journal.came(name)
+    found = kvsim_command.json("validate", *served_by("a", "b", "from before"))
+    assert (found["settings"]["engines"], found["settings"]["routing"]) == (2, "round-robin")
+    (told,) = [note for note in found["notes"] if "engine instances" in note]
+    assert told == (
+        "the log names 3 engine instances, and 2 at once are simulated: the journal does not tell which took another's "
+        "place, so requests go to engines by --routing round-robin, not to those that served them; --engines 3 "
+        "--routing recorded makes each an engine of its own"
+    )
 
 
 def test_a_run_and_a_tuning_take_them_too(kvsim_command, trace, server):

@@ -143,9 +143,23 @@ def test_recordings_are_merged_by_time_and_ties_keep_the_order_given(tmp_path: P
 
 
 def test_recordings_are_merged_by_seq_where_it_tells_rows_apart(tmp_path: Path) -> None:
-    a = write_rows(tmp_path / "a.jsonl", *(mooncake(9 - s, 16, 16, hash_ids=[s], seq=s) for s in (0, 2)))
-    b = write_rows(tmp_path / "b.jsonl", *(mooncake(9 - s, 16, 16, hash_ids=[s], seq=s) for s in (3, 1)))
+    a = write_rows(tmp_path / "a.jsonl", *(mooncake(5, 16, 16, hash_ids=[s], seq=s) for s in (0, 2)))
+    b = write_rows(tmp_path / "b.jsonl", *(mooncake(5, 16, 16, hash_ids=[s], seq=s) for s in (3, 1)))
     assert read([a, b], block_tokens=16).blocks.tolist() == [0, 1, 2, 3]
+    c = write_rows(
+        tmp_path / "c.jsonl", *(mooncake(t, 16, 16, hash_ids=[s], seq=s) for t, s in ((3, 5), (6, 4), (7, 6)))
+    )
+    # c's clock was set back, but time goes on from b to c.
+    assert read([c, a, b], block_tokens=16).blocks.tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_recordings_of_two_servers_whose_seqs_do_not_meet_are_merged_by_time(tmp_path: Path) -> None:
+    """Of one only the later files are left: by `seq` it would come behind the other, whatever the time."""
+    a = write_rows(tmp_path / "a.jsonl", *(mooncake(t, 16, 16, hash_ids=[t], seq=t) for t in (0, 2, 4)))
+    b = write_rows(tmp_path / "b.jsonl", *(mooncake(t, 16, 16, hash_ids=[t], seq=200 + t) for t in (1, 3, 5)))
+    for files in ([a, b], [b, a]):
+        log = read(files, block_tokens=16)
+        assert log.blocks.tolist() == log.timestamp_ms.tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_recordings_with_seqs_of_their_own_are_merged_by_time(tmp_path: Path) -> None:

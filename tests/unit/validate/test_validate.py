@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvsim.engine.settings import RunSettings, SettingsError
 from kvsim.profiles import lookup
 from kvsim.runner import run
-from kvsim.validation import from_others, mean_by_length, validate
+from kvsim.validation import block_requests, from_others, mean_by_length, redrawn, validate
 from kvtraces import Chat, Poisson, generate
 
 PROFILE = lookup("qwen3-8b", "h100")
@@ -125,3 +125,33 @@ def test_a_log_with_nothing_recorded_is_refused(truth):
         validate(LOG, SETTINGS)
     with pytest.raises(SettingsError, match="at least"):
         validate(recorded(truth, ttft_ms=np.full(600, np.nan)), SETTINGS)
+
+
+def test_hits_of_requests_that_the_simulation_refuses_are_not_compared(truth):
+    log, settings = recorded(truth), dataclasses.replace(SETTINGS, max_model_len=2_500)
+    found = validate(log, settings)
+    served = ~found.result.columns["refused"].astype(bool)
+    assert 100 < served.sum() < 500
+    for name, column in (("l0", "l0_tokens"), ("l1", "matched_l1"), ("loaded", "loaded_tokens")):
+        hits, there, then = found.hits[name], found.result.columns[column][served], log.extra[column][served]
+        assert (hits.requests, hits.predicted, hits.recorded) == (served.sum(), there.sum(), then.sum())
+        assert hits.equal_requests == np.mean(there == then)
+    only_refused = np.where(served, np.nan, 64.0)
+    assert "l1" not in validate(recorded(truth, matched_l1=only_refused), settings).hits
+
+
+@given(st.integers(80, 3000), st.integers(0, 2**32))
+def test_requests_are_drawn_again_in_blocks_of_neighbours(count, seed):
+    rows = redrawn(count, np.random.default_rng(seed))
+    block = block_requests(count)
+    assert len(rows) == count
+    assert set(np.flatnonzero(np.diff(rows) % count != 1) % block) <= {block - 1}
+    np.testing.assert_array_equal(rows, redrawn(count, np.random.default_rng(seed)))
+
+
+def test_errors_that_neighbours_share_make_the_interval_wider(truth):
+    """What is off for 100 requests in a row is not a hundred findings."""
+    rng = np.random.default_rng(3)
+    noise = np.repeat(rng.lognormal(0, 0.3, 6), 100)
+    together, apart = (validate(recorded(truth, one), SETTINGS).ttft["p50"] for one in (noise, rng.permutation(noise)))
+    assert together.high - together.low > 1.5 * (apart.high - apart.low)
