@@ -79,6 +79,11 @@ class Engine:
         """Use the cache beyond L0 through `shell`."""
         self._shell = shell
 
+    @property
+    def queued_bytes(self) -> int:
+        """What waits to be loaded, as it is stored."""
+        return self.link.queued_bytes[0] // self._settings.profile.kv_copies
+
     # What happens from outside
 
     def enqueue(self, job: Job) -> None:
@@ -257,7 +262,7 @@ class Engine:
         self.pending_tokens -= job.computed
         if end == cached:
             return
-        size = self._settings.chunk_bytes(end - cached)
+        size = self._settings.loaded_bytes(end - cached)
         job.loaded += end - cached
         if not beside:
             self._loads.append((job, size))

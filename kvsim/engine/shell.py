@@ -109,7 +109,7 @@ class Shell:
                 chunks=job.chain,
                 computed_chunks=job.run_start,
                 salt=job.salt,
-                queued_bytes=self._engines[job.engine].link.queued_bytes[0],
+                queued_bytes=self._engines[job.engine].queued_bytes,
                 resumed=job.preemptions > 0,
             )
         )
