@@ -103,7 +103,7 @@ class Served:
         }
         told |= {name: kind(self.engine[name]) for name, kind in _ENGINE.items() if name in self.engine}
         if "l0_blocks" in self.engine and "l0_block_tokens" in self.engine:
-            block_bytes = self.engine["l0_block_tokens"] * kv.stored_bytes_per_token
+            block_bytes = self.engine["l0_block_tokens"] * kv.moved_bytes_per_token
             told["l0_gb"] = (self.engine["l0_blocks"] + 0.5) * block_bytes / GIB  # half a block for the rounding
         return {name: value for name, value in told.items() if value is not None}
 

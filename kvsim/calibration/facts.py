@@ -72,6 +72,7 @@ def gather(  # noqa: PLR0913 - each is a thing that can be known
         transfers={**curves, **LOWER},
         transfers_from=where,
         tensor_parallel=tensor_parallel,
+        kv_copies=tensor_parallel if shape.latent else 1,
     )
 
 

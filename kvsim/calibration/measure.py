@@ -46,6 +46,7 @@ class Facts:
     transfers: Mapping[str, TransferCurve]
     transfers_from: Part
     tensor_parallel: int = 1
+    kv_copies: int = 1
     duplex: float = 1.0
 
 
@@ -214,6 +215,7 @@ def _profile(kept: State, plan: Plan, facts: Facts, endpoint: Endpoint) -> Profi
         tensor_parallel=facts.tensor_parallel,
         layers=facts.layers,
         kv_bytes_per_token=facts.kv_bytes_per_token,
+        kv_copies=facts.kv_copies,
         weight_bytes=facts.weight_bytes,
         gpu_memory_bytes=facts.gpu_memory_bytes,
         max_model_len=facts.max_model_len,

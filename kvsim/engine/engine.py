@@ -79,6 +79,11 @@ class Engine:
         """Use the cache beyond L0 through `shell`."""
         self._shell = shell
 
+    @property
+    def queued_bytes(self) -> int:
+        """What waits to be loaded, as it is stored."""
+        return self.link.queued_bytes[0] // self._settings.profile.kv_copies
+
     # What happens from outside
 
     def enqueue(self, job: Job) -> None:
@@ -87,14 +92,27 @@ class Engine:
         self._waiting.append(job)
         self._poke()
 
-    def ready(self, job: Job) -> None:
-        """What a request waited for has arrived: it is next."""
-        job.came = self._env.now
-        if job.first_scheduled < 0:
-            job.exposed_load += self._env.now - job.load_began
-        (self._loaded_jobs.append if job.holding.blocks else self._waiting.appendleft)(job)
+    def ready(self, jobs: Iterable[Job]) -> None:
+        """What requests waited for has arrived: they are next, in the order in which they came.
+
+        As in vLLM: a request that waits keeps its place in the queue, and all that are ready are seen by one step.
+        """
+        for job in jobs:
+            job.came = self._env.now
+            if job.first_scheduled < 0:
+                job.exposed_load += self._env.now - job.load_began
+            if job.holding.blocks:
+                self._loaded_jobs.append(job)
+            else:
+                self._waiting.insert(self._place(job), job)
         self._blocked = False
         self._poke()
+
+    def _place(self, job: Job) -> int:
+        """Return where in the queue a request belongs: behind those that came before it."""
+        came = (job.enqueued, job.index)
+        later = (place for place, other in enumerate(self._waiting) if (other.enqueued, other.index) > came)
+        return next(later, len(self._waiting))
 
     def _unblock(self) -> None:
         """Something was given back, which the head of the queue may have lacked."""
@@ -219,8 +237,6 @@ class Engine:
 
     def _look_up(self, job: Job, hit: int) -> int:
         job.looked_up = True
-        if not job.preemptions:
-            job.l0_tokens = hit * self._block
         if self._shell is None:
             return 0
         self._shell.look_up(job, hit * self._block)
@@ -239,12 +255,14 @@ class Engine:
     def _take_hits(self, job: Job, hit: int, end: int, beside: bool) -> None:
         """Refer to L0's hits and begin to load what lies beyond, up to token `end`, in the step or beside the batch."""
         cached = hit * self._block
+        if not job.preemptions:  # what L0 has now: it may have changed since the lookup, behind a wait for a lower tier
+            job.l0_tokens = cached
         self.cache.hit(job.holding, job.path, hit)
         job.computed = min(end, job.target - 1)
         self.pending_tokens -= job.computed
         if end == cached:
             return
-        size = self._settings.chunk_bytes(end - cached)
+        size = self._settings.loaded_bytes(end - cached)
         job.loaded += end - cached
         if not beside:
             self._loads.append((job, size))
@@ -263,7 +281,7 @@ class Engine:
         if self._shell is not None:
             self._shell.loaded(job)
         self.cache.grow(job.holding, job.path, job.holding.blocks, min(job.findable, job.computed // self._block))
-        self.ready(job)
+        self.ready((job,))
 
     def _grow(self, job: Job, tokens: int) -> bool:
         """Give a request room for `tokens` tokens, preempting others, then itself; return whether it has it."""

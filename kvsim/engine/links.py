@@ -31,12 +31,16 @@ class Link:
         env: The SimPy environment.
         curves: How fast copies are in each direction, alone.
         duplex: Speed of each direction while both are busy, as a fraction of that alone: 0.5 shares one bandwidth.
+        links: Of how many links together each direction's curve is, where a copy takes one of them; else 1.
     """
 
-    def __init__(self, env: Any, curves: tuple[TransferCurve, TransferCurve], duplex: float) -> None:
+    def __init__(
+        self, env: Any, curves: tuple[TransferCurve, TransferCurve], duplex: float, links: tuple[int, int] = (1, 1)
+    ) -> None:
         self._env = env
         self._curves = curves
         self._duplex = duplex
+        self._links = links
         self._queues: tuple[deque[Copy], deque[Copy]] = (deque(), deque())
         self._since = 0.0
         self._speed = 1.0
@@ -50,7 +54,7 @@ class Link:
         self, direction: Direction, size: int, done: Callable[[], None], started: Callable[[], None] | None = None
     ) -> None:
         """Copy `size` bytes; `started` is called when their turn has come, `done` when they have arrived."""
-        seconds = self._curves[direction].at(size)
+        seconds = self._curves[direction].at(size * self._links[direction])
         queue = self._queues[direction]
         if not queue and seconds <= 0:  # a copy that takes no time is over before anything else can happen
             self.bytes[direction] += size

@@ -150,7 +150,7 @@ class RunSettings:
         size = (
             0.9 * profile.gpu_memory_bytes - profile.weight_bytes - 2 * GIB if self.l0_gb is None else self.l0_gb * GIB
         )
-        return max(0, int(size // (profile.kv_bytes_per_token * self.l0_block_tokens)))
+        return max(0, int(size // (profile.gpu_bytes_per_token * self.l0_block_tokens)))
 
     @property
     def l0_tokens(self) -> int:
@@ -165,6 +165,10 @@ class RunSettings:
     def chunk_bytes(self, chunk_tokens: int) -> int:
         """Return the size of a chunk beyond the GPU, over all ranks."""
         return math.ceil(self.profile.kv_bytes(chunk_tokens) * self.packed_share)
+
+    def loaded_bytes(self, tokens: int) -> int:
+        """Return what a load of so many tokens brings over all ranks' links: to each its part, or all of it (MLA)."""
+        return self.chunk_bytes(tokens) * self.profile.kv_copies
 
     def chunk_pages(self, chunk_tokens: int) -> int:
         """Return the pages that a chunk takes."""

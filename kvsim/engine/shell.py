@@ -106,7 +106,7 @@ class Shell:
                 chunks=job.chain,
                 computed_chunks=job.run_start,
                 salt=job.salt,
-                queued_bytes=self._engines[job.engine].link.queued_bytes[0],
+                queued_bytes=self._engines[job.engine].queued_bytes,
                 resumed=job.preemptions > 0,
             )
         )
@@ -179,11 +179,14 @@ class Shell:
         self.driver.handle(
             LoadDone(now_ns=self._clock.now_ns(), request=decision.request, tier=decision.tier, chunks=decision.chunks)
         )
+        ready: dict[int, list[Job]] = {}
         for job, wanted in tuple(self._held.items()):
             if job.run or self._fetches.keys().isdisjoint(wanted):
                 del self._held[job]
                 job.waits = False
-                self._engines[job.engine].ready(job)
+                ready.setdefault(job.engine, []).append(job)
+        for number, jobs in ready.items():  # all of an engine's at once: they may go into one step
+            self._engines[number].ready(jobs)
 
     def store(self, decision: Place) -> None:
         """Copy from the engine to tier 0, or down."""

@@ -185,8 +185,10 @@ def _engine(env: Any, number: int, workload: Workload, settings: RunSettings, co
     per_block = 0 if native is None else native // block
     lengths = [per_block * length for length in workload.prefixes.lengths]
     cache = GpuCache(settings.l0_blocks, lengths, reuse=settings.l0_prefix_caching)
-    curves = settings.profile.transfers
-    link = Link(env, (curves["h2d"], curves["d2h"]), settings.profile.duplex)
+    profile = settings.profile
+    # A load goes to all ranks over all their links; of what every rank holds, one stores a copy, over its own link.
+    curves = (profile.transfers["h2d"], profile.transfers["d2h"])
+    link = Link(env, curves, profile.duplex, (1, profile.kv_copies))
     return Engine(env, number, settings, costs, cache, link)
 
 

@@ -45,7 +45,7 @@ class Profile:
         gpu: Lower-case short name, such as `h100`.
         tensor_parallel: GPUs of one engine.
         layers: Transformer layers: how finely a load can overlap with compute.
-        kv_bytes_per_token: KV cache of a token over all ranks.
+        kv_bytes_per_token: KV cache of a token over all ranks, as it is stored beyond the GPU.
         weight_bytes: Weights over all ranks.
         gpu_memory_bytes: Device memory over all ranks.
         max_model_len: Longest prompt and output together.
@@ -58,6 +58,8 @@ class Profile:
         handling_base_s: The server's own time for a request, outside the engine's steps.
         handling_token_s: The same, for each prompt token.
         sustained: Time of a prefill on a GPU that computes prompts without rest, over that in `prefill`.
+        kv_copies: Ranks that hold the same KV (MLA: all of them; otherwise 1). It is stored once, by one of them, and
+            takes the memory of all, and a load brings it to each.
         provenance: Where each part comes from.
     """
 
@@ -79,12 +81,15 @@ class Profile:
     handling_token_s: float
     provenance: Mapping[str, Part]
     sustained: float = 1.0
+    kv_copies: int = 1
 
     def __post_init__(self) -> None:
         """Refuse sizes and rates that no machine has."""
         sizes = (self.tensor_parallel, self.layers, self.kv_bytes_per_token, self.gpu_memory_bytes, self.max_model_len)
         if min(sizes) < 1 or self.weight_bytes < 0:
             raise ValueError(f"profile {self.name!r}: sizes are above zero")
+        if self.kv_copies not in (1, self.tensor_parallel):
+            raise ValueError(f"profile {self.name!r}: kv_copies is 1, or that of all {self.tensor_parallel} ranks")
         if not 0 < self.duplex <= 1:
             raise ValueError(f"profile {self.name!r}: duplex is a fraction of the speed alone, above 0, at most 1")
         if not 1 <= self.sustained < math.inf:
@@ -121,8 +126,13 @@ class Profile:
         return self.handling_base_s + self.handling_token_s * prompt_tokens
 
     def kv_bytes(self, tokens: int) -> int:
-        """Return the KV cache of `tokens` tokens, in bytes over all ranks."""
+        """Return the KV cache of `tokens` tokens as it is stored, in bytes over all ranks."""
         return self.kv_bytes_per_token * tokens
+
+    @property
+    def gpu_bytes_per_token(self) -> int:
+        """What a token's KV takes of the ranks' memory together."""
+        return self.kv_bytes_per_token * self.kv_copies
 
     def extrapolation(self, new: int, cached: int) -> str | None:
         """Return a warning where a prefill as large as this lies beyond the measured grid, None where it does not."""
@@ -152,6 +162,7 @@ class Profile:
             lower: The kinds of the tiers below tier 0, `disk` or `network` each.
         """
         curves = [self.transfers["h2d"], *(self.transfers[f"{kind}_read"] for kind in lower)]
+        copies = [self.kv_copies, *(1 for _ in lower)]  # the core counts what is stored; a load brings it to every rank
         return LoadCost(
             chunk_tokens=chunk_tokens,
             prefill_floor_ns=1e9 * self.prefill_fit.floor_s,
@@ -159,5 +170,5 @@ class Profile:
             prefill_linear_ns=1e9 * self.prefill_fit.linear_s,
             prefill_quadratic_ns=1e9 * self.prefill_fit.quadratic_s,
             latency_ns=tuple(1e9 * curve.latency_s for curve in curves),
-            bytes_per_s=tuple(curve.peak_bytes_per_s for curve in curves),
+            bytes_per_s=tuple(curve.peak_bytes_per_s / each for curve, each in zip(curves, copies, strict=True)),
         )

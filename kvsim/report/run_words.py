@@ -31,7 +31,7 @@ def setting_facts(settings: RunSettings, chunk_tokens: int | None) -> list[tuple
             "engines",
             f"{instances}, {settings.max_num_batched_tokens:,} tokens a step, {settings.model_len:,} a request",
         ),
-        ("L0", f"{gib(l0 * profile.kv_bytes_per_token / 2**30)} an engine, {l0:,} tokens"),
+        ("L0", f"{gib(l0 * profile.gpu_bytes_per_token / 2**30)} an engine, {l0:,} tokens"),
     ]
     if settings.l1_gb == 0:
         facts.append(("L1", "none"))

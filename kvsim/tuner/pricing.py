@@ -29,7 +29,7 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvSize:
-    """How large KV is: bytes a token in the engine's form and on the way to the GPU, all ranks together.
+    """How large KV is: bytes a token as it is stored, and on the GPU and on the way there, all ranks together.
 
     Beyond the GPU it takes `packed_share` of both: 1, or less where it is packed, which `packable` KV can be.
     """
@@ -86,7 +86,8 @@ class Costs:
     @property
     def run_profile(self) -> Profile:
         """The profile as a simulation takes it: with this KV's size."""
-        return replace(self.profile, kv_bytes_per_token=self.kv.stored_bytes_per_token)
+        stored = self.kv.stored_bytes_per_token
+        return replace(self.profile, kv_bytes_per_token=stored, kv_copies=self.kv.moved_bytes_per_token // stored)
 
     def recompute_s(self, input_tokens: IntArray) -> FloatArray:
         """Return the TTFT of prompts that nothing is cached of, in seconds: [n] for [n]."""
@@ -133,13 +134,24 @@ def kv_size(name: str, *, tensor_parallel: int = 1, kv_dtype: str = "auto", pack
     return KvSize.of(models.model(name), tensor_parallel=tensor_parallel, kv_dtype=kv_dtype, packing=packing)
 
 
+def _shape(profile: Profile) -> ModelShape | None:
+    name = canonical(profile.model)
+    return None if name is None else models.model(name)
+
+
+def _copies(profile: Profile) -> int:
+    """Return how many ranks hold the same KV: as the profile says; one that is older does not."""
+    shape = _shape(profile)
+    return profile.tensor_parallel if shape is not None and shape.latent else profile.kv_copies
+
+
 def _is_of_bf16(profile: Profile) -> bool:
     """Return whether a profile's KV is as large as bf16 makes that of its model, where the model is known."""
-    name = canonical(profile.model)
-    if name is None:
+    shape = _shape(profile)
+    if shape is None:
         return False
     try:
-        size = models.model(name).bytes_per_token(tensor_parallel=profile.tensor_parallel, kv_dtype="bf16")
+        size = shape.bytes_per_token(tensor_parallel=profile.tensor_parallel, kv_dtype="bf16")
     except UsageError:  # ranks that the model's heads do not allow: the profile is of another model
         return False
     return size == profile.kv_bytes_per_token
@@ -181,7 +193,7 @@ def costs(
             size = found.kv_bytes_per_token
             kv = KvSize(
                 stored_bytes_per_token=size,
-                moved_bytes_per_token=size,
+                moved_bytes_per_token=size * _copies(found),
                 packed_share=_share(packing),
                 packable=_is_of_bf16(found),
             )

@@ -233,7 +233,7 @@ def _under_load(found: dict[str, Any], settled: Settled) -> dict[str, Any]:
         "unqueued": {**{name: found[name] for name in (*_TIMES, *_SAVED)}, "no_cache": found["no_cache"]},
         "engines": engines,
         "l2_size_gb": 0.0 if chosen is None else chosen.settings.l2_gb,
-        "sustained": chosen is not None or any(one.load.sustained for one in settled.tried),
+        "sustained": chosen is not None or any(one.load.keeps_up for one in settled.tried),
         "refused_requests": settled.refused,
         "meets_slo": False if chosen is None and settled.trial.slo_ttft_p95_s is not None else _meets(chosen),
         "cost_per_million_prompt_tokens": None if chosen is None else chosen.cost,

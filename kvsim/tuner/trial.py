@@ -123,7 +123,7 @@ class Tried:
         ttft_s: Percentiles of TTFT in seconds; None each likewise.
         figures: The run's other figures, as `RunResult.summary` has them.
         meets_target: Whether p95 is within the target; None without a target.
-        cost: Price of a million prompt tokens served; None without prices, or where the load is not sustained.
+        cost: Price of a million prompt tokens served; None without prices, or where the engines do not keep up.
     """
 
     settings: RunSettings
@@ -137,8 +137,8 @@ class Tried:
 
     @property
     def good(self) -> bool:
-        """Whether it sustains the load, within the target if there is one."""
-        return self.load.sustained and self.meets_target is not False
+        """Whether its engines keep up with the load, within the target if there is one."""
+        return self.load.keeps_up and self.meets_target is not False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the setting and its figures as plain JSON values."""
@@ -280,7 +280,7 @@ def _tried(trial: Trial, point: Point | None, result: RunResult) -> Tried:
         ttft_s=result.ttft_s,
         figures=result.summary(),
         meets_target=None if target is None else p95 is not None and p95 <= target,
-        cost=None if an_hour is None or not load.sustained or not rate else an_hour / (3600 * rate) * 1e6,
+        cost=None if an_hour is None or not load.keeps_up or not rate else an_hour / (3600 * rate) * 1e6,
     )
 
 
@@ -323,10 +323,12 @@ def _knee(good: Sequence[Tried], rule: Rule) -> tuple[Tried, str]:
 
 
 def _none_good(tried: Sequence[Tried], target: float | None) -> str:
-    able = [one for one in tried if one.load.sustained]
+    able = [one for one in tried if one.load.keeps_up]
     if not able:
-        most = max(tried, key=lambda one: (one.settings.engines, one.load.served_prompt_tokens_per_s))
-        return f"no simulated setting sustains the load; the best: {most.load.sentence()}"
+        unsure = [one for one in tried if one.load.sustained]
+        most = max(unsure or tried, key=lambda one: (one.settings.engines, one.load.served_prompt_tokens_per_s))
+        what = "is seen to sustain" if unsure else "sustains"
+        return f"no simulated setting {what} the load; the best: {most.load.sentence()}"
     nearest = min(able, key=lambda one: one.ttft_s["p95"] or math.inf)
     return f"no simulated setting has p95 TTFT within {target:g} s; the nearest has {nearest.ttft_s['p95']:.3g} s"
 

@@ -25,6 +25,7 @@ from kvcore.policy import (
     TierConfig,
     Unpinned,
 )
+from kvsim.tuner.pricing import kv_size
 from kvtraces import Chat, Poisson, generate, write
 from kvtraces.journal import Head, JournalWriter, take_snapshot
 
@@ -487,6 +488,16 @@ def test_the_settings_in_python(server):
     assert found.packing(kvsim.costs(model="qwen3-8b", gpu="h100").kv) == "none"
     with pytest.raises(kvsim.UsageError, match="no journal in"):
         kvsim.served(server.folder / "none")
+
+
+def test_of_mla_every_rank_holds_the_engines_blocks(server):
+    server.ran(THIRTY_GIB, META, engines=[ENGINE])
+    plain = kvsim.costs(model="qwen3-8b", gpu="h100")
+    ranks = dataclasses.replace(plain.profile, tensor_parallel=8)
+    mla = dataclasses.replace(plain, profile=ranks, kv=kv_size("deepseek-v3", tensor_parallel=8))
+    for costs in (plain, mla):
+        size = kvsim.served(server.folder).flags(costs.kv)["l0_gb"]
+        assert kvsim.RunSettings(profile=costs.run_profile, l0_gb=size).l0_blocks == ENGINE["l0_blocks"]
 
 
 def test_what_the_simulation_refuses_is_told_where_nothing_is_left_to_compare(kvsim_command, command):

@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kvsim.engine.settings import SettingsError
+from kvsim.engine.settings import RunSettings, SettingsError
+from kvsim.profiles import lookup
 from kvsim.runner import run
+from kvtraces import Chat, Poisson, generate
 
 GIB = 2**30
 
@@ -270,6 +272,67 @@ def test_l2_is_read_before_l1_and_takes_its_time(serve):
     assert columns["load_s"][2] == pytest.approx(0.32 + 0.032)
     assert ttft(result)[2] == pytest.approx(0.32 + 0.032 + 0.001)
     assert result.copied_bytes["l2_read"] == 32
+
+
+def behind_l2(serve, shared, times, others=(), **settings):
+    """Serve prompts of 160 tokens that are in L2 alone by then, chunks of `shared`, at `times`, and other prompts."""
+    flood = [list(range(1000 + 20 * i, 1010 + 20 * i)) for i in range(10)]
+    families = [list(range(100 * family, 100 * family + 10)) for family in sorted(set(shared))]
+    rows = [(10.0 * i, 160, chain) for i, chain in enumerate((*families, *flood))]
+    rows += [
+        (at, 160 + 64, families[family] + list(range(5000 + 8 * i, 5004 + 8 * i)))
+        for i, (at, family) in enumerate(zip(times, shared, strict=True))
+    ]
+    rows += [(at, prompt, list(range(9000, 9000 + prompt // 16))) for at, prompt in others]
+    rows.sort(key=lambda row: row[0])
+    result = serve(
+        [row[0] for row in rows],
+        [row[1] for row in rows],
+        chains=[row[2] for row in rows],
+        profile={"linear": 1e-3, "disk": 160.0},
+        l1_gb=400 / GIB,
+        l2_gb=None,
+        l0_prefix_caching=False,
+        load="sync",
+        **settings,
+    )
+    columns = result.columns
+    waited = columns["matched_l2"] > 0
+    assert waited.sum() == len(times)
+    assert columns["loaded_tokens"][waited].tolist() == [160] * len(times)
+    return (columns["arrived_s"] + columns["ttft_s"])[waited]
+
+
+def test_requests_that_share_a_fetch_are_served_in_the_order_in_which_they_came(serve):
+    # All wait for one read of a second; then 64 tokens of each are a step's budget.
+    times = [500 + 1e-3 * i for i in range(6)]
+    served = behind_l2(serve, [0] * 6, times, max_num_batched_tokens=64, async_scheduling=False)
+    assert served == pytest.approx([501 + 0.064 * (i + 1) for i in range(6)])
+
+
+def test_requests_whose_fetches_end_at_the_same_time_share_a_step(serve):
+    served = behind_l2(serve, [0] * 6, [500 + 1e-3 * i for i in range(6)], async_scheduling=False)
+    assert served == pytest.approx([501 + 6 * 0.064] * 6)
+
+
+def test_what_is_fetched_later_does_not_overtake_while_a_step_is_under_way(serve):
+    # Both reads, of a second each, end within the third prompt's step of 3.2 s; each is alone in a step then.
+    served = behind_l2(serve, [0, 1], [500.0, 500.001], [(500.002, 3200)], max_num_batched_tokens=3200, max_num_seqs=1)
+    assert served[0] < served[1]
+
+
+@pytest.mark.parametrize("seed", [5, 6])
+def test_l0_and_what_is_loaded_are_no_more_than_was_found(seed):
+    # The engine's own cache changes while a request waits for L2: what it has is what it has when the hit is taken.
+    log = generate(Chat(requests=500, seed=seed, block_tokens=64, arrivals=Poisson(sessions_per_s=3.0)))
+    profile = lookup("qwen3-8b", "h100")
+    shared = {"profile": profile, "chunk_tokens": 256, "l2_gb": 20.0, "max_model_len": 16384}
+    for sizes in ({"l0_gb": 3.0, "l1_gb": 1.0}, {"l0_gb": 2.6, "l1_gb": 0.5, "rate_scale": 2.0}):
+        columns = run(log, RunSettings(**shared, **sizes), baseline=False).columns
+        loaded = (columns["loaded_tokens"] > 0) & (columns["preemptions"] == 0)
+        assert (columns["matched_l2"] > 0).sum() > 100
+        found = columns["matched_l1"] + columns["matched_l2"]
+        assert (columns["l0_tokens"] + columns["loaded_tokens"] <= found)[loaded].all()
 
 
 def test_every_placement_ends_and_conserves(serve):

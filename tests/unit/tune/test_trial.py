@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 import kvsim
@@ -153,10 +154,32 @@ def test_more_than_the_engines_can_do_is_said():
 
 def test_one_more_engine_helps_where_one_is_not_enough():
     base = dataclasses.replace(BASE, rate_scale=12.0, routing="least-loaded")
-    one, several = (settled(base=base, engines=engines, top=2).settled for engines in ((1,), (1, 4)))
+    one, several = (settled(base=base, engines=engines, top=2).settled for engines in ((1,), (1, 6)))
     assert not any(tried.load.sustained for tried in one.tried)
-    assert several.chosen.settings.engines == 4
+    assert several.chosen.settings.engines == 6
     assert len(several.tried) == 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("log", "told"),
+    [
+        (dataclasses.replace(LOG, timestamp_ms=np.zeros(500)), "is seen to sustain the load; the best: 500 requests"),
+        (LOG.head(30), "too few requests to tell"),
+    ],
+    ids=["at once", "few"],
+)
+def test_what_does_not_show_that_engines_keep_up_is_neither_priced_nor_recommended(log, told):
+    base = dataclasses.replace(BASE, rate_scale=60.0 if len(log) == 30 else 1.0)
+    trial = Trial(base=base, top=1, slo_ttft_p95_s=100.0, prices=Prices(gpu_hour=1.0), engines=(1, 2))
+    found = tune(log, COSTS, policies=["lru"], l1_sizes_gb=[5.0], chunk_sizes=[64], trial=trial).settled
+    assert found.chosen is None
+    assert told in found.reason
+    for one in (*found.no_cache, *found.tried):
+        assert one.load.sustained
+        assert one.meets_target
+        assert not one.good
+        assert one.cost is None
+        assert one.to_dict()["load"]["keeps_up"] is False
 
 
 def words(result):
