@@ -187,6 +187,28 @@ def test_candidates_hold_the_recommended_one_and_span_the_sizes(result):
     assert {point.l1_size_gb for point in extra} == {plain.point.l1_size_gb}
 
 
+@pytest.mark.parametrize("below_largest", range(5))
+def test_candidates_hold_the_largest_size_wherever_the_recommended_one_is(below_largest):
+    plain = tune(LOG, COSTS, policies=["lru"], l1_points=9, chunk_sizes=[64])
+    frontier = plain.choice.frontier
+    here = frontier[-1 - below_largest]
+    for top in range(2, len(frontier)):
+        picked = candidates(plain.points, dataclasses.replace(plain.choice, point=here), top)
+        assert len({id(point) for point in picked}) == len(picked) == top
+        assert {frontier[-1], here} <= set(picked)
+
+
+def test_of_sizes_far_below_l0_there_is_one_where_there_are_more_than_places():
+    plain = tune(LOG, COSTS, policies=["lru"], l1_sizes_gb=[0.1 * 2**i for i in range(9)], chunk_sizes=[64])
+    assert plain.point.l1_size_gb > 1
+    for top, small in ((5, 1), (6, 1), (9, 4)):
+        picked = candidates(plain.points, plain.choice, top, 1.0)
+        assert len(picked) == top
+        assert sum(point.l1_size_gb < 1 for point in picked) == small
+    one, shared = (Trial(base=BASE, engines=engines) for engines in ((1,), (1, 2)))
+    assert (one.least_gb, shared.least_gb) == (pytest.approx(6.0 / 8, rel=1e-3), 0)
+
+
 def test_workers_change_nothing():
     two, one = (settled(top=2, workers=workers).to_dict()["simulated"] for workers in (2, 1))
     assert two == one
