@@ -148,6 +148,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
     from kvsim.files import check_outputs, files_read, make_folder  # noqa: PLC0415
     from kvsim.tuner import Rule, costs  # noqa: PLC0415
     from kvsim.tuner import tune as run  # noqa: PLC0415
+    from kvsim.tuner.run import engine_of  # noqa: PLC0415
 
     engine = {
         "l2_kind": l2_kind,
@@ -205,6 +206,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
             progress=lambda done, total: shown.update("sweeping", done, total),
             trial=trial,
             trial_progress=lambda done, total: shown.update("simulating", done, total),
+            engine=engine_of(priced, **{name: recorded[name] for name in _LIMITS}),
         )
     _write(result, trace, report, plot)
     if json:
@@ -228,6 +230,8 @@ _ENGINE = {
     "l0_block_tokens": 16,
 }
 """The defaults of the flags that say on what is simulated: another value asks for a simulation, too."""
+_LIMITS = ("max_model_len", "l0_gb", "l0_block_tokens")
+"""Those of them that say what an engine takes, simulated or not."""
 _PRICE_NAMES = ("gpu_hour", "ram_gb_hour", "disk_gb_hour")
 
 

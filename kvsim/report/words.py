@@ -31,10 +31,11 @@ def sentences(result: TuneResult) -> list[str]:
     if not result.pays:
         settled = result.settled is not None and result.settled.chosen is not None
         why = [] if settled else [f"{result.notes[0][0].upper()}{result.notes[0][1:]}."]
-        return [*why, *_simulated(result), _without(result)]
+        return [*_left_out(result), *why, *_simulated(result), _without(result)]
     point = result.point
     cold, warm = point.cold, point.warm
     words = [
+        *_left_out(result),
         *_simulated(result),
         f"It finds {percent(cold.token_hit_ratio)} of all prompt tokens in L1: {_share(result)}.",
         f"TTFT without a queue: {_times(cold)}.",
@@ -47,6 +48,10 @@ def sentences(result: TuneResult) -> list[str]:
     words.append(_more(result))
     words.append(_alignment(result))
     return words
+
+
+def _left_out(result: TuneResult) -> list[str]:
+    return [] if result.left_out is None else [f"{result.left_out}."]
 
 
 def _simulated(result: TuneResult) -> list[str]:
@@ -105,7 +110,7 @@ def _without(result: TuneResult) -> str:
 def further_notes(result: TuneResult) -> list[str]:
     """Return the notes that `sentences` has not said already, as sentences."""
     notes = result.notes if result.pays else result.notes[1:]
-    return [f"{note[0].upper()}{note[1:]}." for note in notes]
+    return [f"{note[0].upper()}{note[1:]}." for note in notes if note != result.left_out]
 
 
 FRONTIER_HEADINGS = (
@@ -171,4 +176,6 @@ def log_facts(result: TuneResult) -> list[tuple[str, str]]:
     ]
     if log.skipped_rows:
         facts.append(("bad rows", f"{log.skipped_rows:,} left out"))
+    if log.refused_requests:
+        facts.append(("refused", f"{log.refused_requests:,} requests more, left out"))
     return facts

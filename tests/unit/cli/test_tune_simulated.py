@@ -90,10 +90,20 @@ def test_refused_requests_are_told_and_a_target_is_not_called_met_for_them(kvsim
     shown = " ".join(kvsim_command.shown(*given).replace("│", " ").split())
     assert f"met for {400 - count}" in shown
     assert f"but for {count} requests refused" in shown
+    panel = shown[shown.index("Recommendation") :]
+    assert panel.index(f"{count} of 400 requests refused by the engine") < panel.index("Simulated under")
+
+
+def test_what_the_simulations_refuse_is_not_in_the_sweep_either(kvsim_command, command):
+    limit = ("--max-model-len", 2000)
+    simulated, plain = (kvsim_command.json(*command, *limit, "--simulate", count) for count in (1, 0))
+    assert simulated["sweep"] == plain["sweep"]
+    assert simulated["simulated"]["refused_requests"] == simulated["log"]["refused_requests"] > 0
+    assert simulated["log"] == plain["log"]
 
 
 def test_a_log_of_which_nothing_can_be_simulated_is_refused(kvsim_command, command):
-    for flag in (("--rate-scale", 1), ("--slo-ttft-p95", 2)):
+    for flag in (("--rate-scale", 1), ("--slo-ttft-p95", 2), ("--simulate", 0)):
         assert "every request is refused, all 400: longer" in kvsim_command.refused(
             *command, *flag, "--max-model-len", 10
         )
