@@ -15,6 +15,7 @@ from kvsim.report.words import (
     headline,
     log_facts,
     marked_row,
+    recommends,
     sentences,
 )
 from kvsim.tuner.result import TuneResult
@@ -40,7 +41,7 @@ def show(result: TuneResult) -> None:
     if result.settled is not None:
         console.print(Text("Simulated under load", style="bold"))
         console.print(_trials(result.settled, console.width))
-    words = Text(headline(result), style="bold green" if result.pays else "bold yellow")
+    words = Text(headline(result), style="bold green" if recommends(result) else "bold yellow")
     for sentence in sentences(result):
         words.append(f"\n{sentence}", style="not bold default")
     console.print(

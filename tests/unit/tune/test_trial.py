@@ -139,7 +139,10 @@ def test_a_target_that_nothing_meets_is_said():
     assert recommendation["ttft_p95_s"] is None
     assert recommendation["meets_slo"] is False
     assert "within 1e-06 s" in recommendation["reason"]
-    assert "The setting is the sweep's" in " ".join(words(found))
+    told = words(found)
+    assert told[0] == "No recommendation: no simulated setting meets the target of 1e-06 s."
+    assert "The setting is the sweep's, which knows no queue: chunks of" in " ".join(told)
+    assert "own cache is not in" not in " ".join(told)
 
 
 def test_more_than_the_engines_can_do_is_said():
@@ -149,6 +152,10 @@ def test_more_than_the_engines_can_do_is_said():
     assert "the queue grows" in found.settled.reason
     assert found.to_dict()["recommendation"]["sustained"] is False
     assert all(one.ttft_s["p50"] is None and one.cost is None for one in found.settled.tried)
+    told = words(found)
+    assert told[0] == "No recommendation: no simulated setting sustains the load."
+    assert told[1].startswith("Under 200 times the recorded traffic no simulated setting sustains the load; the best:")
+    assert told[2].startswith("The setting is the sweep's, which knows no queue: chunks of")
 
 
 def test_one_more_engine_helps_where_one_is_not_enough():
