@@ -57,8 +57,8 @@ def _times(one: Tried) -> str:
     return f"TTFT p50 {seconds(p50 or 0.0)}, p95 {seconds(p95 or 0.0)}"
 
 
-LEAST = ("TTFT p50", "queue p95", "GPU")
-"""Columns to leave out where the others need the place."""
+LEAST = ("TTFT p50", "queue p95", "GPU", "refused")
+"""Columns to leave out where the others need the place; as many are refused by every setting, which is told."""
 
 
 def trial_headings(settled: Settled) -> list[str]:

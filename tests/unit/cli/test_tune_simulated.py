@@ -59,9 +59,25 @@ def test_for_a_person(kvsim_command, command):
     shown = kvsim_command.shown(*command, "--simulate", 2, *priced, "--slo-ttft-p95", 0.5)
     for word in ("Simulated under load", "eng.", "L2 GiB", "cost", "met", "none"):
         assert word in shown
-    assert "…" not in shown
     assert "A million prompt tokens cost" in " ".join(shown.split())
-    assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_figure_is_cut(kvsim_command, command, terminal, monkeypatch):
+    """Into a pipe every column is told, whatever its width is; on a terminal of 80 those that fit."""
+    if terminal:
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+        monkeypatch.setenv("TERM", "dumb")
+    priced = ("--price-gpu-hour", 2, "--l2-sizes-gb", "0,500", "--engines", "1,2,3", "--policies", "w-tinylfu")
+    shown = kvsim_command.shown(*command, "--simulate", 2, *priced, "--slo-ttft-p95", 5, "--max-model-len", 6000)
+    assert "…" not in shown
+    lines = shown.splitlines()
+    (heading,) = [line for line in lines if "eng." in line]
+    rows = lines[lines.index(heading) + 2 :][: 3 + 2 * 2 * 3]
+    assert "cost" in heading
+    assert all((column in heading) == (not terminal) for column in ("TTFT p50", "queue p95", "GPU", "refused"))
+    assert all(re.search(r" (met for \d+|missed|-) +[\d.-]+ *$", row) for row in rows)
+    assert max(map(len, lines)) <= (80 if terminal else 160)
 
 
 def test_progress_is_shown(kvsim_command, command):
