@@ -86,9 +86,7 @@ def _own_cache(result: TuneResult) -> list[str]:
     else:
         compared = f"{'no less' if in_l1 <= own else 'less'} than this L1 ({in_l1:,})"
     holds = f"It holds {gib(result.engine.l0_gib)} ({own:,} tokens), {compared}, and what it finds needs no L1"
-    return [
-        f"The engine's own cache is not in what follows. {holds}: add --simulate {DEFAULT_TOP} to see what L1 adds."
-    ]
+    return [f"The engine's own cache is not in what follows. {holds}: --simulate {DEFAULT_TOP} says what L1 adds."]
 
 
 def _more(result: TuneResult) -> str:

@@ -63,11 +63,10 @@ def test_for_a_person(kvsim_command, command):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_no_figure_is_cut(kvsim_command, command, terminal, monkeypatch):
+def test_no_figure_is_cut(kvsim_command, command, terminal, request):
     """Into a pipe every column is told, whatever its width is; on a terminal of 80 those that fit."""
     if terminal:
-        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-        monkeypatch.setenv("TERM", "dumb")
+        request.getfixturevalue("narrow")
     priced = ("--price-gpu-hour", 2, "--l2-sizes-gb", "0,500", "--engines", "1,2,3", "--policies", "w-tinylfu")
     shown = kvsim_command.shown(*command, "--simulate", 2, *priced, "--slo-ttft-p95", 5, "--max-model-len", 6000)
     assert "…" not in shown

@@ -53,7 +53,7 @@ def test_the_engines_own_cache_is_held_against_l1(result):
         (said,) = [one for one in sentences(dataclasses.replace(result, engine=engine)) if "own cache is not in" in one]
         assert f"({tokens:,} tokens), " in said
         assert words in said
-        assert "add --simulate 8" in said
+        assert "--simulate 8 says what L1 adds" in said
 
 
 def test_coarse_chunks_that_hit_more_are_said_to_gain(result):
