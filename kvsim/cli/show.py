@@ -1,5 +1,6 @@
 """What the commands print for a person."""
 
+import sys
 from collections.abc import Sequence
 
 from rich import box
@@ -9,10 +10,18 @@ from rich.text import Text
 
 from kvsim.plots import Chart, terminal
 
+_UNSEEN = 160
+"""Columns where stdout is no terminal: more than any table needs, so that no figure is cut."""
+
+
+def new_console() -> Console:
+    """Return what the commands print on: as wide as the terminal, if there is one."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _UNSEEN)
+
 
 def facts(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Print named facts, one a line."""
-    console = Console(highlight=False)
+    console = new_console()
     console.print(Text(title, style="bold"))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 1))
     table.add_column(style="dim", no_wrap=True)
@@ -28,9 +37,12 @@ def chart(console: Console, plot: Chart) -> None:
         console.print(Text.assemble(*pieces, no_wrap=True, overflow="crop"))
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None = None) -> Table:
-    """Return a table of right-aligned figures, one row marked."""
-    built = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None = None, width: int = _UNSEEN
+) -> Table:
+    """Return a table of right-aligned figures, one row marked; its columns closer together where `width` needs it."""
+    needed = sum(max(map(len, column)) + 3 for column in zip(headings, *rows, strict=True))
+    built = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1) if needed <= width else 0)
     for heading in headings:
         built.add_column(heading, justify="right", no_wrap=True)
     for i, row in enumerate(rows):
@@ -50,7 +62,7 @@ def named_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table
 
 def meter(title: str, rows: Sequence[tuple[str, float, str]]) -> None:
     """Print named shares, 0 to 1, with a bar each and a word beside."""
-    console = Console(highlight=False)
+    console = new_console()
     console.print(Text(title, style="bold"))
     built = Table(box=None, show_header=False, padding=(0, 2, 0, 1))
     built.add_column(style="dim", no_wrap=True)

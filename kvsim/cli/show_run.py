@@ -1,10 +1,9 @@
 """A simulated run for a person at a terminal."""
 
-from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from kvsim.cli.show import facts, meter, named_table
+from kvsim.cli.show import facts, meter, named_table, new_console
 from kvsim.report.run_words import SPREAD_HEADINGS, hit_rows, run_notes, saved, setting_facts, times_rows, use_rows
 from kvsim.report.units import sentence
 from kvsim.runner import RunResult
@@ -12,7 +11,7 @@ from kvsim.runner import RunResult
 
 def show(result: RunResult) -> None:
     """Print the setting, TTFT and its parts, hits by tier, what was busy, and what it comes to last."""
-    console = Console(highlight=False)
+    console = new_console()
     facts("Setting", setting_facts(result.settings, result.chunk_tokens))
     good = result.load.sustained and result.load.requests > 0
     if good:

@@ -1,11 +1,10 @@
 """A tuning run for a person at a terminal."""
 
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from kvsim.cli.show import chart, facts, table
+from kvsim.cli.show import chart, facts, new_console, table
 from kvsim.report.charts import hit_ratio
 from kvsim.report.trial_words import LEAST, trial_headings, trial_marked, trial_rows
 from kvsim.report.tune_words import (
@@ -15,6 +14,7 @@ from kvsim.report.tune_words import (
     headline,
     log_facts,
     marked_row,
+    recommends,
     sentences,
 )
 from kvsim.tuner.result import TuneResult
@@ -28,19 +28,19 @@ _ONLY_WIDE = ("saved p50", "saved p95")
 
 def show(result: TuneResult) -> None:
     """Print the log's summary, the best setting of each size, a plot, and the recommendation last."""
-    console = Console(highlight=False)
+    console = new_console()
     facts("Log and costs", log_facts(result))
     if result.unbounded.cold.hit_tokens:
         console.print(Text("\nThe best setting at each L1 size", style="bold"))
         columns = [i for i, name in enumerate(FRONTIER_HEADINGS) if console.width >= _WIDE or name not in _ONLY_WIDE]
         rows, marked = _thinned([[row[i] for i in columns] for row in frontier_rows(result)], marked_row(result))
-        console.print(table([FRONTIER_HEADINGS[i] for i in columns], rows, marked))
+        console.print(table([FRONTIER_HEADINGS[i] for i in columns], rows, marked, console.width))
         chart(console, hit_ratio(result))
         console.print()
     if result.settled is not None:
         console.print(Text("Simulated under load", style="bold"))
         console.print(_trials(result.settled, console.width))
-    words = Text(headline(result), style="bold green" if result.pays else "bold yellow")
+    words = Text(headline(result), style="bold green" if recommends(result) else "bold yellow")
     for sentence in sentences(result):
         words.append(f"\n{sentence}", style="not bold default")
     console.print(
@@ -55,7 +55,7 @@ def _trials(settled: Settled, width: int) -> Table:
     headings = trial_headings(settled)
     kept = [i for i, heading in enumerate(headings) if width >= _WIDE or heading not in LEAST]
     rows = [[row[i] for i in kept] for row in trial_rows(settled)]
-    return table([headings[i] for i in kept], rows, trial_marked(settled))
+    return table([headings[i] for i in kept], rows, trial_marked(settled), width)
 
 
 def _thinned(rows: list[list[str]], marked: int | None) -> tuple[list[list[str]], int | None]:

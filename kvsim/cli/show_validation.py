@@ -1,10 +1,9 @@
 """A validation for a person at a terminal."""
 
-from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from kvsim.cli.show import chart, facts, named_table
+from kvsim.cli.show import chart, facts, named_table, new_console
 from kvsim.report.run_words import setting_facts
 from kvsim.report.units import sentence
 from kvsim.report.validation_words import (
@@ -26,7 +25,7 @@ from kvsim.validation import Validation
 
 def show(found: Validation) -> None:
     """Print the setting, hits, TTFT with its error, where that is, a plot, and what it comes to last."""
-    console = Console(highlight=False)
+    console = new_console()
     facts("Simulated", setting_facts(found.result.settings, found.result.chunk_tokens))
     tables = (
         ("Tokens hit", HIT_HEADINGS, hit_rows(found)),

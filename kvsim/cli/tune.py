@@ -149,6 +149,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
     from kvsim.files import check_outputs, files_read, make_folder  # noqa: PLC0415
     from kvsim.tuner import Rule, costs  # noqa: PLC0415
     from kvsim.tuner import tune as run  # noqa: PLC0415
+    from kvsim.tuner.run import engine_of  # noqa: PLC0415
 
     engine = {
         "l2_kind": l2_kind,
@@ -206,6 +207,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
             progress=lambda done, total: shown.update("sweeping", done, total),
             trial=trial,
             trial_progress=lambda done, total: shown.update("simulating", done, total),
+            engine=engine_of(priced, **{name: recorded[name] for name in _LIMITS}),
         )
     _write(result, trace, report, plot)
     if json:
@@ -219,6 +221,8 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
         typer.echo(f"* {sentence(note)}")
 
 
+_LIMITS = ("max_model_len", "l0_gb", "l0_block_tokens")
+"""The flags that say what an engine takes, simulated or not."""
 _PRICE_NAMES = ("gpu_hour", "ram_gb_hour", "disk_gb_hour")
 
 

@@ -158,6 +158,11 @@ class RunSettings:
         return self.l0_blocks * self.l0_block_tokens
 
     @property
+    def l0_gib(self) -> float:
+        """GiB of KV that one instance's GPU cache holds."""
+        return self.profile.kv_bytes(self.l0_tokens) / GIB
+
+    @property
     def model_len(self) -> int:
         """Longest prompt and output together."""
         return self.profile.max_model_len if self.max_model_len is None else self.max_model_len

@@ -11,7 +11,7 @@ def trial_sentences(settled: Settled) -> list[str]:
     scale = settled.trial.base.rate_scale
     traffic = "the recorded traffic" if scale == 1 else f"{scale:g} times the recorded traffic"
     if chosen is None:
-        return [f"Under {traffic} {settled.reason}. The setting is the sweep's."]
+        return [f"Under {traffic} {settled.reason}."]
     words = [f"Simulated under {traffic}: {_times(chosen)}; {settled.reason}."]
     if chosen.point is not None:
         words.append(_against(chosen, settled.without(chosen.settings.engines), target))
@@ -20,9 +20,14 @@ def trial_sentences(settled: Settled) -> list[str]:
     return words
 
 
-def trial_headline(settled: Settled, chosen: Tried) -> str:
-    """Return the recommendation of no cache in one line."""
-    engines, target = chosen.settings.engines, settled.trial.slo_ttft_p95_s
+def trial_headline(settled: Settled) -> str:
+    """Return the recommendation of no cache, or of nothing, in one line."""
+    chosen, target = settled.chosen, settled.trial.slo_ttft_p95_s
+    if chosen is None:
+        able = any(one.load.sustained for one in (*settled.no_cache, *settled.tried))
+        what = f"meets the target of {target:g} s" if able else "sustains the load"
+        return f"No recommendation: no simulated setting {what}."
+    engines = chosen.settings.engines
     who = "one engine does" if engines == 1 else f"{engines} engines do"
     if target is None:
         return f"No L1: under this load reuse does not pay; {who} without."
@@ -52,8 +57,8 @@ def _times(one: Tried) -> str:
     return f"TTFT p50 {seconds(p50 or 0.0)}, p95 {seconds(p95 or 0.0)}"
 
 
-LEAST = ("TTFT p50", "queue p95", "GPU")
-"""Columns to leave out where the others need the place."""
+LEAST = ("TTFT p50", "queue p95", "GPU", "refused")
+"""Columns to leave out where the others need the place; as many are refused by every setting, which is told."""
 
 
 def trial_headings(settled: Settled) -> list[str]:

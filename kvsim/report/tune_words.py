@@ -5,19 +5,18 @@ from kvsim.report.trial_words import trial_headline, trial_sentences
 from kvsim.report.units import gib, mib, percent, seconds, sentence
 from kvsim.tuner.points import Figures, Point
 from kvsim.tuner.result import TuneResult
+from kvsim.tuner.trial import DEFAULT_TOP
 from kvtraces.words import counted
 
 
 def headline(result: TuneResult) -> str:
     """Return the recommendation in one line."""
     chosen = None if result.settled is None else result.settled.chosen
-    if not result.pays:
-        if result.settled is not None and chosen is not None:
-            return trial_headline(result.settled, chosen)
+    if not recommends(result):
+        if result.settled is not None:
+            return trial_headline(result.settled)
         return "No L1: reuse does not pay on this log."
-    point = result.point
-    size = mib(result.costs.kv.chunk_bytes(point.chunk_tokens))
-    words = f"Chunks of {point.chunk_tokens:,} tokens ({size}), an L1 of {gib(point.l1_size_gb)}, policy {point.policy}"
+    words = _setting(result)
     if chosen is None:
         return f"{words}."
     lower, engines = chosen.settings.l2_gb, chosen.settings.engines
@@ -26,16 +25,29 @@ def headline(result: TuneResult) -> str:
     return f"{words}, on {counted(engines, 'engine')}."
 
 
+def recommends(result: TuneResult) -> bool:
+    """Whether a setting is recommended: reuse pays, and where settings were simulated, one of them is good."""
+    return result.pays and (result.settled is None or result.settled.chosen is not None)
+
+
+def _setting(result: TuneResult) -> str:
+    point = result.point
+    size = mib(result.costs.kv.chunk_bytes(point.chunk_tokens))
+    return f"Chunks of {point.chunk_tokens:,} tokens ({size}), an L1 of {gib(point.l1_size_gb)}, policy {point.policy}"
+
+
 def sentences(result: TuneResult) -> list[str]:
     """Return what the recommendation brings and rests on, one sentence each."""
     if not result.pays:
         settled = result.settled is not None and result.settled.chosen is not None
         why = [] if settled else [sentence(result.notes[0])]
-        return [*why, *_simulated(result), _without(result)]
+        return [*_left_out(result), *_simulated(result), *why, _without(result)]
     point = result.point
     cold, warm = point.cold, point.warm
     words = [
+        *_left_out(result),
         *_simulated(result),
+        *_own_cache(result),
         f"It finds {percent(cold.token_hit_ratio)} of all prompt tokens in L1: {_share(result)}.",
         f"TTFT without a queue: {_times(cold)}.",
     ]
@@ -49,8 +61,32 @@ def sentences(result: TuneResult) -> list[str]:
     return words
 
 
+def _left_out(result: TuneResult) -> list[str]:
+    return [] if result.left_out is None else [f"{result.left_out}."]
+
+
 def _simulated(result: TuneResult) -> list[str]:
-    return [] if result.settled is None else trial_sentences(result.settled)
+    if result.settled is None:
+        return []
+    words = trial_sentences(result.settled)
+    if result.pays and result.settled.chosen is None:
+        words.append(f"The setting is the sweep's, which knows no queue: c{_setting(result)[1:]}.")
+    return words
+
+
+def _own_cache(result: TuneResult) -> list[str]:
+    """Return how the engine's own cache compares with L1, where no simulation has settled it."""
+    if result.settled is not None:
+        return []
+    own, point, whole = result.engine.l0_tokens, result.point, result.unbounded_finest
+    in_l1 = (point.capacity_chunks or 0) * point.chunk_tokens
+    everything = result.costs.kv.capacity_chunks(whole.l1_size_gb, whole.chunk_tokens) * whole.chunk_tokens
+    if everything <= own:
+        compared = f"as much as all prompts of the log take ({everything:,})"
+    else:
+        compared = f"{'no less' if in_l1 <= own else 'less'} than this L1 ({in_l1:,})"
+    holds = f"It holds {gib(result.engine.l0_gib)} ({own:,} tokens), {compared}, and what it finds needs no L1"
+    return [f"The engine's own cache is not in what follows. {holds}: --simulate {DEFAULT_TOP} says what L1 adds."]
 
 
 def _more(result: TuneResult) -> str:
@@ -91,9 +127,12 @@ def _alignment(result: TuneResult) -> str:
     lost = result.alignment
     if result.point.chunk_tokens == lost.finest_tokens:
         return f"A chunk is one block of the log ({lost.finest_tokens:,} tokens): no finer one can be tried."
+    here, unbounded = round(100 * lost.lost_ratio_here, 2), f"{100 * lost.lost_ratio:.2f}"
+    change = f"{'gains' if here < 0 else 'loses'} {abs(here):.2f}"
+    end = f"and loses {unbounded}" if here < 0 else unbounded
     return (
-        f"Against chunks of one block ({lost.finest_tokens:,} tokens) it loses {100 * lost.lost_ratio_here:.2f} points "
-        f"of hit ratio at this size, {100 * lost.lost_ratio:.2f} without end."
+        f"Against chunks of one block ({lost.finest_tokens:,} tokens) it {change} points "
+        f"of hit ratio at this size, {end} without end."
     )
 
 
@@ -105,7 +144,7 @@ def _without(result: TuneResult) -> str:
 def further_notes(result: TuneResult) -> list[str]:
     """Return the notes that `sentences` has not said already, as sentences."""
     notes = result.notes if result.pays else result.notes[1:]
-    return [sentence(note) for note in notes]
+    return [sentence(note) for note in notes if note != result.left_out]
 
 
 FRONTIER_HEADINGS = (
@@ -171,4 +210,6 @@ def log_facts(result: TuneResult) -> list[tuple[str, str]]:
     ]
     if log.skipped_rows:
         facts.append(("bad rows", f"{log.skipped_rows:,} left out"))
+    if log.refused_requests:
+        facts.append(("refused", f"{log.refused_requests:,} requests more, left out"))
     return facts

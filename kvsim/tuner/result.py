@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvsim.engine.settings import RunSettings
 from kvsim.profiles.load import to_json
 from kvsim.tuner.points import FloatArray, Point, Times
 from kvsim.tuner.pricing import Costs
@@ -16,7 +17,7 @@ from kvsim.tuner.trial import Settled, Tried
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogSummary:
-    """The log in figures: see the names."""
+    """The log in figures: see the names. All but the last two are of the requests that an engine does not refuse."""
 
     requests: int
     block_tokens: int
@@ -24,6 +25,7 @@ class LogSummary:
     output_tokens: int
     duration_s: float
     skipped_rows: int
+    refused_requests: int
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain JSON values."""
@@ -37,6 +39,7 @@ class LogSummary:
             "duration_s": round(self.duration_s, 3),
             "requests_per_s": None if rate is None else round(rate, 6),
             "skipped_rows": self.skipped_rows,
+            "refused_requests": self.refused_requests,
         }
 
 
@@ -68,11 +71,12 @@ class Alignment:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TuneResult:
-    """A recommendation and everything it rests on. Shapes: n requests, s settings.
+    """A recommendation and everything it rests on. Shapes: n requests that are not refused, s settings.
 
     Attributes:
         log: The log's summary.
         costs: The cost profile and the KV's size.
+        engine: What an engine takes, and holds in its own cache.
         rule: The thresholds of the choice.
         choice: What was chosen, and the best setting of each L1 size.
         points: [s] every setting swept.
@@ -86,11 +90,13 @@ class TuneResult:
         ttft_s: [n] its TTFT in seconds.
         no_cache_s: [n] TTFT without a cache.
         notes: What a reader must know beside the figures, one sentence each.
+        left_out: The note that says which requests are in no figure; None where all are.
         settled: What was simulated; None where nothing was.
     """
 
     log: LogSummary
     costs: Costs
+    engine: RunSettings
     rule: Rule
     choice: Choice
     points: tuple[Point, ...]
@@ -104,6 +110,7 @@ class TuneResult:
     ttft_s: FloatArray
     no_cache_s: FloatArray
     notes: tuple[str, ...]
+    left_out: str | None = None
     settled: Settled | None = None
 
     @property
@@ -188,6 +195,7 @@ class TuneResult:
             "frontier": [point.to_dict() for point in self.choice.frontier],
             "rule": {"within": self.rule.within, "near": self.rule.near, "worth": self.rule.worth},
             "log": self.log.to_dict(),
+            "engine": {"l0_gb": round(self.engine.l0_gib, 6), "max_model_len": self.engine.model_len},
             "kv": {
                 "stored_bytes_per_token": kv.stored_bytes_per_token,
                 "moved_bytes_per_token": kv.moved_bytes_per_token,

@@ -4,9 +4,11 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 from kvcore.policy import POLICIES
-from kvsim.engine.arrivals import why_refused
+from kvsim.engine.arrivals import refused, why_refused
+from kvsim.engine.settings import GIB, RunSettings, SettingsError
 from kvsim.errors import UsageError
 from kvsim.tuner.evaluate import ChunkedLog, Evaluator, Priced, chunked_logs, one_chunk_gains, useful_range
 from kvsim.tuner.grid import (
@@ -48,10 +50,13 @@ def tune(  # noqa: PLR0913 - what a sweep is
     progress: Progress | None = None,
     trial: Trial | None = None,
     trial_progress: Progress | None = None,
+    engine: RunSettings | None = None,
 ) -> TuneResult:
     """Sweep chunk size x L1 size x policy exactly, and recommend one setting by the rule of `kvsim.tuner.rule`.
 
     TTFT is that of a request alone on an engine without a prefix cache of its own: no queue, nothing else on the link.
+    Requests that an engine refuses reach no cache, so they are in no figure.
+
     With a `trial` the sweep's best settings are then simulated under load, and one of those is recommended.
 
     Args:
@@ -68,9 +73,11 @@ def tune(  # noqa: PLR0913 - what a sweep is
         progress: Called as settings are done.
         trial: What to simulate; None: nothing.
         trial_progress: Called as simulations are done.
+        engine: What an engine takes, and holds in its own cache; None: the trial's, or `engine_of(costs)`.
 
     Raises:
-        UsageError: A setting that is not one, or a log without block hashes or without prompt tokens.
+        UsageError: A setting that is not one, a log without block hashes or without prompt tokens, or one of which
+            every request is refused.
         SettingsError: A setting that cannot be simulated.
     """
     block_tokens = _block_of(log)
@@ -84,10 +91,10 @@ def tune(  # noqa: PLR0913 - what a sweep is
         raise UsageError(f"--l1-points {l1_points}: at least 1, and at most {MOST_L1_POINTS:,}")
     sizes = check_chunk_sizes(chunk_sizes, block_tokens) if chunk_sizes else default_chunk_sizes(block_tokens)
     names = check_policies(policies, POLICIES) if policies else list(POLICIES)
-    if trial is not None:
-        trial.refused(log)  # before the sweep, not after it
-    evaluator = Evaluator(log, costs)
-    chunked = chunked_logs(log, sizes)
+    engine = trial.base if trial is not None else engine or engine_of(costs)
+    served = _served(log, engine)
+    evaluator = Evaluator(served, costs)
+    chunked = chunked_logs(served, sizes)
     if l1_sizes_gb:
         l1_sizes = check_l1_sizes(l1_sizes_gb)
     else:
@@ -101,7 +108,33 @@ def tune(  # noqa: PLR0913 - what a sweep is
     if trial is not None:
         settled = settle(log, points, choice, trial, rule, trial_progress)
         choice = _by_trial(choice, settled)
-    return _result(evaluator, priced, points, choice, rule, settled)
+    return _result(evaluator, priced, points, choice, rule, settled, engine, len(log) - len(served))
+
+
+def engine_of(costs: Costs, *, l0_gb: float | None = None, **given: Any) -> RunSettings:
+    """Return an engine of a profile, as a simulation has it. Raises SettingsError.
+
+    Where a profile's memory leaves no room for KV, L0 holds a request of the model's length: vLLM starts with no less.
+    """
+    profile = costs.run_profile
+    try:
+        return RunSettings(profile=profile, l0_gb=l0_gb, **given)
+    except SettingsError:
+        if l0_gb is not None:
+            raise
+    least = profile.kv_bytes(profile.max_model_len) / GIB
+    return RunSettings(profile=profile, l0_gb=1.01 * least, **given)
+
+
+def _served(log: Log, engine: RunSettings) -> Log:
+    """Return the requests that an engine does not refuse. Raises UsageError where it refuses them all."""
+    turned_away = refused(log, engine)
+    if turned_away.all():
+        raise UsageError(
+            f"nothing to tune: every request is refused, all {len(log):,}: {why_refused(engine)}; "
+            "--max-model-len says how long they may be"
+        )
+    return log.select(~turned_away) if turned_away.any() else log
 
 
 def _block_of(log: Log) -> int:
@@ -178,6 +211,8 @@ def _result(
     choice: Choice,
     rule: Rule,
     settled: Settled | None,
+    engine: RunSettings,
+    turned_away: int,
 ) -> TuneResult:
     """Return the result: the choice with its bounds, its neighbours and its per-request figures."""
     log, costs, here = evaluator.log, evaluator.costs, choice.point
@@ -186,9 +221,12 @@ def _result(
     more_gb = here.l1_size_gb + 1
     more = costs.kv.capacity_chunks(more_gb, here.chunk_tokens)
     unbounded = evaluator.point(at, "lru", None)
+    summary = _summary(log, turned_away)
+    left_out = _left_out(summary, engine)
     return TuneResult(
-        log=_summary(log),
+        log=summary,
         costs=costs,
+        engine=engine,
         rule=rule,
         choice=choice,
         points=tuple(points),
@@ -201,7 +239,8 @@ def _result(
         hit_tokens=hits,
         ttft_s=ttft,
         no_cache_s=evaluator.no_cache_s,
-        notes=_notes(evaluator, choice, unbounded, settled),
+        notes=_notes(evaluator, choice, unbounded, settled, left_out),
+        left_out=left_out,
         settled=settled,
     )
 
@@ -222,7 +261,7 @@ def _alignment(evaluator: Evaluator, priced: dict[int, Priced], here: Point, unb
     )
 
 
-def _summary(log: Log) -> LogSummary:
+def _summary(log: Log, turned_away: int) -> LogSummary:
     return LogSummary(
         requests=len(log),
         block_tokens=_block_of(log),
@@ -230,10 +269,13 @@ def _summary(log: Log) -> LogSummary:
         output_tokens=int(log.output_tokens.sum()),
         duration_s=float(log.timestamp_ms.max() - log.timestamp_ms.min()) / 1000,
         skipped_rows=log.skipped,
+        refused_requests=turned_away,
     )
 
 
-def _notes(evaluator: Evaluator, choice: Choice, unbounded: Point, settled: Settled | None) -> tuple[str, ...]:
+def _notes(
+    evaluator: Evaluator, choice: Choice, unbounded: Point, settled: Settled | None, left_out: str | None
+) -> tuple[str, ...]:
     """Return what must be said beside the figures."""
     log, costs, here = evaluator.log, evaluator.costs, choice.point
     notes = []
@@ -251,7 +293,7 @@ def _notes(evaluator: Evaluator, choice: Choice, unbounded: Point, settled: Sett
     if costs.kv.note:
         notes.append(costs.kv.note)
     longest = int(log.input_tokens.max())
-    notes += _too_long(evaluator, settled)
+    notes += filter(None, [left_out])
     beyond = costs.profile.extrapolation(longest, 0)
     if beyond:
         notes.append(beyond)
@@ -266,20 +308,12 @@ def _notes(evaluator: Evaluator, choice: Choice, unbounded: Point, settled: Sett
     return tuple(notes)
 
 
-def _too_long(evaluator: Evaluator, settled: Settled | None) -> list[str]:
-    """Return a note where requests are longer than an engine takes."""
-    log, most = evaluator.log, evaluator.costs.profile.max_model_len
-    if settled is not None:
-        if not settled.refused:
-            return []
-        why = f"{why_refused(settled.trial.base)}; the sweep counts them"
-        return [
-            f"{settled.refused:,} of {counted(len(log), 'request')} refused, and in no figure of the simulations: {why}"
-        ]
-    count = int((log.input_tokens + log.output_tokens > most).sum())
-    return (
-        [f"{counted(count, 'request')} longer than the model's {most:,} tokens, counted all the same"] if count else []
-    )
+def _left_out(log: LogSummary, engine: RunSettings) -> str | None:
+    """Return what is said of requests that an engine refuses, None where there are none."""
+    if not log.refused_requests:
+        return None
+    everything = counted(log.requests + log.refused_requests, "request")
+    return f"{log.refused_requests:,} of {everything} refused by the engine, and in no figure: {why_refused(engine)}"
 
 
 def _warnings(settled: Settled) -> list[str]:

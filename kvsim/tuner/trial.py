@@ -57,7 +57,8 @@ class Trial:
     Attributes:
         base: The engines, the load and the rest; chunk size, policy, sizes and the number of engines are replaced.
         top: How many of the sweep's settings: the best one at some L1 sizes, evenly chosen, that which the sweep
-            recommends among them; where there are more than sizes, the next best at the recommended size.
+            recommends and the largest among them; where there are more than sizes, the next best at the recommended
+            size. An L1 far below one engine's L0 holds little that L0 does not: such sizes come last.
         engines: Numbers of engine instances to try each with.
         l2_sizes_gb: L2 sizes to try each with; 0 is none.
         slo_ttft_p95_s: The target: p95 of TTFT at most so many seconds.
@@ -96,6 +97,11 @@ class Trial:
                 f"nothing can be simulated: every request is refused, all {count:,}: {why_refused(self.base)}"
             )
         return count
+
+    @property
+    def least_gb(self) -> float:
+        """The L1 size below which one is enough to try: an eighth of L0; 0 where several engines share L1."""
+        return self.base.l0_gib / 8 if max(self.engines) == 1 else 0.0
 
     def settings(self, point: Point | None, l2_gb: float, engines: int) -> RunSettings:
         """Return the setting of a point of the sweep; of no cache for None. Raises SettingsError."""
@@ -203,9 +209,14 @@ class Settled:
         }
 
 
-def candidates(points: Sequence[Point], choice: Choice, top: int) -> list[Point]:
-    """Return the settings of a sweep to simulate, by ascending L1 size: see `Trial.top`."""
+def candidates(points: Sequence[Point], choice: Choice, top: int, least_gb: float = 0.0) -> list[Point]:
+    """Return the settings of a sweep to simulate, by ascending L1 size: see `Trial.top`.
+
+    Where there are more sizes than that, those below `least_gb` and the recommended one come last, all but one.
+    """
     frontier = list(choice.frontier)
+    small = sum(point.l1_size_gb < min(least_gb, choice.point.l1_size_gb) for point in frontier)
+    frontier = frontier[max(0, min(len(frontier) - top, small - 1)) :]
     if top >= len(frontier):
         here = choice.point.l1_size_gb
         rest = [point for point in points if point.l1_size_gb == here and point not in frontier]
@@ -213,9 +224,9 @@ def candidates(points: Sequence[Point], choice: Choice, top: int) -> list[Point]
         picked = frontier + rest[: top - len(frontier)]
     else:
         places = np.rint(np.linspace(0, len(frontier) - 1, top)).astype(int).tolist()
-        if choice.point in frontier:
-            here = frontier.index(choice.point)
-            nearest = min(range(top), key=lambda i: abs(places[i] - here))
+        here = frontier.index(choice.point) if choice.point in frontier else places[0]
+        if here not in places:  # the largest size stays: what it saves is what the others are measured by
+            nearest = min(range(1, top - 1) or [0], key=lambda i: abs(places[i] - here))
             places[nearest] = here
         picked = [frontier[place] for place in places]
     return sorted(picked, key=lambda point: point.l1_size_gb)
@@ -238,7 +249,7 @@ def settle(
     engines = sorted(set(trial.engines))
     wanted: list[tuple[Point | None, float, int]] = [(None, 0.0, count) for count in engines]
     lower = sorted(set(trial.l2_sizes_gb))
-    wanted += list(product(candidates(points, choice, trial.top), lower, engines))
+    wanted += list(product(candidates(points, choice, trial.top, trial.least_gb), lower, engines))
     settings = [trial.settings(*one) for one in wanted]
     results = run_many(log, settings, workers=trial.workers, cluster=trial.cluster, progress=progress)
     tried = [_tried(trial, point, result) for (point, _, _), result in zip(wanted, results, strict=True)]

@@ -3,6 +3,7 @@
 import http.server
 import json
 import re
+import sys
 import threading
 import time
 
@@ -45,6 +46,13 @@ class Command:
 @pytest.fixture
 def kvsim_command(capsys):
     return Command(capsys)
+
+
+@pytest.fixture
+def narrow(capsys, monkeypatch):
+    """Stdout is a terminal of 80 columns without colours; pytest captures the test itself by another object."""
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda stream: stream is sys.stdout, raising=False)
+    monkeypatch.setenv("TERM", "dumb")
 
 
 @pytest.fixture(scope="session")

@@ -119,6 +119,7 @@ def test_tune_json(capsys, trace):
     assert found["profile"]["transfers"]["h2d"]["bytes_per_s"]
 
 
+@pytest.mark.usefixtures("narrow")
 def test_tune_for_a_person(capsys, trace):
     code, out, err = run(capsys, "tune", "--trace", trace, *COSTS, "--l1-points", 4, "--policies", "lru")
     assert (code, err) == (0, "")

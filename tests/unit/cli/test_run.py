@@ -100,6 +100,7 @@ def test_more_than_one_engine_can_do(kvsim_command, command):
     assert f"{load['served_requests_per_s']:.2f} requests/s" in " ".join(shown.replace("│", " ").split())
 
 
+@pytest.mark.usefixtures("narrow")
 def test_for_a_person(kvsim_command, command):
     shown = kvsim_command.shown(*command, "--l2-size-gb", 20)
     for word in ("queue", "load", "prefill", "TTFT without L1", "L2, not in L1", "GPU, prefill alone", "█"):

@@ -60,9 +60,24 @@ def test_for_a_person(kvsim_command, command):
     shown = kvsim_command.shown(*command, "--simulate", 2, *priced, "--slo-ttft-p95", 0.5)
     for word in ("Simulated under load", "eng.", "L2 GiB", "cost", "met", "none"):
         assert word in shown
-    assert "…" not in shown
     assert "A million prompt tokens cost" in " ".join(shown.split())
-    assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_figure_is_cut(kvsim_command, command, terminal, request):
+    """Into a pipe every column is told, whatever its width is; on a terminal of 80 those that fit."""
+    if terminal:
+        request.getfixturevalue("narrow")
+    priced = ("--price-gpu-hour", 2, "--l2-sizes-gb", "0,500", "--engines", "1,2,3", "--policies", "w-tinylfu")
+    shown = kvsim_command.shown(*command, "--simulate", 2, *priced, "--slo-ttft-p95", 5, "--max-model-len", 6000)
+    assert "…" not in shown
+    lines = shown.splitlines()
+    (heading,) = [line for line in lines if "eng." in line]
+    rows = lines[lines.index(heading) + 2 :][: 3 + 2 * 2 * 3]
+    assert "cost" in heading
+    assert all((column in heading) == (not terminal) for column in ("TTFT p50", "queue p95", "GPU", "refused"))
+    assert all(re.search(r" (met for \d+|missed|-) +[\d.-]+ *$", row) for row in rows)
+    assert max(map(len, lines)) <= (80 if terminal else 160)
 
 
 def test_progress_is_shown(kvsim_command, command):
@@ -91,10 +106,20 @@ def test_refused_requests_are_told_and_a_target_is_not_called_met_for_them(kvsim
     shown = " ".join(kvsim_command.shown(*given).replace("│", " ").split())
     assert f"met for {400 - count}" in shown
     assert f"but for {count} requests refused" in shown
+    panel = shown[shown.index("Recommendation") :]
+    assert panel.index(f"{count} of 400 requests refused by the engine") < panel.index("Simulated under")
+
+
+def test_what_the_simulations_refuse_is_not_in_the_sweep_either(kvsim_command, command):
+    limit = ("--max-model-len", 2000)
+    simulated, plain = (kvsim_command.json(*command, *limit, "--simulate", count) for count in (1, 0))
+    assert simulated["sweep"] == plain["sweep"]
+    assert simulated["simulated"]["refused_requests"] == simulated["log"]["refused_requests"] > 0
+    assert simulated["log"] == plain["log"]
 
 
 def test_a_log_of_which_nothing_can_be_simulated_is_refused(kvsim_command, command):
-    for flag in (("--rate-scale", 1), ("--slo-ttft-p95", 2)):
+    for flag in (("--rate-scale", 1), ("--slo-ttft-p95", 2), ("--simulate", 0)):
         assert "every request is refused, all 400: longer" in kvsim_command.refused(
             *command, *flag, "--max-model-len", 10
         )

@@ -75,6 +75,7 @@ def test_a_simulation_validates_itself(kvsim_command, command):
     assert found["notes"] == ["the log does not record matched_l2: those hits are not compared"]
 
 
+@pytest.mark.usefixtures("narrow")
 def test_an_error_is_reported_and_does_not_fail(kvsim_command, command):
     found = kvsim_command.json(*command, "--l1-size-gb", 0.5)
     assert found["hits"]["l1"]["error"] < -0.1

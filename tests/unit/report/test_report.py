@@ -1,5 +1,6 @@
 """The HTML report: its text, and what a real browser makes of it without a network."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ import pytest
 
 from kvsim.errors import MissingExtraError
 from kvsim.report import render, write_report
+from kvsim.report.tune_words import sentences
 from kvsim.tuner import costs, tune
 from kvtraces import Chat, Poisson, generate
 
@@ -34,6 +36,37 @@ def test_the_recommendation_comes_first_in_plain_words(page, result):
     assert f"policy {result.point.policy}" in headline
     assert page.index("headline") < page.index("<h2>Plots")
     assert f"{100 * result.point.cold.token_hit_ratio:.1f}% of all prompt tokens" in page
+
+
+def test_the_engines_own_cache_is_held_against_l1(result):
+    """L0 of as many tokens as L1 has, of fewer, and of as many as all prompts take."""
+    point, whole = result.point, result.unbounded_finest
+    in_l1 = point.capacity_chunks * point.chunk_tokens
+    everything = result.costs.kv.capacity_chunks(whole.l1_size_gb, whole.chunk_tokens) * whole.chunk_tokens
+    for tokens, words in (
+        (in_l1, f"no less than this L1 ({in_l1:,})"),
+        (in_l1 - 16, f", less than this L1 ({in_l1:,})"),
+        (everything, f"as much as all prompts of the log take ({everything:,})"),
+    ):
+        engine = dataclasses.replace(result.engine, l0_gb=(tokens + 8) * 147_456 / 2**30)
+        assert engine.l0_tokens == tokens
+        (said,) = [one for one in sentences(dataclasses.replace(result, engine=engine)) if "own cache is not in" in one]
+        assert f"({tokens:,} tokens), " in said
+        assert words in said
+        assert "--simulate 8 says what L1 adds" in said
+
+
+def test_coarse_chunks_that_hit_more_are_said_to_gain(result):
+    point = dataclasses.replace(result.point, chunk_tokens=256)
+    choice = dataclasses.replace(result.choice, point=point)
+    for here, words in (
+        (-0.0184, "it gains 1.84 points of hit ratio at this size, and loses 0.52 without end"),
+        (0.0072, "it loses 0.72 points of hit ratio at this size, 0.52 without end"),
+        (-0.00001, "it loses 0.00 points of hit ratio"),
+    ):
+        alignment = dataclasses.replace(result.alignment, lost_ratio_here=here, lost_ratio=0.0052)
+        told = sentences(dataclasses.replace(result, alignment=alignment, choice=choice))
+        assert words in told[-1]
 
 
 def test_nothing_is_fetched(page):

@@ -140,7 +140,10 @@ def test_a_target_that_nothing_meets_is_said():
     assert recommendation["ttft_p95_s"] is None
     assert recommendation["meets_slo"] is False
     assert "within 1e-06 s" in recommendation["reason"]
-    assert "The setting is the sweep's" in " ".join(words(found))
+    told = words(found)
+    assert told[0] == "No recommendation: no simulated setting meets the target of 1e-06 s."
+    assert "The setting is the sweep's, which knows no queue: chunks of" in " ".join(told)
+    assert "own cache is not in" not in " ".join(told)
 
 
 def test_more_than_the_engines_can_do_is_said():
@@ -150,6 +153,10 @@ def test_more_than_the_engines_can_do_is_said():
     assert "the queue grows" in found.settled.reason
     assert found.to_dict()["recommendation"]["sustained"] is False
     assert all(one.ttft_s["p50"] is None and one.cost is None for one in found.settled.tried)
+    told = words(found)
+    assert told[0] == "No recommendation: no simulated setting sustains the load."
+    assert told[1].startswith("Under 200 times the recorded traffic no simulated setting sustains the load; the best:")
+    assert told[2].startswith("The setting is the sweep's, which knows no queue: chunks of")
 
 
 def test_one_more_engine_helps_where_one_is_not_enough():
@@ -208,6 +215,28 @@ def test_candidates_hold_the_recommended_one_and_span_the_sizes(result):
     extra = [point for point in more if point not in frontier]
     assert len(extra) == 2
     assert {point.l1_size_gb for point in extra} == {plain.point.l1_size_gb}
+
+
+@pytest.mark.parametrize("below_largest", range(5))
+def test_candidates_hold_the_largest_size_wherever_the_recommended_one_is(below_largest):
+    plain = tune(LOG, COSTS, policies=["lru"], l1_points=9, chunk_sizes=[64])
+    frontier = plain.choice.frontier
+    here = frontier[-1 - below_largest]
+    for top in range(2, len(frontier)):
+        picked = candidates(plain.points, dataclasses.replace(plain.choice, point=here), top)
+        assert len({id(point) for point in picked}) == len(picked) == top
+        assert {frontier[-1], here} <= set(picked)
+
+
+def test_of_sizes_far_below_l0_there_is_one_where_there_are_more_than_places():
+    plain = tune(LOG, COSTS, policies=["lru"], l1_sizes_gb=[0.1 * 2**i for i in range(9)], chunk_sizes=[64])
+    assert plain.point.l1_size_gb > 1
+    for top, small in ((5, 1), (6, 1), (9, 4)):
+        picked = candidates(plain.points, plain.choice, top, 1.0)
+        assert len(picked) == top
+        assert sum(point.l1_size_gb < 1 for point in picked) == small
+    one, shared = (Trial(base=BASE, engines=engines) for engines in ((1,), (1, 2)))
+    assert (one.least_gb, shared.least_gb) == (pytest.approx(6.0 / 8, rel=1e-3), 0)
 
 
 def test_workers_change_nothing():

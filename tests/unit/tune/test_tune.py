@@ -12,8 +12,9 @@ import pytest
 import kvsim
 from kvsim.errors import UsageError
 from kvsim.profiles.load import to_json
-from kvsim.report.tune_words import frontier_rows, sentences
+from kvsim.report.tune_words import frontier_rows, further_notes, sentences
 from kvsim.tuner import Costs, KvSize, costs, tune
+from kvsim.tuner.run import engine_of
 from kvtraces import Bursty, Chat, Log, generate
 
 CHUNKS = (64, 128, 512)
@@ -355,6 +356,44 @@ def test_logs_and_settings_that_cannot_be_tuned(log, priced):
     ):
         with pytest.raises(UsageError, match=word):
             tune(log, priced, **settings)
+
+
+def test_requests_that_the_engine_refuses_are_in_no_figure(log, priced):
+    """With them left out beforehand everything is the same, but what is said of them."""
+    lengths = log.input_tokens + log.output_tokens
+    limit = int(np.median(lengths))
+    engine = kvsim.RunSettings(profile=priced.run_profile, max_model_len=limit)
+    given = {"chunk_sizes": [64], "policies": ["lru"], "l1_points": 4, "engine": engine}
+    found, alone = tune(log, priced, **given), tune(log.select(lengths <= limit), priced, **given)
+    count = int((lengths > limit).sum())
+    assert 0 < count < len(log)
+    told, plain = found.to_dict(), alone.to_dict()
+    assert (told["log"].pop("refused_requests"), plain["log"].pop("refused_requests")) == (count, 0)
+    note = next(note for note in told["recommendation"]["notes"] if "refused" in note)
+    assert note.startswith(f"{count} of 700 requests refused by the engine")
+    assert f"the model's {limit:,} tokens" in note
+    told["recommendation"]["notes"].remove(note)
+    assert told == plain
+    assert len(found.hit_tokens) == len(found.input_tokens) == len(log) - count
+    assert sentences(found)[0] == f"{note}."
+    assert not any("refused" in one for one in further_notes(found))
+
+
+def test_the_profiles_length_is_the_limit_where_nothing_else_is_said(log, priced):
+    short = dataclasses.replace(priced, profile=dataclasses.replace(priced.profile, max_model_len=1000))
+    count = int((log.input_tokens + log.output_tokens > 1000).sum())
+    assert 0 < count < len(log)
+    found = tune(log, short, chunk_sizes=[64], policies=["lru"], l1_points=2)
+    assert found.log.refused_requests == count
+    with pytest.raises(UsageError, match="every request is refused, all 700: longer"):
+        tune(log, dataclasses.replace(priced, profile=dataclasses.replace(priced.profile, max_model_len=1)))
+
+
+def test_a_profile_without_room_for_kv_still_has_an_engine(log, priced):
+    full = dataclasses.replace(priced, profile=dataclasses.replace(priced.profile, gpu_memory_bytes=2**30))
+    assert tune(log, full, chunk_sizes=[64], policies=["lru"], l1_points=2).log.refused_requests == 0
+    with pytest.raises(UsageError, match="l0_gb is 0"):
+        engine_of(full, l0_gb=0.0)
 
 
 def test_costs_that_are_not_known():
