@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, resource_tracker
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -229,6 +229,7 @@ def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
     Where the block is left by an error or a signal, their work is of no use, and they are ended with it. The pool's own
     thread is waited for then, too: one that goes on while the interpreter ends may fail there (3.11).
     """
+    _start_tracker()
     before = active_children()
     with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_end_on_interrupt) as pool:
         try:
@@ -238,6 +239,18 @@ def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
                 if process not in before:
                     process.terminate()
             raise
+
+
+def _start_tracker() -> None:
+    """Start multiprocessing's resource tracker with SIGHUP held back, for it passes over Ctrl-C and SIGTERM alone.
+
+    A closed terminal ends the whole group, and a tracker that is started in its place complains of what it never saw.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
