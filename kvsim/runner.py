@@ -47,7 +47,8 @@ class RunResult:
         stored_chunks: Chunks that engines wrote to L1.
         evicted_chunks: Chunks that left L1.
         refused_chunks: Chunks that were not stored or not loaded, by the core's reason.
-        warnings: Of a profile that was measured beside other work, and of extrapolations beyond its grids.
+        warnings: Of a log that is doubtful, of a profile that was measured beside other work, and of extrapolations
+            beyond its grids.
         steps: By engine, a tuple for each event: start and end in s, prompt tokens, decodes and engine steps; empty
             unless a timeline was asked for.
     """
@@ -174,7 +175,7 @@ def run(
         stored_chunks=0 if shell is None else shell.stored,
         evicted_chunks=0 if shell is None else shell.evicted,
         refused_chunks={} if shell is None else dict(shell.refused),
-        warnings=(*filter(None, [settings.profile.doubt()]), *finished.warnings),
+        warnings=(*log.doubts, *filter(None, [settings.profile.doubt()]), *finished.warnings),
         steps=tuple(tuple(engine.steps or ()) for engine in finished.engines),
     )
 
