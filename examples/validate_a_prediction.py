@@ -16,9 +16,11 @@ from kvtraces import Chat, Log, Poisson, generate
 def main() -> None:
     profile = kvsim.costs(model="qwen3-8b", gpu="h100").run_profile
     settings = kvsim.RunSettings(profile=profile, chunk_tokens=64, l0_block_tokens=16, l0_gb=8.0, l1_gb=30.0)
-    log = kvsim.read(sys.argv[1]) if len(sys.argv) > 1 else recorded(settings)
-
-    found = kvsim.validate(log, settings)
+    try:
+        log = kvsim.read(sys.argv[1]) if len(sys.argv) > 1 else recorded(settings)
+        found = kvsim.validate(log, settings)
+    except (kvsim.LogError, kvsim.UsageError) as error:  # such as a log without ttft_ms
+        sys.exit(f"error: {error}")
     for name, ttft in found.ttft.items():
         off = f"{ttft.error:+.1%} ({ttft.low:+.1%} to {ttft.high:+.1%})"
         print(f"{name}: recorded {ttft.recorded_s:.4f} s, predicted {ttft.predicted_s:.4f} s: {off}")

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, resource_tracker
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias, TypeVar
@@ -49,7 +49,8 @@ class RunResult:
         stored_chunks: Chunks that engines wrote to L1.
         evicted_chunks: Chunks that left L1.
         refused_chunks: Chunks that were not stored or not loaded, by the core's reason.
-        warnings: Of a profile that was measured beside other work, and of extrapolations beyond its grids.
+        warnings: Of a log that is doubtful, of a profile that was measured beside other work, and of extrapolations
+            beyond its grids.
         steps: By engine, a tuple for each event: start and end in s, prompt tokens, decodes and engine steps; empty
             unless a timeline was asked for.
     """
@@ -166,7 +167,7 @@ def run(
         stored_chunks=0 if shell is None else shell.stored,
         evicted_chunks=0 if shell is None else shell.evicted,
         refused_chunks={} if shell is None else dict(shell.refused),
-        warnings=(*filter(None, [settings.profile.doubt()]), *finished.warnings),
+        warnings=(*log.doubts, *filter(None, [settings.profile.doubt()]), *finished.warnings),
         steps=tuple(tuple(engine.steps or ()) for engine in finished.engines),
     )
 
@@ -232,6 +233,7 @@ def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
     Where the block is left by an error or a signal, their work is of no use, and they are ended with it. The pool's own
     thread is waited for then, too: one that goes on while the interpreter ends may fail there (3.11).
     """
+    _start_tracker()
     before = active_children()
     with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_end_on_interrupt) as pool:
         try:
@@ -241,6 +243,18 @@ def _processes(count: int) -> Iterator[ProcessPoolExecutor]:
                 if process not in before:
                     process.terminate()
             raise
+
+
+def _start_tracker() -> None:
+    """Start multiprocessing's resource tracker with SIGHUP held back, for it passes over Ctrl-C and SIGTERM alone.
+
+    A closed terminal ends the whole group, and a tracker that is started in its place complains of what it never saw.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -41,36 +41,46 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 2 for what the user can mend, in one line; 130 after Ctrl-C.
 
-    143 after SIGTERM, which ends it as Ctrl-C does, with everything cleaned up. What is not known to be the user's
-    keeps its traceback.
+    143 after SIGTERM and 129 after SIGHUP, as a terminal that is closed sends it: they end it as Ctrl-C does, with
+    everything cleaned up. What is not known to be the user's keeps its traceback.
     """
     _encodable()
-    terminated = threading.Event()
+    ended_by: list[int] = []
     try:
-        with _sigterm_as_ctrl_c(terminated):
+        with _as_ctrl_c(ended_by):
             code = _printed(arguments)
     except (KeyboardInterrupt, typer.Abort):
         code = 128 + signal.SIGINT
-    return 128 + signal.SIGTERM if terminated.is_set() else code
+    return 128 + ended_by[0] if ended_by else code
 
 
 @contextmanager
-def _sigterm_as_ctrl_c(terminated: threading.Event) -> Iterator[None]:
-    """Let the first SIGTERM in the block do what Ctrl-C does, and pass over others while all is cleaned up."""
+def _as_ctrl_c(ended_by: list[int]) -> Iterator[None]:
+    """Let the first SIGTERM or SIGHUP in the block do what Ctrl-C does, and pass over others while all is cleaned up.
 
-    def end(*_: Any) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        terminated.set()
+    SIGHUP stays ignored where it is, as under nohup. `ended_by` gets the signal's number.
+    """
+
+    def end(number: int, _: Any) -> NoReturn:
+        for one in before:
+            signal.signal(one, signal.SIG_IGN)
+        ended_by.append(number)
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():  # only that one gets signals
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
+    taken = (signal.SIGTERM, signal.SIGHUP)
+    before = {one: signal.getsignal(one) for one in taken}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
+    for one in before:
+        signal.signal(one, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _encodable() -> None:

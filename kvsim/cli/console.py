@@ -52,9 +52,15 @@ def stages(show: bool | None) -> Iterator[Stages]:
 
 
 def read_log(
-    paths: Sequence[str], block_size: int | None, skip_bad: bool, shown: Stages, model: str | None = None
+    paths: Sequence[str],
+    block_size: int | None,
+    skip_bad: bool,
+    shown: Stages,
+    model: str | None = None,
+    *,
+    sort: bool = False,
 ) -> Log:
-    """Read a log with progress; bad rows left out, and rows of other models, are told on stderr.
+    """Read a log with progress; bad rows left out, what is doubtful, and rows of other models, are told on stderr.
 
     `model` is the one that it is priced by. Raises as `kvtraces.read`, and UsageError.
     """
@@ -64,13 +70,21 @@ def read_log(
         list(paths),
         block_tokens=block_size,
         skip_bad=skip_bad,
+        sort=sort,
         progress=lambda done, total: shown.update("reading", done, total),
     )
     if log.skipped:
         sys.stderr.write(f"kvsim: {counted(log.skipped, 'bad row')} left out; the first: {log.skipped_messages[0]}\n")
+    for doubt in log.doubts:
+        sys.stderr.write(f"kvsim: warning: {doubt}\n")
     for doubt in _models(log, model):
         sys.stderr.write(f"kvsim: {doubt}\n")
     return log
+
+
+def warnings(log: Log) -> dict[str, list[str]]:
+    """Return what is doubtful of a log as a part of a JSON object: nothing for most."""
+    return {"warnings": list(log.doubts)} if log.doubts else {}
 
 
 def _models(log: Log, priced: str | None) -> list[str]:

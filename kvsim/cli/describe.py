@@ -1,12 +1,13 @@
 """`kvsim describe`: a log in figures."""
 
-from kvsim.cli.options import BlockSize, Json, ShowProgress, SkipBad, Traces
+from kvsim.cli.options import BlockSize, Json, ShowProgress, SkipBad, Sort, Traces
 
 
 def describe(
     trace: Traces,
     block_size: BlockSize = None,
     skip_bad: SkipBad = False,
+    sort: Sort = False,
     json: Json = False,
     progress: ShowProgress = None,
 ) -> None:
@@ -16,14 +17,14 @@ def describe(
     """
     from dataclasses import asdict  # noqa: PLC0415
 
-    from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415
+    from kvsim.cli.console import print_json, read_log, stages, warnings  # noqa: PLC0415
     from kvtraces import describe as figures_of  # noqa: PLC0415
 
     with stages(progress) as shown:
-        log = read_log(trace, block_size, skip_bad, shown)
+        log = read_log(trace, block_size, skip_bad, shown, sort=sort)
     found = figures_of(log)
     if json:
-        print_json(asdict(found))
+        print_json({**asdict(found), **warnings(log)})
         return
     from kvsim.cli.show import facts  # noqa: PLC0415
     from kvsim.plots import number  # noqa: PLC0415

@@ -138,11 +138,15 @@ RateScale: TypeAlias = Annotated[
     float, typer.Option(help="Traffic this many times as fast as recorded.", rich_help_panel=_TRAFFIC)
 ]
 ArrivalsName: TypeAlias = Annotated[
-    Literal["recorded", "poisson", "uniform"], typer.Option(help="When requests arrive.", rich_help_panel=_TRAFFIC)
+    Literal["recorded", "spread", "poisson", "uniform"],
+    typer.Option(
+        help="When requests arrive; spread: those of one recorded time evenly up to the log's next step.",
+        rich_help_panel=_TRAFFIC,
+    ),
 ]
 RatePerS: TypeAlias = Annotated[
     float | None,
-    typer.Option(help="Requests a second of the latter two.", show_default=False, rich_help_panel=_TRAFFIC),
+    typer.Option(help="Requests a second of poisson and uniform.", show_default=False, rich_help_panel=_TRAFFIC),
 ]
 Seed: TypeAlias = Annotated[int, typer.Option(help="Of everything drawn by chance.", rich_help_panel=_TRAFFIC)]
 

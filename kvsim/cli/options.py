@@ -19,6 +19,10 @@ BlockSize: TypeAlias = Annotated[
 SkipBad: TypeAlias = Annotated[
     bool, typer.Option("--skip-bad", help="Leave bad rows out and count them.", rich_help_panel="Log")
 ]
+Sort: TypeAlias = Annotated[
+    bool,
+    typer.Option("--sort", help="Sort a log by timestamp that is in another order.", rich_help_panel="Log"),
+]
 Model: TypeAlias = Annotated[
     str | None,
     typer.Option(help="A model's name (qwen3-8b), or the path of its config.json.", rich_help_panel="Costs"),

@@ -46,6 +46,7 @@ from kvsim.cli.options import (
     ProfilePath,
     ShowProgress,
     SkipBad,
+    Sort,
     TensorParallel,
     Traces,
 )
@@ -65,6 +66,7 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
     packing: PackingName = "none",
     block_size: BlockSize = None,
     skip_bad: SkipBad = False,
+    sort: Sort = False,
     journal: Journal = None,
     rate_scale: RateScale = 1.0,
     arrivals: ArrivalsName = "recorded",
@@ -121,6 +123,7 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
 
     from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415
     from kvsim.cli.engine_options import build, options, plain, routed, with_journal  # noqa: PLC0415
+    from kvsim.engine.arrivals import coarse_times  # noqa: PLC0415
     from kvsim.files import files_read  # noqa: PLC0415
     from kvsim.runner import run as simulated  # noqa: PLC0415
     from kvsim.tuner.grid import check_log_chunk  # noqa: PLC0415
@@ -142,8 +145,9 @@ def run(  # noqa: PLR0913, PLR0917 - a command's options
     )
     _check(timeline, chrome_trace, files_read(trace, journal, profile, model))
     with stages(progress) as shown:
-        log = read_log(trace, block_size, skip_bad, shown, settings.profile.model)
+        log = read_log(trace, block_size, skip_bad, shown, settings.profile.model, sort=sort)
         check_log_chunk(settings.chunk_tokens, log.block_tokens)
+        told += filter(None, [coarse_times(log, settings)])
         settings, log, by_routing = routed(context, settings, log, journal)
         told += by_routing
         result = simulated(

@@ -12,6 +12,7 @@ from kvsim.cli.options import (
     PackingName,
     ShowProgress,
     SkipBad,
+    Sort,
     TensorParallel,
     Traces,
 )
@@ -32,6 +33,7 @@ def simulate(  # noqa: PLR0913, PLR0917 - a command's options
     ] = "sweep",
     block_size: BlockSize = None,
     skip_bad: SkipBad = False,
+    sort: Sort = False,
     model: Model = None,
     tensor_parallel: TensorParallel = None,
     kv_dtype: KvDtype = "auto",
@@ -44,7 +46,7 @@ def simulate(  # noqa: PLR0913, PLR0917 - a command's options
     Example: kvsim simulate --trace prod.jsonl --chunk-tokens 256 --l1-size-gb 20 --model qwen3-8b --policy s3fifo
     """
     from kvsim import api  # noqa: PLC0415 - numpy is loaded when it runs, not for --help
-    from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415
+    from kvsim.cli.console import print_json, read_log, stages, warnings  # noqa: PLC0415
 
     if l1_size_gb is not None and capacity_chunks is not None:
         raise UsageError("--capacity-chunks and --l1-size-gb say the same: give one")
@@ -52,12 +54,12 @@ def simulate(  # noqa: PLR0913, PLR0917 - a command's options
     if l1_size_gb is not None:
         capacity_chunks = _capacity(l1_size_gb, chunk_tokens, size)
     with stages(progress) as shown:
-        log = read_log(trace, block_size, skip_bad, shown)
+        log = read_log(trace, block_size, skip_bad, shown, sort=sort)
     result = api.simulate(
         log, chunk_tokens=chunk_tokens, capacity_chunks=capacity_chunks, policy=policy.lower(), engine=engine
     ).to_dict()
     if json:
-        print_json(result)
+        print_json({**result, **warnings(log)})
         return
     from kvsim.cli.show import facts  # noqa: PLC0415
 

@@ -1,7 +1,7 @@
 """`kvsim tune`: a log in, a recommendation out."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -26,6 +26,7 @@ from kvsim.cli.options import (
     ProfilePath,
     ShowProgress,
     SkipBad,
+    Sort,
     TensorParallel,
     Traces,
     integers,
@@ -37,6 +38,7 @@ from kvsim.errors import UsageError
 
 if TYPE_CHECKING:
     from kvsim.tuner import Costs, Trial, TuneResult
+    from kvtraces import Log
 
 _SWEEP = "Sweep"
 _CHOICE = "Choice"
@@ -55,6 +57,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
     packing: PackingName = "none",
     block_size: BlockSize = None,
     skip_bad: SkipBad = False,
+    sort: Sort = False,
     journal: Journal = None,
     chunk_sizes: Annotated[
         str | None,
@@ -89,6 +92,13 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
         float | None,
         typer.Option(help="Traffic this many times as fast.", show_default=False, rich_help_panel=_TRIAL),
     ] = None,
+    arrivals: Annotated[
+        Literal["recorded", "spread"],
+        typer.Option(
+            help="When requests arrive; spread: those of one recorded time evenly up to the log's next step.",
+            rich_help_panel=_TRIAL,
+        ),
+    ] = "recorded",
     slo_ttft_p95: Annotated[
         float | None,
         typer.Option(help="Target: p95 of TTFT in seconds.", show_default=False, rich_help_panel=_TRIAL),
@@ -142,6 +152,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
 
     Example: kvsim tune --trace prod.jsonl --model qwen3-8b --gpu h100 --engines 3,4 --slo-ttft-p95 2
     """
+    from dataclasses import replace  # noqa: PLC0415
     from functools import partial  # noqa: PLC0415 - loaded when it runs, not for --help
 
     from kvsim.cli.console import print_json, read_log, stages  # noqa: PLC0415
@@ -177,8 +188,9 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
             "ram_gb_hour": price_ram_gb_hour,
             "disk_gb_hour": price_disk_gb_hour,
         },
-        any(said(context, name) for name in (*engine, "routing")),
+        any(said(context, name) for name in (*engine, "routing", "arrivals")),
         routing=routing,
+        arrivals=arrivals,
         **recorded,
     )
     if report is not None:
@@ -193,7 +205,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
     if plot is not None:
         make_folder(plot)
     with stages(progress) as shown:
-        log = read_log(trace, block_size, skip_bad, shown, priced.profile.model)
+        log = read_log(trace, block_size, skip_bad, shown, priced.profile.model, sort=sort)
         result = run(
             log,
             priced,
@@ -209,6 +221,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command's options
             trial_progress=lambda done, total: shown.update("simulating", done, total),
             engine=engine_of(priced, **{name: recorded[name] for name in _LIMITS}),
         )
+    result = replace(result, notes=(*result.notes, *_of_log(log, trial, result.notes)))
     _write(result, trace, report, plot)
     if json:
         print_json({**result.to_dict(), **({"by_journal": told} if told else {})})
@@ -246,6 +259,14 @@ def _trial(costs: "Costs", asked: dict[str, Any], where: bool, **engine: Any) ->
     for count in counts:
         trial.settings(None, 0.0, count)  # what cannot be run is refused before the sweep
     return trial
+
+
+def _of_log(log: "Log", trial: "Trial | None", said: tuple[str, ...]) -> list[str]:
+    """Return what the log makes doubtful, but for what is said already."""
+    from kvsim.engine.arrivals import coarse_times  # noqa: PLC0415
+
+    coarse = None if trial is None else coarse_times(log, trial.base)
+    return [doubt for doubt in (*log.doubts, *filter(None, [coarse])) if doubt not in said]
 
 
 def _write(result: "TuneResult", trace: list[str], report: Path | None, plot: Path | None) -> None:

@@ -41,6 +41,7 @@ from kvsim.cli.options import (
     ProfilePath,
     ShowProgress,
     SkipBad,
+    Sort,
     TensorParallel,
     Traces,
 )
@@ -57,6 +58,7 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
     packing: PackingName = "none",
     block_size: BlockSize = None,
     skip_bad: SkipBad = False,
+    sort: Sort = False,
     seed: Seed = 0,
     engines: Engines = 1,
     routing: RoutingName = "round-robin",
@@ -146,7 +148,7 @@ def validate(  # noqa: PLR0913, PLR0917 - a command's options
         check_outputs((report,), files_read(trace, journal, profile, model))
     replayed = None if journal is None else replay(journal)
     with stages(progress) as shown:
-        log = read_log(trace, block_size, skip_bad, shown, settings.profile.model)
+        log = read_log(trace, block_size, skip_bad, shown, settings.profile.model, sort=sort)
         check_log_chunk(settings.chunk_tokens, log.block_tokens)
         if not block_known and log.block_tokens is not None:
             settings = replace(settings, l0_block_tokens=log.block_tokens)

@@ -10,7 +10,7 @@ from kvsim.errors import UsageError
 from kvsim.profiles import Profile
 
 Routing: TypeAlias = Literal["round-robin", "least-loaded", "prefix-aware", "recorded"]
-Arrivals: TypeAlias = Literal["recorded", "poisson", "uniform"]
+Arrivals: TypeAlias = Literal["recorded", "spread", "poisson", "uniform"]
 LoadMode: TypeAlias = Literal["auto", "layerwise", "sync", "async"]
 LowerKind: TypeAlias = Literal["disk", "network"]
 
@@ -34,7 +34,8 @@ class RunSettings:
         engines: Engine instances, all on one server's L1.
         routing: Which engine a request goes to; `recorded` follows the log's `instance` column.
         rate_scale: Recorded arrivals this many times as fast.
-        arrivals: Recorded times, or a Poisson or evenly spaced stream of `rate_per_s` in the log's order.
+        arrivals: Recorded times; these with those of one time spread evenly over the step in which the log counts; or a
+            Poisson or evenly spaced stream of `rate_per_s` in the log's order.
         rate_per_s: Requests a second of the latter two.
         seed: Of everything drawn at random.
         max_model_len: Longest prompt and output together, longer requests are refused; None: the profile's.
@@ -108,7 +109,7 @@ class RunSettings:
                 raise SettingsError(
                     f"{name}: no eviction policy {getattr(self, name)!r}; there are {', '.join(POLICIES)}"
                 )
-        if (self.arrivals == "recorded") != (self.rate_per_s is None):
+        if (self.arrivals in ("recorded", "spread")) != (self.rate_per_s is None):
             raise SettingsError("rate_per_s goes with arrivals poisson or uniform, and they with it")
         if self.l2_gb != 0 and f"{self.l2_kind}_read" not in self.profile.transfers:
             raise SettingsError(f"profile {self.profile.name} has no speed of a {self.l2_kind}")

@@ -18,7 +18,7 @@ from kvtraces import Chat, Poisson, generate, write
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-def run(name, *arguments, folder, code=0):
+def run(name, *arguments, folder, code=0, error=""):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-W", "error", str(EXAMPLES / name), *map(str, arguments)]
     done = subprocess.run(
@@ -26,6 +26,7 @@ def run(name, *arguments, folder, code=0):
     )
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
+    assert error in done.stderr
     return done.stdout
 
 
@@ -90,6 +91,15 @@ def test_validate_a_prediction(tmp_path):
     assert printed.count("predicted") >= 7
     assert "mostly in prefill" in printed
     assert "by prompt length: True" in printed
+
+
+def test_a_log_that_cannot_be_validated_is_told_in_one_line(tmp_path, log):
+    (tmp_path / "bad.jsonl").write_text("hello\n")
+    for path, error in (
+        (log, "error: the log has no ttft_ms column: there is nothing to compare with\n"),
+        ("bad.jsonl", "error: bad.jsonl:1: row: is not JSON"),
+    ):
+        assert run("validate_a_prediction.py", path, folder=tmp_path, code=1, error=error) == ""
 
 
 class Engine(http.server.BaseHTTPRequestHandler):

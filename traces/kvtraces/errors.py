@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-MEND = "mend or remove the row, or count it with --skip-bad"
+_COUNT = ", or count it with --skip-bad"
+MEND = f"mend or remove the row{_COUNT}"
 KEPT_MESSAGES = 5
 
 
@@ -38,4 +39,4 @@ class BadRows:
             raise error
         self.count += 1
         if len(self.messages) < KEPT_MESSAGES:
-            self.messages.append(str(error))
+            self.messages.append(str(error).removesuffix(_COUNT))

@@ -44,6 +44,8 @@ class Log:
     """Bad rows left out."""
     skipped_messages: tuple[str, ...] = ()
     """What was wrong with the first few of them."""
+    doubts: tuple[str, ...] = ()
+    """What a reader of any figure of it should know, a line each: see `kvtraces.doubts`."""
 
     def __len__(self) -> int:
         """Return the number of requests."""
@@ -133,6 +135,7 @@ class Log:
             extra=join_columns([log.extra for log in logs], [len(log) for log in logs]),
             skipped=sum(log.skipped for log in logs),
             skipped_messages=tuple(message for log in logs for message in log.skipped_messages),
+            doubts=tuple(doubt for log in logs for doubt in log.doubts),
         )
 
     def _output_counts(self) -> IntArray:

@@ -3,12 +3,13 @@
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtraces.doubts import check_chains, repeated_ids, unit_of_time
 from kvtraces.errors import MEND, BadRows, LogError
 from kvtraces.log import IntArray, Log, join_columns, offsets
 from kvtraces.rows import Rows, leading
@@ -72,6 +73,7 @@ def read(
     *,
     block_tokens: int | None = None,
     skip_bad: bool = False,
+    sort: bool = False,
     progress: Progress | None = None,
 ) -> Log:
     """Read one log from files, globs, folders and rotated sets, plain, gz or zst, of any known format.
@@ -80,9 +82,11 @@ def read(
     row has `len(hash_ids) == ceil(input_length / block)`. Only full blocks are kept. Rows are sorted by `seq` where
     they have it; else time must not run backwards within a recording. Several recordings are merged by `seq` where no
     two rows share one and time does not run backwards then, else by time, each in its own order; ties keep the order in
-    which they were given.
+    which they were given. With `sort`, a log without `seq` is put in order of time, as one that was written in order of
+    completion needs.
 
     With `skip_bad`, bad rows are left out and counted in the Log. `progress` is called with (bytes read, bytes in all).
+    What is doubtful of a log that can be read is in `Log.doubts`.
     Raises LogError, one line that names file, line and field, for anything that is not a log.
     """
     if block_tokens is not None and not 1 <= block_tokens <= MAX_BLOCK_TOKENS:
@@ -96,12 +100,18 @@ def read(
     block = _settle_block(batches, block_tokens, bad)
     for rows in batches:
         _check_counts(rows, block, bad)
-    for recording in recordings:
+    doubts = check_chains(batches, block, bad)
+    by_time = sort and not any("seq" in rows.extra for rows in batches)
+    for recording in () if by_time else recordings:
         _check_order(recording, bad)
     recordings = [recording for recording in recordings if any(map(len, recording))]
     if not recordings:
         raise _empty(streams, bad)
-    return _assemble(recordings, block, bad)
+    log = _assemble(recordings, block, bad)
+    if by_time:
+        log = _in_time(log, doubts)
+    doubts += [*unit_of_time(log.timestamp_ms), *repeated_ids(log.extra.get("request_id"))]
+    return replace(log, doubts=tuple(doubts))
 
 
 def _metered(
@@ -264,12 +274,21 @@ def _check_times(recording: Sequence[Rows], bad: BadRows) -> None:
         good = kept[done : done + len(rows)]
         for row in np.flatnonzero(~good).tolist():
             at, latest = times[done + row], before[done + row]
-            what = f"{at:.16g} comes after {latest:.16g}: time runs backwards; sort the rows, or give them seq"
-            told = f"{at:.16g} is out of order with most rows; {MEND}" if jumps else what
+            what = f"{at:.16g} comes after {latest:.16g}: time runs backwards; sort the rows (--sort), or give them seq"
+            told = f"{at:.16g} is out of order with most rows; sort them all (--sort)" if jumps else what
             bad.report(rows.error(row, "timestamp", told))
         done += len(rows)
         if not good.all():
             rows.keep(good)
+
+
+def _in_time(log: Log, doubts: list[str]) -> Log:
+    """Return a log in order of time; rows of one time keep theirs. How many were out of order is doubtful."""
+    late = int(np.count_nonzero(log.timestamp_ms < np.maximum.accumulate(log.timestamp_ms)))
+    if not late:
+        return log
+    doubts.append(f"sorted by timestamp: {counted(late, 'row')} of {len(log):,} came after a later one")
+    return log.select(np.argsort(log.timestamp_ms, kind="stable"))
 
 
 def _longest_in_order(times: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -29,7 +29,7 @@ class Stream:
 
 
 def expand(paths: str | Path | Sequence[str | Path]) -> list[Stream]:
-    """Return the recordings that `paths` name, in the order given; a file named twice counts once.
+    """Return the recordings that `paths` name, in the order given; a file named twice, by whatever path, counts once.
 
     A path is a file, a glob, a folder (its .jsonl, .json and .csv files, compressed or not, at any depth, by name), or
     the base name of a rotated set, which stands for the whole set (`prod.jsonl` for `prod.jsonl`, `prod.1.jsonl`, ...;
@@ -37,13 +37,13 @@ def expand(paths: str | Path | Sequence[str | Path]) -> list[Stream]:
     """
     if isinstance(paths, str | Path):
         paths = [paths]
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for path in paths:
         for file in _files(Path(path)):
-            found.setdefault(file)
+            found.setdefault(file.resolve(), file)
     streams: dict[object, dict[int, Path]] = {}
-    for file in found:
-        members = streams.setdefault(_set_of(file), {})
+    for file in found.values():
+        members = streams.setdefault(_set_of(file.parent.resolve() / file.name), {})
         twin = members.setdefault(rotation_number(file), file)
         if twin is not file:
             raise LogError(file, None, None, f"is the same log as {twin.name} in another compression; name one of them")

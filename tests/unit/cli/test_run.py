@@ -255,10 +255,16 @@ def stopped_worker(group, deadline):
 
 @pytest.mark.parametrize(
     ("at", "stop", "sent"),
-    [("[1-9]", False, "INT"), ("([3-9]|\\d\\d)", False, "INT"), ("[1-9]", True, "INT"), ("[1-9]", False, "TERM")],
+    [
+        ("[1-9]", False, "INT"),
+        ("([3-9]|\\d\\d)", False, "INT"),
+        ("[1-9]", True, "INT"),
+        ("[1-9]", False, "TERM"),
+        ("[1-9]", False, "HUP"),
+    ],
 )
-def test_ctrl_c_and_sigterm_end_every_process_and_leave_nothing(tmp_path, at, stop, sent):
-    """Ctrl-C goes to the whole group; SIGTERM, as a supervisor sends it, to the command alone."""
+def test_ctrl_c_sigterm_and_sighup_end_every_process_and_leave_nothing(tmp_path, at, stop, sent):
+    """Ctrl-C and a closed terminal's SIGHUP go to the whole group; SIGTERM to the command alone."""
     log, out, temporary = tmp_path / "log.jsonl", tmp_path / "out", tmp_path / "temporary"
     out.mkdir()
     temporary.mkdir()
@@ -275,18 +281,37 @@ def test_ctrl_c_and_sigterm_end_every_process_and_leave_nothing(tmp_path, at, st
             seen += os.read(process.stderr.fileno(), 4096).decode(errors="replace")
         if worker is not None:
             os.kill(worker, signal.SIGKILL)
-        if sent == "INT":
-            os.killpg(process.pid, signal.SIGINT)
-        else:
+        if sent == "TERM":
             process.terminate()
+        else:
+            os.killpg(process.pid, signal.Signals[f"SIG{sent}"])
         try:
             printed, err = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert process.returncode == {"INT": 130, "TERM": 143}[sent], seen + err
+    assert process.returncode == {"HUP": 129, "INT": 130, "TERM": 143}[sent], seen + err
     assert "Traceback" not in seen + err
     assert (printed, list(out.iterdir()), list(temporary.iterdir())) == ("", [], [])
     deadline = time.monotonic() + 20
     while living(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert living(process.pid) == []
+
+
+def test_sighup_is_passed_over_under_nohup(tmp_path, chat_trace):
+    arguments = ("tune", "--trace", chat_trace, *COSTS, "--l1-points", 300, "--progress", "--json")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = ["nohup", sys.executable, "-m", "kvsim", *map(str, arguments)]
+    pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with (
+        (tmp_path / "out").open("w") as out,
+        subprocess.Popen(command, env=environment, text=True, stdout=out, **pipes) as process,
+    ):
+        seen = ""
+        deadline = time.monotonic() + 60
+        while not re.search("sweeping", seen) and time.monotonic() < deadline:
+            seen += os.read(process.stderr.fileno(), 4096).decode(errors="replace")
+        process.send_signal(signal.SIGHUP)
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, seen + err
+    assert json.loads((tmp_path / "out").read_text())["sweep"]

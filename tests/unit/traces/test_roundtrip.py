@@ -38,7 +38,7 @@ def rows(draw: st.DrawFn, *, sequenced: bool) -> list[Row]:
                 timestamp=time_ms,
                 input_length=input_length,
                 output_length=output_length,
-                hash_ids=draw(st.lists(ids, min_size=count, max_size=count)),
+                hash_ids=draw(st.lists(ids, min_size=count, max_size=count, unique=True)),
                 block_size=BLOCK,
                 seq=seq if sequenced else None,
                 output_hash_ids=draw(st.none() | st.lists(ids, min_size=outputs, max_size=outputs)),
@@ -89,6 +89,8 @@ def test_what_is_written_is_read(tmp_path: Path, made: list[Row], name: str, max
 def assert_same(a: Log, b: Log) -> None:
     for one in dataclasses.fields(Log):
         left, right = getattr(a, one.name), getattr(b, one.name)
+        if one.name == "doubts":  # they name the files
+            continue
         if one.name == "extra":
             assert left.keys() == right.keys()
             for name, column in left.items():
