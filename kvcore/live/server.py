@@ -35,7 +35,7 @@ from kvcore.live.stores.files import FileStore
 from kvcore.live.stores.pool import StorePool
 from kvcore.live.stores.registry import open_store
 from kvcore.live.takeover import Found, State, go_on, recover
-from kvtraces.journal import Head, JournalWriter, take_snapshot
+from kvtraces.journal import Head, JournalWriter, take_snapshot, without_collection
 
 _LOG = logging.getLogger("kvcore.server")
 _TURN_MESSAGES = 256
@@ -155,8 +155,12 @@ class Server:
         """Close it; after a fault without what nobody was told of, which may be half of a step."""
         if self._failed:
             journal.abandon()
-        else:
+            return
+        try:
             journal.close()
+        except OSError as error:
+            _LOG.error("the end of the journal may be lost, and chunks in L2 with it: %s", error)
+            journal.abandon()
 
     def __enter__(self) -> "Server":
         """Start in a thread."""
@@ -501,9 +505,10 @@ class Server:
         start = time.monotonic()
         try:
             journal.flush()
-            if journal.due:
+            if journal.due and not journal.settling:  # the disk may take seconds, and the segment grows meanwhile
                 state = self.service.parts.state
-                journal.rotate(take_snapshot(state.core, state.book.dump()))
+                with without_collection():
+                    journal.rotate(take_snapshot(state.core, state.book.dump()))
         except OSError as error:
             _LOG.error("going on without the journal, which cannot be written: %s", error)
             self.service.lose_journal(str(error))

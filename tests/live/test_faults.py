@@ -249,8 +249,9 @@ def test_a_full_journal_goes_on_in_bounded_segments(start, folder):
     with SyncEngine(server.endpoint, facts={"l0_blocks": 9}) as engine:
         for at in range(1500):
             engine.serve(f"{at}", chain(f"{at % 30}", 20), real=False)
-        names = sorted(path.name for path in (folder / "journal").glob("*.kvj"))
-        assert len(names) == 2
+        names = wait_for(  # the oldest goes when the disk has taken the newest
+            lambda: len(there := sorted(path.name for path in (folder / "journal").glob("*.kvj"))) == 2 and there
+        )
         assert names[-1] > "00000003.kvj"
         server.kill()
     result = verify(folder / "journal")
@@ -314,6 +315,38 @@ def test_a_journal_whose_next_segment_cannot_be_made_is_given_up(start, folder):
         assert engine.serve("r", chain("new", 3))[1].chunks == (0, 1, 2)
     assert server.stop() == 0
     assert isinstance(verify(moved), Equal)
+
+
+def test_a_disk_that_takes_its_time_with_a_segment_holds_up_nobody_and_its_failure_costs_the_journal(
+    folder, monkeypatch
+):
+    ready, asked, told = threading.Event(), threading.Event(), threading.Event()
+    sync = os.fsync
+
+    def fsync(fd):
+        if not ready.is_set():
+            return sync(fd)
+        asked.set()
+        told.wait(20)
+        raise OSError(5, "a broken disk")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    settings = settings_in(folder, name="t", journal=str(folder / "journal"), journal_segment_mb=1)
+    with Server(settings) as server, SyncEngine(settings.bind[0]) as engine:
+        ready.set()
+        at = 0
+        while not asked.is_set():
+            at += 1
+            engine.serve(f"{at}", chain(f"{at % 30}", 20), real=False)
+            assert at < 3000
+        for at in range(600):  # more than another segment, which has to wait
+            engine.serve(f"meanwhile-{at}", chain(f"{at % 30}", 20), real=False)
+        assert server.service.journal_failure == ""
+        assert len(list((folder / "journal").glob("*.kvj"))) == 2
+        told.set()
+        wait_for(lambda: server.service.journal_failure)
+        assert "a broken disk" in server.service.journal_failure
+        assert engine.serve("r", chain("new", 3))[1].chunks == (0, 1, 2)
 
 
 # Clients, when the server is away
