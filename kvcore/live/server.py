@@ -372,6 +372,7 @@ class Server:
             watch=lambda fd: self._poller.register(fd, zmq.POLLIN),
             unwatch=self._poller.unregister,
         )
+        self.service.look = self._liveness.look
         stack.callback(self._liveness.close)
 
     def _open_http(self, stack: ExitStack) -> None:

@@ -116,6 +116,8 @@ class Service:
         self.transport.handle = self.driver.handle
         self.pretouch: Pretouch | None = None
         """How far the arena's pages are faulted in, where that was asked for."""
+        self.look: Callable[[Member], object] = lambda _: None
+        """Takes in that a member's liveness connection has ended, where the loop has not come to that yet."""
         self.later: list[Callable[[], None]] = []
         """What is to be done after the replies are out."""
         self.strays: deque[bytes] = deque(chunk for chunk in parts.state.strays if isinstance(chunk, bytes))
@@ -174,6 +176,8 @@ class Service:
     def _register(self, message: wire.Register) -> wire.Registered:
         now_ns = self.clock.now_ns()
         sized = self.members.size(message)
+        if (holder := self.members.holder(message)) is not None:
+            self.look(holder)
         instance, old = self.members.find(message)
         if old is not None:
             self.gone(old)

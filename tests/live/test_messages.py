@@ -1,12 +1,13 @@
 """Whatever arrives, the server answers and serves on."""
 
 import struct
+import threading
 from contextlib import ExitStack
 
 import msgspec
 import pytest
 import zmq
-from live_fakes import SyncEngine, chain, wait_for
+from live_fakes import SyncEngine, chain, clients, wait_for
 
 from kvcore.live import wire
 from kvcore.live.client import Client, Register, RegistrationRefused, RemoteError, SchedulerClient
@@ -195,6 +196,55 @@ def test_another_size_under_a_registered_name_is_refused(start):
     # and is fine once the instance is gone
     with SyncEngine(server.endpoint, "e", chunk_bytes=8192) as engine:
         assert engine.registered.shard_bytes == 8192
+
+
+def test_a_place_is_nobody_elses_while_its_process_is_here_whatever_id_is_claimed(start):
+    server = start(l1_pages=8)
+    with SyncEngine(server.endpoint, "e") as engine, Client(server.endpoint) as other:
+        prompt = chain("p", 8)
+        engine.lookup("r", prompt)
+        granted = engine.ask("r", prompt)
+        shown = server.status()["instances"][0]["members"]
+        for member in shown:
+            request = wire.Register("e", member["role"], 16, 256, member["rank"], pid=member["pid"])
+            with pytest.raises(RemoteError, match="which is still here: end that one, or take another name") as raised:
+                other.call(request)
+            assert raised.value.kind == "refused"
+        assert engine.write(granted, prompt) == list(prompt), "nobody else was given these pages"
+        engine.committed("r", prompt)
+        engine.end("r")
+        for peer in engine.sockets:
+            peer.close()
+        for role in ("scheduler", "worker"):  # at once: the loop takes in the end of the connection first
+            other.call(wire.Register("e", role, 16, 256, pid=engine.workers[0].member % 1000))
+
+
+def test_a_registration_that_is_refused_is_tried_once_more(start):
+    server = start()
+    register = Register("e", "scheduler", 16, 256)
+    first = SchedulerClient(server.endpoint, register)
+    second = SchedulerClient(server.endpoint, register)
+    try:
+        assert first.register() is not None
+        with pytest.raises(RegistrationRefused, match="still here"):
+            second.register()
+        timer = threading.Timer(0.05, first.leave)
+        timer.start()
+        assert second.register() is not None
+        timer.join()
+    finally:
+        first.leave()
+        second.leave()
+
+
+def test_a_client_that_lost_a_server_which_lives_is_back_without_a_refusal(start, caplog):
+    server = start()
+    with clients(server) as (_, worker):
+        for _ in range(10):
+            before = worker.registered
+            worker.register_again()
+            wait_for(lambda before=before: worker.registered not in (None, before))
+    assert "refuses" not in caplog.text
 
 
 def test_a_chunk_named_twice_is_refused(start):
