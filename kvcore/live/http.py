@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 import msgspec
+import prometheus_client  # noqa: F401 - now, and not while the request loop waits for the first /metrics
 import uvicorn
 import zmq
 import zmq.asyncio
@@ -232,8 +233,8 @@ def _routes(loop: _Loop) -> list[Route]:
         route("/clear", _clear, "POST"),
         route("/pin", _pin, "POST"),
         route("/unpin", _unpin, "POST"),
-        route("/quotas/{salt}", _set_quota, "PUT"),
-        route("/quotas/{salt}", _lift_quota, "DELETE"),
+        route("/quotas/{salt:path}", _set_quota, "PUT"),
+        route("/quotas/{salt:path}", _lift_quota, "DELETE"),
         route("/openapi.json", _openapi),
         route("/docs", _docs),
     ]

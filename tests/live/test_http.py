@@ -133,6 +133,11 @@ def test_the_operators_api(served):
         assert len(engine.serve("2", chain("b", 3), salt="bob")[1].chunks) == 2
         assert json.loads(ask(served, "/status")[1])["quotas"] == {"bob": {"pages": 2, "used_pages": 2}}
         assert ask(served, "/quotas/bob", "DELETE")[0] == 200
+        for salt, path in (("", ""), ("a/b", "a/b"), ("a b", "a%20b")):  # the first is the tenant of no salt
+            assert ask(served, f"/quotas/{path}", "PUT", {"pages": 9})[0] == 200
+            assert json.loads(ask(served, "/status")[1])["quotas"][salt]["pages"] == 9
+            assert ask(served, f"/quotas/{path}", "DELETE")[0] == 200
+            assert json.loads(ask(served, "/status")[1])["quotas"] == {}
         assert ask(served, "/clear", "POST", {"chunks": names[:1]})[0] == 200
         assert ask(served, f"/chunks/{names[0]}")[0] == 404
         assert ask(served, "/clear", "POST")[0] == 200
