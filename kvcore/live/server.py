@@ -40,6 +40,10 @@ from kvtraces.journal import Head, JournalWriter, take_snapshot, without_collect
 _LOG = logging.getLogger("kvcore.server")
 _TURN_MESSAGES = 256
 """Messages taken from one socket before the replies go out."""
+_TURN_S = 0.05
+"""After so long the others have their turn; a message under way is answered."""
+_LONGEST_WITHOUT_SWEEP = 8
+"""Sweep intervals after which leases are looked at, however long turns are."""
 _SLOW_TURN_S = 0.2
 _LAST_COPIES_S = 5.0
 """How long a server that stops waits for what is on its way to L2."""
@@ -117,7 +121,9 @@ class Server:
             last_turn = now
             self._turn(ready)
             took_s = time.monotonic() - now
-            if now >= next_sweep and took_s < sweep_s:  # after a long turn those who renewed are heard first
+            waits_s = now - next_sweep
+            # After a long turn those who renewed are heard first; where every turn is long, leases end all the same.
+            if waits_s >= 0 and (took_s < sweep_s or waits_s >= _LONGEST_WITHOUT_SWEEP * sweep_s):
                 self._survive(self.service.sweep)
                 self._survive(self._liveness.sweep)
                 self._flush()
@@ -243,7 +249,7 @@ class Server:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
-        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_REQUEST_BYTES)
         socket.setsockopt(zmq.SNDHWM, 100_000)
         socket.setsockopt(zmq.RCVHWM, 100_000)
         if endpoint.startswith("tcp://") and self.settings.curve_key:
@@ -439,6 +445,7 @@ class Server:
         self._journal_s = 0.0
 
     def _receive(self, socket: "zmq.Socket[bytes]", replies: "list[tuple[zmq.Socket[bytes], list[bytes]]]") -> None:
+        until = time.monotonic() + _TURN_S
         for _ in range(_TURN_MESSAGES):
             identity, *frames = socket.recv_multipart(zmq.NOBLOCK)
             correlation, reply = self._answer(frames)
@@ -448,6 +455,8 @@ class Server:
                 _send(socket, answer)
             else:
                 replies.append((socket, answer))
+            if time.monotonic() >= until:
+                return
             if (
                 not int(socket.get(zmq.EVENTS)) & zmq.POLLIN
             ):  # an exception, which recv would raise, costs ten times more

@@ -367,6 +367,8 @@ def test_what_l2_would_not_delete_is_deleted_when_it_does(folder, monkeypatch):
         engine.serve("r", PROMPTS[0])
         engine.serve("s", PROMPTS[1])
         wait_for(lambda: len(files(folder)) == 8)
+        ended, collect = [], server.service.transport.collect
+        monkeypatch.setattr(server.service.transport, "collect", lambda: ended.extend(now := collect()) or now)
         stuck.set()
         engine.client.call(wire.Clear(None))
         wait_for(lambda: server.service.metrics.counts["kvcore_l2_chunks", "delete", "failed"] >= 24)  # of 8, thrice
@@ -375,6 +377,8 @@ def test_what_l2_would_not_delete_is_deleted_when_it_does(folder, monkeypatch):
         stuck.clear()
         wait_for(lambda: len(files(folder)) == 4)
         assert {path.name for path in files(folder)} == {chunk.hex() for chunk in PROMPTS[1]}
+    failed = sum(len(one.left) for one in ended if one.operation == "delete")
+    assert server.service.metrics.counts["kvcore_l2_chunks", "delete", "failed"] == failed
 
 
 def test_what_a_put_that_failed_has_left_in_l2_is_deleted(folder, monkeypatch):

@@ -1,13 +1,15 @@
 """Whatever arrives, the server answers and serves on."""
 
+import itertools
 import struct
 import threading
+import time
 from contextlib import ExitStack
 
 import msgspec
 import pytest
 import zmq
-from live_fakes import SyncEngine, chain, clients, wait_for
+from live_fakes import SyncEngine, chain, clients, settings_in, wait_for
 
 from kvcore.live import wire
 from kvcore.live.client import Client, Register, RegistrationRefused, RemoteError, SchedulerClient
@@ -34,6 +36,7 @@ BAD = {
     "a tag that is no UTF-8": ([HEADER, b"\x91\xa1\xff"], "bad_message", 7),
     "arrays without end": ([HEADER, b"\x91" * 100_000], "bad_message", 7),
     "a reply": ([HEADER, msgspec.msgpack.encode(["done"])], "unknown_operation", 7),
+    "too many chunks": ([HEADER, msgspec.msgpack.encode(["where", [b"c"] * (wire.MAX_CHUNKS + 1)])], "bad_message", 7),
     "an unknown member": (wire.encode(wire.End(5, "r"), 7), "unknown_instance", 7),
 }
 
@@ -161,6 +164,44 @@ def test_a_raising_handler_costs_one_request(folder, monkeypatch, caplog):
             assert raised.value.kind == "internal"
             client.ping()
     assert [record.message for record in caplog.records].count("a request failed") == 1
+
+
+def flood(endpoint, count):
+    """Return a socket that has sent so many pings at once."""
+    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket.linger = 0
+    socket.connect(endpoint)
+    for at in range(count):
+        socket.send_multipart(wire.encode(wire.Ping(), at))
+    return socket
+
+
+def test_a_turn_ends_after_a_while_and_leases_end_though_every_turn_is_long(folder, monkeypatch):
+    """With turns of a second a lease of half a second would never be looked at."""
+    settings = settings_in(folder, lease_s=0.5)
+    monkeypatch.setattr("kvcore.live.server._TURN_MESSAGES", 8)
+    monkeypatch.setattr("kvcore.live.server._TURN_S", 0.06)
+    with Server(settings) as server, SyncEngine(settings.bind[0]) as engine:
+        engine.lookup("r", chain("p", 3))
+        taken, sweeps, ping = [], [], server.service._handlers[wire.Ping]
+
+        def slow(message):
+            taken.append(message)
+            time.sleep(0.04)
+            return ping(message)
+
+        sweep, turn = server.service.sweep, server._turn
+        turns = []
+        monkeypatch.setitem(server.service._handlers, wire.Ping, slow)
+        monkeypatch.setattr(server, "_turn", lambda ready: (turns.append(len(taken)), turn(ready)))
+        monkeypatch.setattr(server.service, "sweep", lambda: (sweeps.append(len(taken)), sweep()))
+        socket = flood(settings.bind[0], 80)
+        wait_for(lambda: len(taken) == 80, 20)
+        socket.close()
+        most = max(after - before for before, after in itertools.pairwise(turns))
+        assert most == 2, "the second ends after more than is given to a turn"
+        assert len([at for at in sweeps if 0 < at < 80]) >= 3
+        assert not server.service.works, "its lease has run out"
 
 
 MIS_SIZED = {
