@@ -5,14 +5,15 @@ been collected: what an engine is told, the journal knows. HTTP runs in a thread
 through the same wire.
 """
 
+import errno
 import fcntl
 import logging
 import os
 import stat
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,7 @@ class Server:
         if found is not None and found.has_l1 and not arena.taken_over:
             found = found.without_l1()
         pool = self._open_pool(stack)  # before the journal, which is closed first: a store may keep its threads
-        with naming("journal", settings.journal):
+        with naming("journal", settings.journal), _journal_needs_room(settings.journal):
             journal, state = self._open_journal(arena, found, stack)
         clock = MonotonicClock(state.now_ns)
         allocator = PageAllocator(arena.generations, arena.page_writers, page_ids(state.book.resident.values()))
@@ -557,6 +558,20 @@ def _lock_ipc(path: Path, stack: ExitStack) -> None:
         os.close(fd)
 
     stack.callback(release)
+
+
+@contextmanager
+def _journal_needs_room(folder: str) -> Iterator[None]:
+    """Say what to do where the disk is full; a server that went on without its journal would delete what L2 holds."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise StartError(
+            f"--journal {folder}: {error.strerror}: make room there, and L1 and L2 are as they were; a start without "
+            f"--journal gives up what they hold"
+        ) from error
 
 
 def _lock_journal(folder: Path, stack: ExitStack) -> None:

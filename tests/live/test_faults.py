@@ -1,5 +1,6 @@
 """Servers killed and stopped, engines killed and stopped: nothing wrong is served, nothing is lost for good."""
 
+import errno
 import os
 import resource
 import signal
@@ -18,7 +19,7 @@ from live_fakes import SyncEngine, chain, clients, environment, settings_in, wai
 
 from kvcore.live import wire
 from kvcore.live.client import MISS, NOT_YET, Client, Register, RemoteError, SchedulerClient, WorkerClient
-from kvcore.live.server import Server
+from kvcore.live.server import Server, StartError
 from kvsim.servers import served
 from kvtraces.journal import Equal, verify
 
@@ -298,6 +299,26 @@ def test_a_journal_that_cannot_be_written_is_given_up_and_not_believed(start, fo
     server.stop()
     result = verify(journal)
     assert isinstance(result, Equal), str(result)
+
+
+def test_a_start_on_a_full_disk_says_what_to_do_and_loses_nothing(folder, monkeypatch):
+    settings = settings_in(folder, name="t", journal=str(folder / "journal"), l2=f"files:{folder}/l2")
+    with Server(settings) as server, SyncEngine(settings.bind[0]) as engine:
+        fill(engine)
+        wait_for(lambda: len(server.service.parts.state.core.tiers[1].resident) == 30)
+    write = os.write
+
+    def full(fd, data):
+        if os.readlink(f"/proc/self/fd/{fd}").startswith(settings.journal):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(StartError, match="journal: No space left on device: make room there, and L1 and L2 are as"):
+            Server(settings).open()
+    with Server(settings), SyncEngine(settings.bind[0]) as engine:
+        assert engine.serve("again", PROMPTS[0])[0].hits == (0, 5)
 
 
 def test_a_journal_whose_next_segment_cannot_be_made_is_given_up(start, folder):
