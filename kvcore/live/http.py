@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 import msgspec
+import prometheus_client  # noqa: F401 - now, and not while the request loop waits for the first /metrics
 import uvicorn
 import zmq
 import zmq.asyncio
@@ -23,10 +24,11 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kvcore.live import wire
 from kvcore.live.metrics import render
@@ -37,6 +39,12 @@ _LOG = logging.getLogger("kvcore.http")
 _PATIENCE_S = 1.0
 _LAST_REQUESTS_S = 2
 """How long a server that stops waits for requests under way; an upload may never end."""
+_MOST_CONNECTIONS = 128
+"""Each takes a descriptor, and libzmq ends a process that has none left."""
+_ACCEPTED_AT_ONCE = 32
+"""Connections that asyncio takes before the first of them is counted."""
+_QUIET_S = 10.0
+"""A connection on which no request has begun for so long is closed, with half a header or half a body."""
 _STATUS_OF = {"refused": 409, "bad_message": 400, "unknown_operation": 400, "unknown_instance": 409, "internal": 500}
 
 
@@ -90,6 +98,26 @@ class _Loop:
                 future.set_result(reply)
 
 
+class _Connection(H11Protocol):
+    """Closes itself when there are too many, and when nothing comes of it; uvicorn waits for a header for ever."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > _MOST_CONNECTIONS:
+            transport.abort()
+            return
+        self.loop.call_later(_QUIET_S, self._look, self.cycle)
+
+    def _look(self, before: object) -> None:
+        """Close where the request is still that one, or none."""
+        if self.transport.is_closing():
+            return
+        if self.cycle is before:
+            self.transport.abort()
+            return
+        self.loop.call_later(_QUIET_S, self._look, self.cycle)
+
+
 class HttpThread:
     """Serves HTTP from a thread of its own.
 
@@ -105,6 +133,8 @@ class HttpThread:
             log_level="warning",
             lifespan="off",
             access_log=False,
+            http=_Connection,
+            backlog=_ACCEPTED_AT_ONCE,
             timeout_graceful_shutdown=_LAST_REQUESTS_S,
         )
         self._server = uvicorn.Server(config)
@@ -219,6 +249,8 @@ def _routes(loop: _Loop) -> list[Route]:
                 return JSONResponse({"error": str(error)}, 413, {"connection": "close"})  # what else comes goes unread
             except (msgspec.MsgspecError, ValueError) as error:
                 return _refused(400, str(error))
+            except ClientDisconnect:
+                return _refused(400, "the body ends before its end")  # nobody reads this
 
         return Route(path, endpoint, methods=[method])
 
@@ -232,8 +264,8 @@ def _routes(loop: _Loop) -> list[Route]:
         route("/clear", _clear, "POST"),
         route("/pin", _pin, "POST"),
         route("/unpin", _unpin, "POST"),
-        route("/quotas/{salt}", _set_quota, "PUT"),
-        route("/quotas/{salt}", _lift_quota, "DELETE"),
+        route("/quotas/{salt:path}", _set_quota, "PUT"),
+        route("/quotas/{salt:path}", _lift_quota, "DELETE"),
         route("/openapi.json", _openapi),
         route("/docs", _docs),
     ]

@@ -71,6 +71,11 @@ class Liveness:
             return False
         return True
 
+    def look(self, member: Member) -> None:
+        """Take in at once whether a member's connection has ended: its process registers again right after that."""
+        for fd in [fd for fd, one in self._members.items() if one is member]:
+            self._read(fd)
+
     def sweep(self) -> None:
         """Close connections that do not say whose they are, and accept again after a rest; to be called often."""
         now_s = time.monotonic()

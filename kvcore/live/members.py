@@ -135,19 +135,24 @@ class Members:
             )
         return Instance(register.instance, register, self._chunk_tokens, shard_bytes, pages)
 
+    def holder(self, register: Register) -> Member | None:
+        """Return the member that holds the place for which a registration asks, if there is one."""
+        instance = self.instances.get(register.instance)
+        return None if instance is None else instance.members.get((register.role, register.rank))
+
     def find(self, register: Register) -> tuple[Instance | None, Member | None]:
         """Return the instance that a registration is for, and the member whose place it takes, where there are any.
 
-        Raises RefusedError where the instance has other sizes, or the place is held by another process.
+        Raises RefusedError where the instance has other sizes, or whoever holds the place is here: a process id is
+        claimed, and may be anybody's, so a process that registers again closes its liveness connection first.
         """
-        instance = self.instances.get(register.instance)
+        instance, old = self.instances.get(register.instance), self.holder(register)
         if instance is None:
             return None, None
-        old = instance.members.get((register.role, register.rank))
-        if old is not None and old.here and old.claimed_pid != register.pid:
+        if old is not None and old.here:
             raise RefusedError(
                 f"{register.role} {register.rank} of instance {register.instance!r} is registered by process "
-                f"{old.claimed_pid}"
+                f"{old.claimed_pid}, which is still here: end that one, or take another name"
             )
         if _sizes(instance.register) != _sizes(register) and [*instance.members.values()] not in ([], [old]):
             raise RefusedError(

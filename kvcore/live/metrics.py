@@ -112,7 +112,10 @@ class Metrics:
     def observe(self, event: Event, decisions: tuple[Decision, ...]) -> None:
         """Take in an event and its decisions."""
         if type(event) is StoreCommitted and event.tier == 0:
+            refused = {chunk for decision in decisions if type(decision) is Refuse for chunk in decision.chunks}
             for chunk in sampled(event.chunks):
+                if chunk in refused:
+                    continue
                 self._stored_ns[chunk] = event.now_ns
                 self._use(chunk, event.now_ns)
         for decision in decisions:

@@ -31,7 +31,12 @@ OPERATIONS: Final[tuple[tuple[str, str, str, dict[str, Any] | None], ...]] = (
         _CHUNKS,
     ),
     ("post", "/unpin", "Give chunks back to the eviction policy.", _CHUNKS),
-    ("put", "/quotas/{salt}", "Limit a tenant to so many pages of L1.", _QUOTA),
+    (
+        "put",
+        "/quotas/{salt}",
+        "Limit a tenant to so many pages of L1. A salt may hold slashes; without one it is the tenant of no salt.",
+        _QUOTA,
+    ),
     ("delete", "/quotas/{salt}", "Lift a tenant's limit.", None),
 )
 """Method, path, what it does, and the schema of its body."""

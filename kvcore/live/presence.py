@@ -82,10 +82,15 @@ class Presence:
     def start(self, timeout_s: float) -> Registered | None:
         """Register and go on in the background; return None where the server is away, as it may be for now.
 
-        Raises RegistrationRefused.
+        A refusal is asked about once more: the process that held the place may be about to end. Raises
+        RegistrationRefused.
         """
         try:
-            self._session = self._try_to_register(timeout_s)
+            try:
+                self._session = self._try_to_register(timeout_s)
+            except RegistrationRefused:
+                time.sleep(_FIRST_BACKOFF_S)
+                self._session = self._try_to_register(timeout_s)
         except ServerAwayError as error:
             _LOG.warning("kvcore server is away (%s): every lookup is a miss until it is back", error)
         name = f"kvcore-{self._register.role}-{self._register.rank}"

@@ -5,14 +5,15 @@ been collected: what an engine is told, the journal knows. HTTP runs in a thread
 through the same wire.
 """
 
+import errno
 import fcntl
 import logging
 import os
 import stat
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,15 @@ from kvcore.live.stores.files import FileStore
 from kvcore.live.stores.pool import StorePool
 from kvcore.live.stores.registry import open_store
 from kvcore.live.takeover import Found, State, go_on, recover
-from kvtraces.journal import Head, JournalWriter, take_snapshot
+from kvtraces.journal import Head, JournalWriter, take_snapshot, without_collection
 
 _LOG = logging.getLogger("kvcore.server")
 _TURN_MESSAGES = 256
 """Messages taken from one socket before the replies go out."""
+_TURN_S = 0.05
+"""After so long the others have their turn; a message under way is answered."""
+_LONGEST_WITHOUT_SWEEP = 8
+"""Sweep intervals after which leases are looked at, however long turns are."""
 _SLOW_TURN_S = 0.2
 _LAST_COPIES_S = 5.0
 """How long a server that stops waits for what is on its way to L2."""
@@ -117,7 +122,9 @@ class Server:
             last_turn = now
             self._turn(ready)
             took_s = time.monotonic() - now
-            if now >= next_sweep and took_s < sweep_s:  # after a long turn those who renewed are heard first
+            waits_s = now - next_sweep
+            # After a long turn those who renewed are heard first; where every turn is long, leases end all the same.
+            if waits_s >= 0 and (took_s < sweep_s or waits_s >= _LONGEST_WITHOUT_SWEEP * sweep_s):
                 self._survive(self.service.sweep)
                 self._survive(self._liveness.sweep)
                 self._flush()
@@ -155,8 +162,12 @@ class Server:
         """Close it; after a fault without what nobody was told of, which may be half of a step."""
         if self._failed:
             journal.abandon()
-        else:
+            return
+        try:
             journal.close()
+        except OSError as error:
+            _LOG.error("the end of the journal may be lost, and chunks in L2 with it: %s", error)
+            journal.abandon()
 
     def __enter__(self) -> "Server":
         """Start in a thread."""
@@ -200,7 +211,7 @@ class Server:
         if found is not None and found.has_l1 and not arena.taken_over:
             found = found.without_l1()
         pool = self._open_pool(stack)  # before the journal, which is closed first: a store may keep its threads
-        with naming("journal", settings.journal):
+        with naming("journal", settings.journal), _journal_needs_room(settings.journal):
             journal, state = self._open_journal(arena, found, stack)
         clock = MonotonicClock(state.now_ns)
         allocator = PageAllocator(arena.generations, arena.page_writers, page_ids(state.book.resident.values()))
@@ -239,7 +250,7 @@ class Server:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
-        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_REQUEST_BYTES)
         socket.setsockopt(zmq.SNDHWM, 100_000)
         socket.setsockopt(zmq.RCVHWM, 100_000)
         if endpoint.startswith("tcp://") and self.settings.curve_key:
@@ -368,6 +379,7 @@ class Server:
             watch=lambda fd: self._poller.register(fd, zmq.POLLIN),
             unwatch=self._poller.unregister,
         )
+        self.service.look = self._liveness.look
         stack.callback(self._liveness.close)
 
     def _open_http(self, stack: ExitStack) -> None:
@@ -434,6 +446,7 @@ class Server:
         self._journal_s = 0.0
 
     def _receive(self, socket: "zmq.Socket[bytes]", replies: "list[tuple[zmq.Socket[bytes], list[bytes]]]") -> None:
+        until = time.monotonic() + _TURN_S
         for _ in range(_TURN_MESSAGES):
             identity, *frames = socket.recv_multipart(zmq.NOBLOCK)
             correlation, reply = self._answer(frames)
@@ -443,6 +456,8 @@ class Server:
                 _send(socket, answer)
             else:
                 replies.append((socket, answer))
+            if time.monotonic() >= until:
+                return
             if (
                 not int(socket.get(zmq.EVENTS)) & zmq.POLLIN
             ):  # an exception, which recv would raise, costs ten times more
@@ -501,9 +516,10 @@ class Server:
         start = time.monotonic()
         try:
             journal.flush()
-            if journal.due:
+            if journal.due and not journal.settling:  # the disk may take seconds, and the segment grows meanwhile
                 state = self.service.parts.state
-                journal.rotate(take_snapshot(state.core, state.book.dump()))
+                with without_collection():
+                    journal.rotate(take_snapshot(state.core, state.book.dump()))
         except OSError as error:
             _LOG.error("going on without the journal, which cannot be written: %s", error)
             self.service.lose_journal(str(error))
@@ -542,6 +558,20 @@ def _lock_ipc(path: Path, stack: ExitStack) -> None:
         os.close(fd)
 
     stack.callback(release)
+
+
+@contextmanager
+def _journal_needs_room(folder: str) -> Iterator[None]:
+    """Say what to do where the disk is full; a server that went on without its journal would delete what L2 holds."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise StartError(
+            f"--journal {folder}: {error.strerror}: make room there, and L1 and L2 are as they were; a start without "
+            f"--journal gives up what they hold"
+        ) from error
 
 
 def _lock_journal(folder: Path, stack: ExitStack) -> None:

@@ -116,12 +116,14 @@ class Service:
         self.transport.handle = self.driver.handle
         self.pretouch: Pretouch | None = None
         """How far the arena's pages are faulted in, where that was asked for."""
+        self.look: Callable[[Member], object] = lambda _: None
+        """Takes in that a member's liveness connection has ended, where the loop has not come to that yet."""
         self.later: list[Callable[[], None]] = []
         """What is to be done after the replies are out."""
         self.strays: deque[bytes] = deque(chunk for chunk in parts.state.strays if isinstance(chunk, bytes))
         """Chunks that lie in L2, or may, as found at the start or left by deletes; another thread appends."""
         self._undeleted: dict[bytes, None] = {}
-        """Chunks whose delete from L2 failed, to be deleted again."""
+        """Chunks that a delete, or a put that failed, may have left in L2, to be deleted again."""
         self._delete_again_ns = 0
         self.journal_failure = ""
         """Why the journal was given up, if it was."""
@@ -174,6 +176,8 @@ class Service:
     def _register(self, message: wire.Register) -> wire.Registered:
         now_ns = self.clock.now_ns()
         sized = self.members.size(message)
+        if (holder := self.members.holder(message)) is not None:
+            self.look(holder)
         instance, old = self.members.find(message)
         if old is not None:
             self.gone(old)
@@ -587,12 +591,13 @@ class Service:
         for done in self.transport.collect():
             if done.left:
                 self._delete_again(done.left)
-            self.metrics.counts["kvcore_l2_chunks", done.operation, done.outcome.value] += 1
+            count = len(done.left) if done.operation == "delete" else 1
+            self.metrics.counts["kvcore_l2_chunks", done.operation, done.outcome.value] += count
             self.metrics.time("kvcore_l2_seconds", done.duration_ns / 1e9, done.operation)
         self.transport.answers.clear()
 
     def _delete_again(self, chunks: tuple[bytes, ...]) -> None:
-        """Keep chunks that a delete has left for another one: the core counts their room as free."""
+        """Keep chunks that a delete or a failed put has left for another delete: the core counts their room as free."""
         if not self._undeleted:
             self._delete_again_ns = self.clock.now_ns() + _DELETES_REST_NS
         self._undeleted.update(dict.fromkeys(chunks[: max(0, _MOST_UNDELETED - len(self._undeleted))]))

@@ -89,7 +89,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         tuple[str, ...],
         _help(
             f"ipc://PATH or tcp://HOST:PORT to listen on. Repeatable. Default: {ipc_endpoint('ARENA_DIR')} and "
-            f"tcp://127.0.0.1:{DEFAULT_PORT}.",
+            f"tcp://127.0.0.1:{DEFAULT_PORT}. Every connection takes a descriptor (ulimit -n), and libzmq ends "
+            "a server that has none left.",
             "Network",
         ),
     ] = ()

@@ -17,6 +17,10 @@ VERSION = 1
 DEFAULT_PORT = 5555
 DEFAULT_ARENA_DIR = "/dev/shm"  # noqa: S108 - where shared memory lives on Linux, not a scratch file
 MAX_MESSAGE_BYTES = 1 << 26
+MAX_REQUEST_BYTES = 1 << 24
+"""Of a frame that the server takes; whoever sends a larger one loses the connection."""
+MAX_CHUNKS = 1 << 16
+"""That one message names: a million tokens in chunks of 16. The request loop is at it for a tenth of a second."""
 ALL_RANKS = -1
 """The rank of an acknowledgement that the scheduler gives for all of them, of copies that no worker was told of."""
 
@@ -25,7 +29,7 @@ _HEADER = struct.Struct("<BQ")
 ErrorKind: TypeAlias = Literal["bad_message", "unknown_operation", "refused", "unknown_instance", "internal"]
 Role: TypeAlias = Literal["scheduler", "worker"]
 Digest: TypeAlias = Annotated[bytes, Meta(min_length=1, max_length=64)]
-Digests: TypeAlias = tuple[Digest, ...]
+Digests: TypeAlias = Annotated[tuple[Digest, ...], Meta(max_length=MAX_CHUNKS)]
 Name: TypeAlias = Annotated[str, Meta(max_length=1024)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 """What counters add up: thousands of the largest fit into 64 bits, and one into a float."""

@@ -1,5 +1,6 @@
 """Servers killed and stopped, engines killed and stopped: nothing wrong is served, nothing is lost for good."""
 
+import errno
 import os
 import resource
 import signal
@@ -18,7 +19,7 @@ from live_fakes import SyncEngine, chain, clients, environment, settings_in, wai
 
 from kvcore.live import wire
 from kvcore.live.client import MISS, NOT_YET, Client, Register, RemoteError, SchedulerClient, WorkerClient
-from kvcore.live.server import Server
+from kvcore.live.server import Server, StartError
 from kvsim.recorded_settings import served
 from kvtraces.journal import Equal, verify
 
@@ -249,8 +250,9 @@ def test_a_full_journal_goes_on_in_bounded_segments(start, folder):
     with SyncEngine(server.endpoint, facts={"l0_blocks": 9}) as engine:
         for at in range(1500):
             engine.serve(f"{at}", chain(f"{at % 30}", 20), real=False)
-        names = sorted(path.name for path in (folder / "journal").glob("*.kvj"))
-        assert len(names) == 2
+        names = wait_for(  # the oldest goes when the disk has taken the newest
+            lambda: len(there := sorted(path.name for path in (folder / "journal").glob("*.kvj"))) == 2 and there
+        )
         assert names[-1] > "00000003.kvj"
         server.kill()
     result = verify(folder / "journal")
@@ -299,6 +301,26 @@ def test_a_journal_that_cannot_be_written_is_given_up_and_not_believed(start, fo
     assert isinstance(result, Equal), str(result)
 
 
+def test_a_start_on_a_full_disk_says_what_to_do_and_loses_nothing(folder, monkeypatch):
+    settings = settings_in(folder, name="t", journal=str(folder / "journal"), l2=f"files:{folder}/l2")
+    with Server(settings) as server, SyncEngine(settings.bind[0]) as engine:
+        fill(engine)
+        wait_for(lambda: len(server.service.parts.state.core.tiers[1].resident) == 30)
+    write = os.write
+
+    def full(fd, data):
+        if os.readlink(f"/proc/self/fd/{fd}").startswith(settings.journal):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(StartError, match="journal: No space left on device: make room there, and L1 and L2 are as"):
+            Server(settings).open()
+    with Server(settings), SyncEngine(settings.bind[0]) as engine:
+        assert engine.serve("again", PROMPTS[0])[0].hits == (0, 5)
+
+
 def test_a_journal_whose_next_segment_cannot_be_made_is_given_up(start, folder):
     journal = folder / "journal"
     server = start("--journal", str(journal), "--journal-segment-mb", "1")
@@ -314,6 +336,38 @@ def test_a_journal_whose_next_segment_cannot_be_made_is_given_up(start, folder):
         assert engine.serve("r", chain("new", 3))[1].chunks == (0, 1, 2)
     assert server.stop() == 0
     assert isinstance(verify(moved), Equal)
+
+
+def test_a_disk_that_takes_its_time_with_a_segment_holds_up_nobody_and_its_failure_costs_the_journal(
+    folder, monkeypatch
+):
+    ready, asked, told = threading.Event(), threading.Event(), threading.Event()
+    sync = os.fsync
+
+    def fsync(fd):
+        if not ready.is_set():
+            return sync(fd)
+        asked.set()
+        told.wait(20)
+        raise OSError(5, "a broken disk")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    settings = settings_in(folder, name="t", journal=str(folder / "journal"), journal_segment_mb=1)
+    with Server(settings) as server, SyncEngine(settings.bind[0]) as engine:
+        ready.set()
+        at = 0
+        while not asked.is_set():
+            at += 1
+            engine.serve(f"{at}", chain(f"{at % 30}", 20), real=False)
+            assert at < 3000
+        for at in range(600):  # more than another segment, which has to wait
+            engine.serve(f"meanwhile-{at}", chain(f"{at % 30}", 20), real=False)
+        assert server.service.journal_failure == ""
+        assert len(list((folder / "journal").glob("*.kvj"))) == 2
+        told.set()
+        wait_for(lambda: server.service.journal_failure)
+        assert "a broken disk" in server.service.journal_failure
+        assert engine.serve("r", chain("new", 3))[1].chunks == (0, 1, 2)
 
 
 # Clients, when the server is away

@@ -2,13 +2,15 @@
 
 import json
 import re
+import select
 import signal
 import socket
 import threading
 import time
 import urllib.error
 import urllib.request
-from http.client import HTTPResponse
+from contextlib import ExitStack, suppress
+from http.client import HTTPConnection, HTTPResponse
 
 import pytest
 from live_fakes import SyncEngine, chain, wait_for
@@ -133,6 +135,11 @@ def test_the_operators_api(served):
         assert len(engine.serve("2", chain("b", 3), salt="bob")[1].chunks) == 2
         assert json.loads(ask(served, "/status")[1])["quotas"] == {"bob": {"pages": 2, "used_pages": 2}}
         assert ask(served, "/quotas/bob", "DELETE")[0] == 200
+        for salt, path in (("", ""), ("a/b", "a/b"), ("a b", "a%20b")):  # the first is the tenant of no salt
+            assert ask(served, f"/quotas/{path}", "PUT", {"pages": 9})[0] == 200
+            assert json.loads(ask(served, "/status")[1])["quotas"][salt]["pages"] == 9
+            assert ask(served, f"/quotas/{path}", "DELETE")[0] == 200
+            assert json.loads(ask(served, "/status")[1])["quotas"] == {}
         assert ask(served, "/clear", "POST", {"chunks": names[:1]})[0] == 200
         assert ask(served, f"/chunks/{names[0]}")[0] == 404
         assert ask(served, "/clear", "POST")[0] == 200
@@ -223,6 +230,43 @@ def test_a_large_body_is_refused_before_it_is_read(served):
             assert "a body has at most" in json.loads(answer.read())["error"]
     names = [chunk.hex() for chunk in chain("many", 50_000)]
     assert len(json.loads(ask(served, "/chunks", "POST", {"chunks": names})[1])["tiers"]) == 50_000
+
+
+def test_connections_without_a_request_are_few_and_end(folder, monkeypatch, capfd):
+    monkeypatch.setattr("kvcore.live.http._MOST_CONNECTIONS", 8)
+    monkeypatch.setattr("kvcore.live.http._QUIET_S", 1.5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sent = [
+        "",
+        "GET /healthz HTTP/1.1\r\nHost: localhost\r\n",
+        "POST /pin HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
+    ]
+    with Server(in_process(folder, port)), ExitStack() as stack:
+        peers = []
+        for at in range(30):
+            peer = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            peers.append(peer)
+            peer.settimeout(20)
+            with suppress(ConnectionError):
+                peer.sendall(sent[at % 3].encode())
+        ended = [at for at, peer in enumerate(peers) if select.select([peer], [], [], 0.02 if at < 8 else 20)[0]]
+        assert ended == [*range(8, 30)]
+        for peer in peers[:8]:
+            with suppress(ConnectionError):
+                while peer.recv(4096):
+                    pass
+        client = HTTPConnection("127.0.0.1", port, timeout=20)
+        stack.callback(client.close)
+        client.connect()
+        kept, until = client.sock, time.monotonic() + 4
+        while time.monotonic() < until:  # one that is used stays
+            client.request("GET", "/healthz")
+            answer = client.getresponse()
+            assert (answer.status, bool(answer.read())) == (200, True)
+        assert client.sock is kept
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_openapi_describes_every_route(served):

@@ -393,14 +393,38 @@ def test_what_l2_would_not_delete_is_deleted_when_it_does(folder, monkeypatch):
         engine.serve("r", PROMPTS[0])
         engine.serve("s", PROMPTS[1])
         wait_for(lambda: len(files(folder)) == 8)
+        ended, collect = [], server.service.transport.collect
+        monkeypatch.setattr(server.service.transport, "collect", lambda: ended.extend(now := collect()) or now)
         stuck.set()
         engine.client.call(wire.Clear(None))
-        wait_for(lambda: server.service.metrics.counts["kvcore_l2_chunks", "delete", "failed"] >= 3)
+        wait_for(lambda: server.service.metrics.counts["kvcore_l2_chunks", "delete", "failed"] >= 24)  # of 8, thrice
         engine.serve("again", PROMPTS[1])
         assert len(files(folder)) == 8
         stuck.clear()
         wait_for(lambda: len(files(folder)) == 4)
         assert {path.name for path in files(folder)} == {chunk.hex() for chunk in PROMPTS[1]}
+    failed = sum(len(one.left) for one in ended if one.operation == "delete")
+    assert server.service.metrics.counts["kvcore_l2_chunks", "delete", "failed"] == failed
+
+
+def test_what_a_put_that_failed_has_left_in_l2_is_deleted(folder, monkeypatch):
+    put, late = FileStore.put, threading.Event()
+
+    def putting(self, chunk, parts):
+        put(self, chunk, parts)
+        if late.is_set():
+            raise StoreError("stored, and the answer came too late")
+
+    monkeypatch.setattr(FileStore, "put", putting)
+    monkeypatch.setattr("kvcore.live.service._DELETES_REST_NS", 3 * 10**8)
+    with Server(in_process(folder)) as server, SyncEngine(server.settings.bind[0]) as engine:
+        engine.serve("r", PROMPTS[0])
+        wait_for(lambda: len(files(folder)) == 4)
+        late.set()
+        engine.serve("s", PROMPTS[1])
+        wait_for(lambda: server.service.metrics.counts["kvcore_l2_chunks", "put", "failed"] == 4)
+        late.clear()
+        wait_for(lambda: {path.name for path in files(folder)} == {chunk.hex() for chunk in PROMPTS[0]})
 
 
 def test_a_store_that_does_not_answer_holds_up_neither_the_end_nor_the_journal(folder, monkeypatch):

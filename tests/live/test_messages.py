@@ -1,12 +1,15 @@
 """Whatever arrives, the server answers and serves on."""
 
+import itertools
 import struct
+import threading
+import time
 from contextlib import ExitStack
 
 import msgspec
 import pytest
 import zmq
-from live_fakes import SyncEngine, chain, wait_for
+from live_fakes import SyncEngine, chain, clients, settings_in, wait_for
 
 from kvcore.live import wire
 from kvcore.live.client import Client, Register, RegistrationRefused, RemoteError, SchedulerClient
@@ -33,6 +36,7 @@ BAD = {
     "a tag that is no UTF-8": ([HEADER, b"\x91\xa1\xff"], "bad_message", 7),
     "arrays without end": ([HEADER, b"\x91" * 100_000], "bad_message", 7),
     "a reply": ([HEADER, msgspec.msgpack.encode(["done"])], "unknown_operation", 7),
+    "too many chunks": ([HEADER, msgspec.msgpack.encode(["where", [b"c"] * (wire.MAX_CHUNKS + 1)])], "bad_message", 7),
     "an unknown member": (wire.encode(wire.End(5, "r"), 7), "unknown_instance", 7),
 }
 
@@ -162,6 +166,44 @@ def test_a_raising_handler_costs_one_request(folder, monkeypatch, caplog):
     assert [record.message for record in caplog.records].count("a request failed") == 1
 
 
+def flood(endpoint, count):
+    """Return a socket that has sent so many pings at once."""
+    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket.linger = 0
+    socket.connect(endpoint)
+    for at in range(count):
+        socket.send_multipart(wire.encode(wire.Ping(), at))
+    return socket
+
+
+def test_a_turn_ends_after_a_while_and_leases_end_though_every_turn_is_long(folder, monkeypatch):
+    """With turns of a second a lease of half a second would never be looked at."""
+    settings = settings_in(folder, lease_s=0.5)
+    monkeypatch.setattr("kvcore.live.server._TURN_MESSAGES", 8)
+    monkeypatch.setattr("kvcore.live.server._TURN_S", 0.06)
+    with Server(settings) as server, SyncEngine(settings.bind[0]) as engine:
+        engine.lookup("r", chain("p", 3))
+        taken, sweeps, ping = [], [], server.service._handlers[wire.Ping]
+
+        def slow(message):
+            taken.append(message)
+            time.sleep(0.04)
+            return ping(message)
+
+        sweep, turn = server.service.sweep, server._turn
+        turns = []
+        monkeypatch.setitem(server.service._handlers, wire.Ping, slow)
+        monkeypatch.setattr(server, "_turn", lambda ready: (turns.append(len(taken)), turn(ready)))
+        monkeypatch.setattr(server.service, "sweep", lambda: (sweeps.append(len(taken)), sweep()))
+        socket = flood(settings.bind[0], 80)
+        wait_for(lambda: len(taken) == 80, 20)
+        socket.close()
+        most = max(after - before for before, after in itertools.pairwise(turns))
+        assert most == 2, "the second ends after more than is given to a turn"
+        assert len([at for at in sweeps if 0 < at < 80]) >= 3
+        assert not server.service.works, "its lease has run out"
+
+
 MIS_SIZED = {
     "a block that does not divide the chunk": ({"block_tokens": 96}, "no multiple"),
     "a chunk beyond L1": ({"block_bytes": 1 << 20}, "L1 has"),
@@ -195,6 +237,55 @@ def test_another_size_under_a_registered_name_is_refused(start):
     # and is fine once the instance is gone
     with SyncEngine(server.endpoint, "e", chunk_bytes=8192) as engine:
         assert engine.registered.shard_bytes == 8192
+
+
+def test_a_place_is_nobody_elses_while_its_process_is_here_whatever_id_is_claimed(start):
+    server = start(l1_pages=8)
+    with SyncEngine(server.endpoint, "e") as engine, Client(server.endpoint) as other:
+        prompt = chain("p", 8)
+        engine.lookup("r", prompt)
+        granted = engine.ask("r", prompt)
+        shown = server.status()["instances"][0]["members"]
+        for member in shown:
+            request = wire.Register("e", member["role"], 16, 256, member["rank"], pid=member["pid"])
+            with pytest.raises(RemoteError, match="which is still here: end that one, or take another name") as raised:
+                other.call(request)
+            assert raised.value.kind == "refused"
+        assert engine.write(granted, prompt) == list(prompt), "nobody else was given these pages"
+        engine.committed("r", prompt)
+        engine.end("r")
+        for peer in engine.sockets:
+            peer.close()
+        for role in ("scheduler", "worker"):  # at once: the loop takes in the end of the connection first
+            other.call(wire.Register("e", role, 16, 256, pid=engine.workers[0].member % 1000))
+
+
+def test_a_registration_that_is_refused_is_tried_once_more(start):
+    server = start()
+    register = Register("e", "scheduler", 16, 256)
+    first = SchedulerClient(server.endpoint, register)
+    second = SchedulerClient(server.endpoint, register)
+    try:
+        assert first.register() is not None
+        with pytest.raises(RegistrationRefused, match="still here"):
+            second.register()
+        timer = threading.Timer(0.05, first.leave)
+        timer.start()
+        assert second.register() is not None
+        timer.join()
+    finally:
+        first.leave()
+        second.leave()
+
+
+def test_a_client_that_lost_a_server_which_lives_is_back_without_a_refusal(start, caplog):
+    server = start()
+    with clients(server) as (_, worker):
+        for _ in range(10):
+            before = worker.registered
+            worker.register_again()
+            wait_for(lambda before=before: worker.registered not in (None, before))
+    assert "refuses" not in caplog.text
 
 
 def test_a_chunk_named_twice_is_refused(start):

@@ -6,14 +6,18 @@ configuration and, unless the core was new, a snapshot of its state; then come s
 that a step took, and what engines say of themselves. A decision's chunks are written as a range where they are a run
 of the event's. So each segment replays by itself, the oldest can be deleted, and a server that takes over needs the
 last one only. A crash may leave the last record torn; anything else that does not fit its checksum is damage. What a
-segment begins with is on the disk before it has its name, and before an older one is deleted.
+segment begins with is written as a whole before the segment has its name, so after a killed process the newest tells
+everything. It is on the disk before an older one is deleted, so after a machine that went down one of them does.
 """
 
 import errno
+import gc
 import os
 import re
 import struct
+import threading
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
@@ -122,8 +126,9 @@ class JournalWriter:
     """Appends to a journal, always in a new segment.
 
     `step` and `pages` only collect; `flush` hands everything to the operating system with one write, so what was
-    flushed survives the process. `due` says that the segment is full: `rotate` then begins the next with a snapshot
-    and deletes the oldest beyond `keep`.
+    flushed survives the process. `due` says that the segment is full: `rotate` then begins the next with a snapshot.
+    A thread of its own has the disk take it, which may last seconds, and then deletes the oldest beyond `keep`; while
+    it is `settling`, `rotate` and `close` wait for that. What went wrong there is raised by the next `flush`.
 
     Raises OSError where the folder cannot be made or written.
     """
@@ -149,9 +154,12 @@ class JournalWriter:
         self._engines: dict[str, dict[str, int]] = {}
         self._encode = msgspec.msgpack.Encoder().encode
         self._fd = -1
+        self._settling: _Settling | None = None
         names = segments(self.folder)
         self._number = int(names[-1].stem) if names else 0
         self._begin(snapshot)
+        self._settle()
+        self.flush()
 
     def step(self, event: Event, decisions: tuple[Decision, ...]) -> None:
         """Collect an event with its decisions."""
@@ -172,7 +180,9 @@ class JournalWriter:
         self._collect(("engine", instance, facts))
 
     def flush(self) -> None:
-        """Write what was collected. Raises OSError."""
+        """Write what was collected. Raises OSError, also where the disk did not take the segment."""
+        if self._settling is not None and self._settling.error is not None:
+            raise self._settling.error
         if not self._waiting:
             return
         data = memoryview(b"".join(self._waiting))
@@ -187,8 +197,14 @@ class JournalWriter:
         """Whether the segment is full."""
         return self.size_bytes >= self.segment_bytes
 
+    @property
+    def settling(self) -> bool:
+        """Whether the disk has still to take what the segment begins with."""
+        return self._settling is not None and self._settling.is_alive()
+
     def rotate(self, snapshot: Snapshot) -> None:
         """Begin the next segment with `snapshot`, the state after everything collected so far. Raises OSError."""
+        self._settle()
         self.flush()
         os.close(self._fd)
         self._fd = -1
@@ -197,14 +213,22 @@ class JournalWriter:
     def abandon(self) -> None:
         """Close, after an OSError, with what could not be written given up: nothing may follow a hole."""
         self._waiting.clear()
+        self._settle()
+        self._settling = None
         self.close()
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close. Raises OSError."""
+        self._settle()
         if self._fd >= 0:
             self.flush()
             os.close(self._fd)
             self._fd = -1
+
+    def _settle(self) -> None:
+        """Wait until the disk has taken what the segment at hand begins with."""
+        if self._settling is not None:
+            self._settling.join()
 
     def _collect(self, payload: tuple[Any, ...]) -> None:
         data = self._encode(payload)
@@ -215,7 +239,8 @@ class JournalWriter:
     def _begin(self, snapshot: Snapshot | None) -> None:
         """Write the head of the next segment under another name, so that one is there whole or not at all.
 
-        That holds when the machine goes down as well, so the oldest is deleted only when this one is on the disk.
+        It has its own name before the first record that only it holds. When the machine goes down before the disk has
+        taken it, it is torn at its beginning, and the one before it is there still: that is deleted only then.
         """
         self._number += 1
         path = self.folder / f"{self._number:08d}.kvj"
@@ -228,12 +253,35 @@ class JournalWriter:
         partial = path.with_suffix(".part")
         self._fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.flush()
-        os.fsync(self._fd)
         partial.rename(path)
-        _sync_folder(self.folder)
         self.size_bytes = 0
-        for old in segments(self.folder)[: -self.keep]:
-            old.unlink()
+        self._settling = _Settling(os.dup(self._fd), self.folder, self.keep)
+        self._settling.start()
+
+
+class _Settling(threading.Thread):
+    """Has the disk take the newest segment, of which it owns the descriptor, and then deletes the oldest.
+
+    Its writer goes on meanwhile. Where it fails, `error` says why, and no segment is deleted.
+    """
+
+    def __init__(self, fd: int, folder: Path, keep: int) -> None:
+        super().__init__(name="kvcore-journal", daemon=True)
+        self.error: OSError | None = None
+        self._segment = fd
+        self._folder = folder
+        self._keep = keep
+
+    def run(self) -> None:
+        try:
+            os.fsync(self._segment)
+            _sync_folder(self._folder)
+            for old in segments(self._folder)[: -self._keep]:
+                old.unlink()
+        except OSError as error:
+            self.error = error
+        finally:
+            os.close(self._segment)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -254,7 +302,20 @@ def segments(folder: str | Path) -> list[Path]:
 
 def take_snapshot(core: Core, pages: bytes = b"") -> Snapshot:
     """Return the core's state as a journal holds it."""
-    return Snapshot(core=msgspec.msgpack.encode(dump(core)), pages=pages)
+    with without_collection():
+        return Snapshot(core=msgspec.msgpack.encode(dump(core)), pages=pages)
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Let Python's collector rest: it goes over millions of new objects again and again, and none is in a cycle."""
+    ran = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if ran:
+            gc.enable()
 
 
 def restore_core(head: Head, snapshot: Snapshot | None) -> Core:

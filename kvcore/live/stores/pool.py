@@ -38,7 +38,7 @@ class Completion:
     duration_ns: int
     error: str | None = None
     left: tuple[bytes, ...] = ()
-    """Chunks whose delete failed: some of them may lie in the store still."""
+    """Chunks that may lie in the store for all that: of a delete that failed, or a put that was begun and failed."""
 
 
 @dataclass(slots=True)
@@ -47,7 +47,8 @@ class _Job:
     token: object
     size_bytes: int
     run: Callable[[], bool]
-    deletes: tuple[bytes, ...] = ()
+    left: tuple[bytes, ...] = ()
+    """Chunks that may lie in the store if it fails."""
 
 
 class StorePool:
@@ -101,7 +102,7 @@ class StorePool:
         size = size_of(parts)
         if not self._putting.enter(size):
             return False
-        self._write_lane(chunk).submit(_Job("put", token, size, partial(self._put, chunk, parts)))
+        self._write_lane(chunk).submit(_Job("put", token, size, partial(self._put, chunk, parts), (chunk,)))
         return True
 
     def submit_get(self, token: object, chunk: bytes, into: Parts) -> bool:
@@ -175,17 +176,20 @@ class StorePool:
                 size_bytes=job.size_bytes,
                 duration_ns=time.monotonic_ns() - start,
                 error=error,
-                left=job.deletes,
+                left=job.left if outcome is Outcome.FAILED else (),
             )
         )
         os.eventfd_write(self._event_fd, 1)
 
     def _attempt(self, job: _Job) -> tuple[Outcome, str | None]:
         if time.monotonic() < self._away_until:
+            if job.operation == "put":
+                job.left = ()  # it is not begun
             return Outcome.FAILED, self._away_error
         try:
             outcome = Outcome.DONE if job.run() else Outcome.MISS
         except StoreFull as error:
+            job.left = ()
             self._troubles.failed(job.operation, str(error))
             return Outcome.FAILED, str(error)
         except StoreError as error:

@@ -123,3 +123,12 @@ def test_every_family_is_rendered_with_labels_that_need_escaping():
     assert found['kvcore_pages{state="free"}'] == 7
     assert found['kvcore_refused_chunks_total{reason="lease"}'] == 4
     assert found['kvcore_l2_seconds_bucket{le="0.003",operation="get"}'] == 1
+
+
+def test_a_chunk_whose_commit_is_refused_is_not_followed():
+    metrics = Metrics()
+    metrics.observe(
+        StoreCommitted(now_ns=0, request="r", tier=0, chunks=FOLLOWED),
+        (Refuse(request="r", tier=0, chunks=FOLLOWED[1:], reason="lease"),),
+    )
+    assert [*metrics._stored_ns] == [FOLLOWED[0]]

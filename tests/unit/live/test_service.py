@@ -156,6 +156,8 @@ class World:
             message = wire.Register(
                 engine.name, role, 16, engine.block_bytes, rank, engine.world, engine.world, {}, 1, engine.epoch
             )
+            if (old := self.service.members.holder(message)) is not None and old.here:
+                self.service.gone(old)  # its liveness connection is closed first
             registered = self.call(message)
             assert isinstance(registered, wire.Registered), registered
             self.service.here(registered.member, os.getpid())
@@ -502,6 +504,7 @@ def test_what_was_granted_before_a_worker_came_back_is_void(world):
     """It lost the server for a moment, which lived, and did not raise its epoch."""
     members, epoch = register(world, "e", 1, 1)
     pages, generations = granted(world, members)
+    world.service.gone(world.service.members.find_token(members["worker", 0]))  # it closes its liveness connection
     again = world.call(wire.Register("e", "worker", 16, PAGE, 0, 1, 1, {}, 1, epoch))
     world.service.here(again.member, os.getpid())
     assert again.epoch == epoch

@@ -1,8 +1,10 @@
 """What a journal proves to the next server: of L1, of L2 or of neither."""
 
+import gc
 import os
 import re
 import shutil
+import threading
 from dataclasses import replace
 
 import msgspec
@@ -303,7 +305,7 @@ def test_a_segment_of_another_version_is_told_in_a_line_and_the_one_before_it_is
     assert line.endswith("00000001.kvj")
 
 
-def test_a_segment_is_on_the_disk_before_it_is_there(tmp_path, monkeypatch):
+def test_a_segment_is_on_the_disk_before_an_older_one_is_deleted(tmp_path, monkeypatch):
     done = []
 
     def noted(name, call):
@@ -315,4 +317,73 @@ def test_a_segment_is_on_the_disk_before_it_is_there(tmp_path, monkeypatch):
     done.clear()
     life.journal.keep = 1
     life.journal.rotate(take_snapshot(life.state.core, life.state.book.dump()))
-    assert done == ["fsync", "rename", "fsync", "unlink"]
+    life.journal.close()
+    assert done == ["rename", "fsync", "fsync", "unlink"]
+
+
+def slow_disk(monkeypatch):
+    """Have a disk that takes nothing until told; return who asked it, and what tells it."""
+    asked, let_go = [], threading.Event()
+
+    def fsync(fd):
+        asked.append(threading.current_thread())
+        if threading.current_thread() is not threading.main_thread():
+            assert let_go.wait(30)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return asked, let_go
+
+
+def test_a_new_segment_does_not_wait_for_the_disk_and_a_kill_meanwhile_costs_nothing(tmp_path, monkeypatch):
+    life = a_life(tmp_path / "j")
+    life.journal = JournalWriter(tmp_path / "j", HEAD, take_snapshot(life.state.core, life.state.book.dump()), keep=1)
+    asked, let_go = slow_disk(monkeypatch)
+    life.journal.rotate(take_snapshot(life.state.core, life.state.book.dump()))
+    life.store("later", C)
+    assert life.journal.settling
+    shutil.copytree(tmp_path / "j", tmp_path / "killed")
+    shutil.copytree(tmp_path / "j", tmp_path / "down")
+    newest = segments(tmp_path / "down")[-1]
+    let_go.set()
+    life.journal.close()
+    assert threading.main_thread() not in asked
+    assert not life.journal.settling
+    assert [path.name for path in segments(tmp_path / "j")] == [newest.name]
+
+    found = recover(tmp_path / "killed", HEAD, epoch=7)
+    assert found.has_l1
+    assert take_snapshot(found.state.core).core == take_snapshot(life.state.core).core
+    assert found.state.book.dump() == life.state.book.dump()
+
+    whole = newest.read_bytes()
+    for size in (0, 5, 8, 100, 300):  # what a machine that went down may have left of it
+        newest.write_bytes(whole[:size])
+        found = recover(tmp_path / "down", HEAD, epoch=7)
+        assert not found.has_l1
+        assert set(found.state.core.tiers[1].resident) == {A, B}
+    newest.write_bytes(bytes(len(whole)))
+    assert set(recover(tmp_path / "down", HEAD, epoch=7).state.core.tiers[1].resident) == {A, B}
+
+
+def test_a_disk_that_does_not_take_a_segment_is_told_by_the_next_write(tmp_path, monkeypatch):
+    life = a_life(tmp_path)
+    life.journal = JournalWriter(tmp_path, HEAD, take_snapshot(life.state.core, life.state.book.dump()), keep=1)
+    _, let_go = slow_disk(monkeypatch)
+    monkeypatch.setattr("kvtraces.journal._sync_folder", lambda _: (_ for _ in ()).throw(OSError(5, "a broken disk")))
+    life.journal.rotate(take_snapshot(life.state.core, life.state.book.dump()))
+    life.journal.flush()
+    let_go.set()
+    with pytest.raises(OSError, match="a broken disk"):
+        life.journal.rotate(take_snapshot(life.state.core, life.state.book.dump()))
+    with pytest.raises(OSError, match="a broken disk"):
+        life.journal.flush()
+    life.journal.abandon()
+    assert len(segments(tmp_path)) == 2, "what is not replaced for certain is not deleted"
+
+
+def test_the_collector_rests_while_a_snapshot_is_taken(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("kvtraces.journal.dump", lambda core: (seen.append(gc.isenabled()), dump(core))[1])
+    take_snapshot(State.empty(CONFIG).core)
+    assert seen == [False]
+    assert gc.isenabled()
