@@ -161,6 +161,7 @@ def _restore_tier(tier: Tier, dumped: Plain) -> None:
     tier.expiry = OrderedDict(dumped["expiry"])
     for slot, value in dumped["policy"].items():
         setattr(tier.policy, slot, _restore_value(value))
+    tier.lanes_stale = True  # what they follow is restored, they themselves are not dumped
 
 
 def _dump_value(value: Any) -> Any:

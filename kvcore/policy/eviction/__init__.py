@@ -8,6 +8,7 @@ from kvcore.policy.eviction.base import EvictionPolicy
 from kvcore.policy.eviction.belady import belady_hits
 from kvcore.policy.eviction.fifo import Fifo
 from kvcore.policy.eviction.gdsf import Gdsf
+from kvcore.policy.eviction.lanes import Lanes
 from kvcore.policy.eviction.lfu import Lfu
 from kvcore.policy.eviction.lru import Lru
 from kvcore.policy.eviction.s3fifo import S3Fifo
@@ -21,6 +22,7 @@ __all__ = [
     "EvictionPolicy",
     "Fifo",
     "Gdsf",
+    "Lanes",
     "Lfu",
     "Lru",
     "S3Fifo",
