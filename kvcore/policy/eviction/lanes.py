@@ -24,7 +24,7 @@ Ranks: TypeAlias = dict[int, Queue]
 class Lanes:
     """Which lanes there are."""
 
-    tenants: Container[str | None]
+    tenants: frozenset[str | None]
     """The tenants that have one."""
     everybody: bool
     """Whether there is one of everybody's chunks; its name is None."""
@@ -50,16 +50,22 @@ class LanedQueue(OrderedDict[Chunk, int]):
 
     def __init__(self, queue: Queue, lanes: Lanes) -> None:
         super().__init__()
+        put = super().__setitem__
         for chunk, pages in queue.items():
-            super().__setitem__(chunk, pages)
+            put(chunk, pages)
         self.lay(lanes)
 
     def lay(self, lanes: Lanes) -> None:
         """Lay the lanes anew."""
         self._lanes = lanes
         self._by_name: dict[str | None, Queue] = {}
-        for chunk, pages in self.items():
-            self._join(chunk, pages)
+        kept, tenants, tenant_of = lanes.kept, lanes.tenants, lanes.tenant_of
+        if lanes.everybody:
+            self._by_name[None] = OrderedDict((chunk, pages) for chunk, pages in self.items() if chunk not in kept)
+        if tenants:
+            for chunk, pages in self.items():
+                if tenant_of(chunk) in tenants and chunk not in kept:
+                    self._by_name.setdefault(tenant_of(chunk), OrderedDict())[chunk] = pages
 
     def lane(self, tenant: str | None) -> Queue:
         """Return the lane of `tenant`, or of everybody where None; the queue itself where there is none."""
