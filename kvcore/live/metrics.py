@@ -212,7 +212,7 @@ class Metrics:
     def _leave(self, tier: int, chunks: tuple[Chunk, ...], reason: str, now_ns: int) -> None:
         """Chunks leave a tier; what is demoted and then lost on its way was evicted, too."""
         self.counts["kvcore_evicted_chunks", f"l{tier + 1}", reason] += len(chunks)
-        self._evicted.update(dict.fromkeys(chunks))
+        self._evicted.update(dict.fromkeys(chunks[-_EVICTED_REMEMBERED:]))
         while len(self._evicted) > _EVICTED_REMEMBERED:
             self._evicted.popitem(last=False)
         if tier == 0:

@@ -36,6 +36,17 @@ class Entry:
         """Why it leaves, if it is leaving."""
 
 
+class Resident(dict[Chunk, Entry]):
+    """The chunks of a tier that can be matched, in the order in which they came."""
+
+    __slots__ = ()
+
+    def drop(self, chunks: Sequence[Chunk]) -> None:
+        """Remove `chunks`, all of them here."""
+        for chunk in chunks:
+            dict.__delitem__(self, chunk)
+
+
 class Tier:
     """Chunks and pages of one tier; it takes orders and decides nothing but the victims."""
 
@@ -61,7 +72,7 @@ class Tier:
         self.name = config.name
         self.capacity = config.pages
         self.policy: EvictionPolicy = make_policy(config.eviction, config.pages)
-        self.resident: dict[Chunk, Entry] = {}
+        self.resident = Resident()
         self.writing: dict[Chunk, Entry] = {}
         self.leaving: dict[Chunk, Entry] = {}
         self.kept: dict[Chunk, Entry] = {}
@@ -283,20 +294,25 @@ class Tier:
             self.expiry.pop(entry.chunk, None)
         self.release((entry,))
 
-    def remove(self, chunk: Chunk, reason: EvictReason) -> Entry | None:
-        """Make a resident chunk unmatchable; return it where its pages are free at once, for nobody holds it."""
-        entry = self.resident[chunk]
-        entry.reason = reason
-        if entry.entered:
+    def remove(self, chunks: Iterable[Chunk], reason: EvictReason) -> list[Entry]:
+        """Make resident chunks unmatchable; return those whose pages are free at once, for nobody holds them."""
+        entries = [*map(self.resident.__getitem__, chunks)]
+        known = [entry.chunk for entry in entries if entry.entered]
+        self.policy.forget(known)  # before they go: it may ask whose they are
+        if self.expiry:
+            for chunk in known:
+                self.expiry.pop(chunk, None)
+        free: list[Entry] = []
+        for entry in entries:
+            entry.reason = reason
             entry.entered = False
-            self.policy.forget((chunk,))  # which asks whose it is
-            self.expiry.pop(chunk, None)
-        del self.resident[chunk]
-        if entry.pins:
-            self.leaving[chunk] = entry
-            return None
-        self._leave_idle((entry,))
-        return entry
+            if entry.pins:
+                self.leaving[entry.chunk] = entry
+            else:
+                free.append(entry)
+        self.resident.drop([entry.chunk for entry in entries])
+        self._leave_idle(free)
+        return free
 
     def due(self, now_ns: int) -> bool:
         """Return whether `expired` has anything to do."""
@@ -306,16 +322,17 @@ class Tier:
 
     def expired(self, now_ns: int) -> list[Entry]:
         """Remove the chunks unused for longer than the TTL and return them; pinned ones are in use."""
-        gone: list[Entry] = []
+        gone: list[Chunk] = []
         if self.ttl_ns is None:
-            return gone
+            return []
         while self.expiry:
             chunk, used_ns = next(iter(self.expiry.items()))
             if used_ns + self.ttl_ns > now_ns:
                 break
-            if self._is_idle(chunk) and (entry := self.remove(chunk, "expired")) is not None:
-                gone.append(entry)
+            if self._is_idle(chunk):
+                del self.expiry[chunk]
+                gone.append(chunk)
             else:
                 self.expiry[chunk] = now_ns
                 self.expiry.move_to_end(chunk)
-        return gone
+        return self.remove(gone, "expired") if gone else []

@@ -225,6 +225,22 @@ def test_a_large_body_is_refused_before_it_is_read(served):
     assert len(json.loads(ask(served, "/chunks", "POST", {"chunks": names})[1])["tiers"]) == 50_000
 
 
+def test_a_clear_that_takes_its_time_is_done_not_refused(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with Server(in_process(folder, port)) as server:
+        server.url = f"http://127.0.0.1:{port}"
+
+        def slow(_):
+            time.sleep(1.5)  # of many chunks: longer than any other answer is waited for
+            return wire.Done()
+
+        server.service._handlers[wire.Clear] = slow
+        status, text = ask(server, "/clear", "POST")
+        assert (status, json.loads(text)) == (200, {"status": "done"})
+
+
 def test_openapi_describes_every_route(served):
     document = json.loads(ask(served, "/openapi.json")[1])
     described = {(method, path) for path, operations in document["paths"].items() for method in operations}

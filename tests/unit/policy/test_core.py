@@ -294,6 +294,39 @@ def test_unused_chunks_expire():
     )
 
 
+class Counted:
+    """A policy that counts how often it is told to forget."""
+
+    def __init__(self, policy):
+        self.policy = policy
+        self.forgotten = []
+
+    def __getattr__(self, name):
+        return getattr(self.policy, name)
+
+    def forget(self, chunks):
+        self.forgotten.append([*chunks])
+        self.policy.forget(self.forgotten[-1])
+
+
+@pytest.mark.parametrize("ttl_ns", [None, 50])
+def test_many_chunks_leave_in_one_go(ttl_ns):
+    story = Story(None, ttl_ns=ttl_ns)
+    story.store("a", range(100))
+    top = story.core.tiers[0]
+    top.policy = Counted(top.policy)
+    story.look_up("reader", range(3), computed_chunks=3)
+    if ttl_ns is None:
+        (evicted,) = story.tell(Cleared)
+        assert evicted.reason == "cleared"
+    else:
+        story.now = 200
+        (evicted,) = story.tell(Unpinned, chunks=())
+        assert evicted.reason == "expired"
+    assert sorted(evicted.chunks) == [*range(3, 100)]
+    assert len(top.policy.forgotten) == 1
+
+
 def test_admission_by_second_use():
     story = Story(10, admission="second-use")
     assert story.store("r", (A, B))[1] == Refuse(request="r", tier=0, chunks=(A, B), reason="first_use")
