@@ -113,6 +113,7 @@ def load_cost(points: Sequence[Point], links: Sequence[Link], chunk_tokens: int)
         prefill_quadratic_ns=1e9 * quadratic,
         latency_ns=tuple(1e9 * link.latency_s for link in links),
         bytes_per_s=tuple(link.bytes_per_s for link in links),
+        floor_cuts=True,
     )
 
 

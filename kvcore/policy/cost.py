@@ -1,5 +1,6 @@
 """Load or recompute: whether a prefix hit is worth its copy."""
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 
@@ -19,6 +20,9 @@ class LoadCost:
     prefill_quadratic_ns: float
     latency_ns: tuple[float, ...]
     bytes_per_s: tuple[float, ...]
+    floor_cuts: bool = False
+    """Whether `chunks_worth_loading` looks for the best cut inside a run of one tier, too. Costs written down before it
+    did are read as without, so that what was decided by them is decided again."""
 
     def __post_init__(self) -> None:
         """Refuse a link without bandwidth."""
@@ -62,20 +66,35 @@ def chunks_worth_loading(
         chunk_bytes: Bytes of a chunk.
         queued_bytes: Bytes waiting on the link to the engine.
 
-    Only the two ends and the borders between tiers are compared: within one tier the gain of another chunk grows with
-    the depth of the prefix (attention's share), so the best cut never lies inside a run of one tier.
+    Within a run of one tier, loading another chunk takes the same time each, and spares the more computing the deeper
+    the prefix (attention's share), so the best cut is at an end of the run, unless computing the rest meets the floor
+    of a step inside it: more chunks spare nothing from there on. So the ends of all runs are compared, and, with
+    `floor_cuts`, the first cut at which the rest takes no more than the floor and the one before it.
     """
-    cuts = [computed]
-    cuts += [i for i in range(computed + 1, len(tiers)) if tiers[i] != tiers[i - 1]]
-    if len(tiers) > computed:
-        cuts.append(len(tiers))
-    best, best_ns = computed, float("inf")
+    end = len(tiers)
+    cuts = [cut for cut in range(computed + 1, end) if tiers[cut] != tiers[cut - 1]]
+    if end > computed:
+        cuts.append(end)
+    if cost.floor_cuts:
+        at_floor = _first_at_floor(cost, computed, end, total)
+        cuts = sorted({*cuts, *(cut for cut in (at_floor - 1, at_floor) if computed < cut < end)})
+    best, best_ns = computed, cost.prefill_ns((total - computed) * cost.chunk_tokens, computed * cost.chunk_tokens)
+    sizes, at = [0] * len(cost.latency_ns), computed
     for cut in cuts:
-        sizes = [0] * len(cost.latency_ns)
-        for tier in tiers[computed:cut]:
-            sizes[tier] += chunk_bytes
+        sizes[tiers[at]] += (cut - at) * chunk_bytes  # no border lies between two cuts
+        at = cut
         tokens = (total - cut) * cost.chunk_tokens
         took = cost.load_ns(tuple(sizes), queued_bytes) + cost.prefill_ns(tokens, cut * cost.chunk_tokens)
         if took < best_ns:
             best, best_ns = cut, took
     return best
+
+
+def _first_at_floor(cost: LoadCost, computed: int, end: int, total: int) -> int:
+    """Return the first cut at which computing the rest takes no more than the floor; `end` where none does before."""
+
+    def at_floor(cut: int) -> bool:
+        tokens = cost.chunk_tokens
+        return cost.prefill_ns((total - cut) * tokens, cut * tokens) <= cost.prefill_floor_ns
+
+    return bisect_left(range(end), True, lo=computed, key=at_floor)

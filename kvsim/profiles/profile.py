@@ -160,4 +160,5 @@ class Profile:
             prefill_quadratic_ns=1e9 * self.prefill_fit.quadratic_s,
             latency_ns=tuple(1e9 * curve.latency_s for curve in curves),
             bytes_per_s=tuple(curve.peak_bytes_per_s for curve in curves),
+            floor_cuts=True,
         )
