@@ -20,7 +20,7 @@ from typing import Any, Final, Self
 import numpy as np
 
 from kvcore.policy.core import Core
-from kvcore.policy.tier import Entry, Resident
+from kvcore.policy.tier import Entry, Followed
 from kvcore.policy.types import Chunk
 
 __all__ = ["HeldTable", "HeldView"]
@@ -128,7 +128,7 @@ class HeldView:
         self._cells.close()
 
 
-class _Counted(Resident):
+class _Counted(Followed):
     """A tier's matchable chunks, counted as they come and go.
 
     It has what a tier does with them; what it does not do is refused, rather than missed in the count.
