@@ -13,12 +13,14 @@ byte a cell.
 import mmap
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
+import numpy as np
+
 from kvcore.policy.core import Core
-from kvcore.policy.tier import Entry
+from kvcore.policy.tier import Entry, Followed
 from kvcore.policy.types import Chunk
 
 __all__ = ["HeldTable", "HeldView"]
@@ -78,6 +80,13 @@ class HeldTable:
         if 0 < count < _MOST:
             self._cells[cell] = count - 1
 
+    def all_went(self, chunks: Sequence[Chunk]) -> None:
+        """Count many chunks no more: at once, for a clear of everything is one turn of the request loop."""
+        cells = np.frombuffer(self._cells, np.uint8)
+        at, times = np.unique(np.fromiter(map(_cell, chunks), np.int64, len(chunks)), return_counts=True)
+        before = cells[at]
+        cells[at] = np.where(before < _MOST, before - np.minimum(before, times), before)
+
     def close(self) -> None:
         """Remove the file."""
         self.path.unlink(missing_ok=True)
@@ -119,7 +128,7 @@ class HeldView:
         self._cells.close()
 
 
-class _Counted(dict[Chunk, Entry]):
+class _Counted(Followed):
     """A tier's matchable chunks, counted as they come and go.
 
     It has what a tier does with them; what it does not do is refused, rather than missed in the count.
@@ -148,6 +157,10 @@ class _Counted(dict[Chunk, Entry]):
 
     def __delitem__(self, chunk: Chunk) -> None:
         self.pop(chunk)
+
+    def drop(self, chunks: Sequence[Chunk]) -> None:
+        super().drop(chunks)
+        self._table.all_went(chunks)
 
     def _refused(self, *_: Any) -> Any:
         raise TypeError("a tier's chunks are counted one by one")

@@ -37,6 +37,8 @@ from kvcore.live.settings import is_loopback
 
 _LOG = logging.getLogger("kvcore.http")
 _PATIENCE_S = 1.0
+_CLEAR_PATIENCE_S = 30.0
+"""A clear of all of a large L1 takes a second or more of the loop, and is carried out whatever the asker was told."""
 _LAST_REQUESTS_S = 2
 """How long a server that stops waits for requests under way; an upload may never end."""
 _MOST_CONNECTIONS = 128
@@ -77,16 +79,16 @@ class _Loop:
             await self._reader
         self._socket.close(0)
 
-    async def ask(self, message: wire.Message) -> wire.Reply:
+    async def ask(self, message: wire.Message, patience_s: float = _PATIENCE_S) -> wire.Reply:
         """Return the reply, an error reply included. Raises _LoopSilentError."""
         correlation = next(self._ids)
         future: asyncio.Future[wire.Reply] = asyncio.get_running_loop().create_future()
         self._waiting[correlation] = future
         try:
             await self._socket.send_multipart(wire.encode(message, correlation))
-            return await asyncio.wait_for(future, _PATIENCE_S)
+            return await asyncio.wait_for(future, patience_s)
         except TimeoutError:
-            raise _LoopSilentError(f"the request loop did not answer within {_PATIENCE_S:g} s") from None
+            raise _LoopSilentError(f"the request loop did not answer within {patience_s:g} s") from None
         finally:
             self._waiting.pop(correlation, None)
 
@@ -313,7 +315,7 @@ async def _chunks(loop: _Loop, request: Request) -> Response:
 
 async def _clear(loop: _Loop, request: Request) -> Response:
     body = await _body(request)
-    return _shown(await loop.ask(wire.Clear(_digests(body) if body else None)))
+    return _shown(await loop.ask(wire.Clear(_digests(body) if body else None), _CLEAR_PATIENCE_S))
 
 
 async def _pin(loop: _Loop, request: Request) -> Response:

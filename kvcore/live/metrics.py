@@ -6,6 +6,7 @@ The request loop only adds to plain numbers; the web thread asks for them over t
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 from typing import Any, Final, cast
 
 import numpy as np
@@ -22,7 +23,8 @@ _PROBES_REMEMBERED = 65_536
 _MOST = 2**63 - 1
 """A counter that engines have brought further is shown as this, which can travel."""
 _TENANTS = 1000
-"""Salts with counters of their own; later ones share the label `other`."""
+"""Salts with counters of their own; later ones share the label `other`. A salt is shown as a digest (`veiled`) unless
+the operator has named it."""
 
 HELP: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
     "kvcore_requests": ("counter", "Requests looked up, each once.", ("model", "salt", "resumed")),
@@ -103,7 +105,9 @@ class Metrics:
             for name, (kind, _, labels) in HELP.items()
             if kind == "histogram" and not labels
         }
-        self._salts: dict[str, None] = {}
+        self._labels_of: dict[str, str] = {}
+        """By salt, of the tenants with counters of their own."""
+        self._named: set[str] = set()
         self._evicted: OrderedDict[Chunk, None] = OrderedDict()
         self._probes: OrderedDict[bytes, Chunk] = OrderedDict()
         self._stored_ns: dict[Chunk, int] = {}
@@ -190,12 +194,19 @@ class Metrics:
     def _labels(self, work: Work, salt: str) -> tuple[str, str]:
         return model_of(work), self._salt(salt)
 
+    def name(self, salt: str) -> None:
+        """Show a tenant by name from now on, for the operator has named it; any other's salt is its secret."""
+        self._named.add(salt)
+        if salt in self._labels_of:
+            self._labels_of[salt] = salt
+
     def _salt(self, salt: str) -> str:
-        if salt not in self._salts:
-            if len(self._salts) >= _TENANTS:
+        label = self._labels_of.get(salt)
+        if label is None:
+            if len(self._labels_of) >= _TENANTS:
                 return "other"
-            self._salts[salt] = None
-        return salt
+            label = self._labels_of[salt] = salt if not salt or salt in self._named else veiled(salt)
+        return label
 
     def _miss(
         self, chunks: tuple[Chunk, ...], *, first: bool, probe: bytes, labels: tuple[str, str], chunk_tokens: int
@@ -220,7 +231,7 @@ class Metrics:
     def _leave(self, tier: int, chunks: tuple[Chunk, ...], reason: str, now_ns: int) -> None:
         """Chunks leave a tier; what is demoted and then lost on its way was evicted, too."""
         self.counts["kvcore_evicted_chunks", f"l{tier + 1}", reason] += len(chunks)
-        self._evicted.update(dict.fromkeys(chunks))
+        self._evicted.update(dict.fromkeys(chunks[-_EVICTED_REMEMBERED:]))
         while len(self._evicted) > _EVICTED_REMEMBERED:
             self._evicted.popitem(last=False)
         if tier == 0:
@@ -233,6 +244,11 @@ class Metrics:
 def model_of(work: Work) -> str:
     """Return the model's name, as a label."""
     return work.instance.register.namespace.get("model", "")
+
+
+def veiled(salt: str) -> str:
+    """Return what a salt is shown as where who reads it may not learn it: whoever has a salt could match its KV."""
+    return "#" + blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
 
 
 def sampled(chunks: Sequence[Chunk]) -> list[Chunk]:

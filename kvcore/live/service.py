@@ -96,6 +96,8 @@ class Service:
         self.clock = parts.clock
         self.started_ns = parts.clock.now_ns()
         self.metrics = Metrics()
+        for salt in parts.state.core.tiers[0].quotas:
+            self.metrics.name(salt)
         self.members = Members(
             chunk_tokens=parts.settings.chunk_size,
             page_bytes=parts.arena.page_bytes,
@@ -570,6 +572,7 @@ class Service:
         return _DONE
 
     def _set_quota(self, message: wire.SetQuota) -> wire.Done:
+        self.metrics.name(message.salt)
         _LOG.info("quota of %r: %s", message.salt, "none" if message.pages is None else f"{message.pages} pages")
         self._feed(QuotaSet(now_ns=self.clock.now_ns(), salt=message.salt, pages=message.pages))
         return _DONE

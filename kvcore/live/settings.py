@@ -111,10 +111,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     lease_s: Annotated[
         float, _help("A process unheard of for longer is not believed to be copying.", "Arena", ge=0.1, le=3600)
     ] = 10.0
-    record: Annotated[str, _help("Write a trace of every request: FILE.jsonl, .jsonl.gz or .jsonl.zst.", "Logs")] = ""
+    record: Annotated[
+        str,
+        _help("Write a trace of every request: FILE.jsonl, .jsonl.gz or .jsonl.zst. Holds tenants' salts.", "Logs"),
+    ] = ""
     record_max_mb: Annotated[int, _help("Go on in another trace file after so many MiB.", "Logs", ge=1)] = 256
     journal: Annotated[
-        str, _help("Folder of the journal, by which L1 survives a crash and L2 any restart.", "Logs")
+        str,
+        _help("Folder of the journal, by which L1 survives a crash and L2 any restart. Holds tenants' salts.", "Logs"),
     ] = ""
     journal_segment_mb: Annotated[int, _help("Size of a journal segment.", "Logs", ge=1, le=1 << 16)] = 256
     journal_segments: Annotated[int, _help("Journal segments to keep.", "Logs", ge=1)] = 4

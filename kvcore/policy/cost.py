@@ -1,5 +1,6 @@
 """Load or recompute: whether a prefix hit is worth its copy."""
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 
@@ -62,20 +63,31 @@ def chunks_worth_loading(
         chunk_bytes: Bytes of a chunk.
         queued_bytes: Bytes waiting on the link to the engine.
 
-    Only the two ends and the borders between tiers are compared: within one tier the gain of another chunk grows with
-    the depth of the prefix (attention's share), so the best cut never lies inside a run of one tier.
+    Within a run of one tier, loading another chunk takes the same time each, and spares the more computing the deeper
+    the prefix (attention's share), so the best cut is at an end of the run, unless computing the rest meets the floor
+    of a step inside it: more chunks spare nothing from there on. So the ends of all runs are compared, and the first
+    cut at which the rest takes no more than the floor and the one before it.
     """
-    cuts = [computed]
-    cuts += [i for i in range(computed + 1, len(tiers)) if tiers[i] != tiers[i - 1]]
-    if len(tiers) > computed:
-        cuts.append(len(tiers))
-    best, best_ns = computed, float("inf")
-    for cut in cuts:
-        sizes = [0] * len(cost.latency_ns)
-        for tier in tiers[computed:cut]:
-            sizes[tier] += chunk_bytes
+    end = len(tiers)
+    at_floor = _first_at_floor(cost, computed, end, total)
+    cuts = {cut for cut in range(computed + 1, end) if tiers[cut] != tiers[cut - 1]} | {at_floor - 1, at_floor, end}
+    best, best_ns = computed, cost.prefill_ns((total - computed) * cost.chunk_tokens, computed * cost.chunk_tokens)
+    sizes, at = [0] * len(cost.latency_ns), computed
+    for cut in sorted(cut for cut in cuts if cut > computed):
+        sizes[tiers[at]] += (cut - at) * chunk_bytes  # no border lies between two cuts
+        at = cut
         tokens = (total - cut) * cost.chunk_tokens
         took = cost.load_ns(tuple(sizes), queued_bytes) + cost.prefill_ns(tokens, cut * cost.chunk_tokens)
         if took < best_ns:
             best, best_ns = cut, took
     return best
+
+
+def _first_at_floor(cost: LoadCost, computed: int, end: int, total: int) -> int:
+    """Return the first cut at which computing the rest takes no more than the floor; `end` where none does before."""
+
+    def at_floor(cut: int) -> bool:
+        tokens = cost.chunk_tokens
+        return cost.prefill_ns((total - cut) * tokens, cut * tokens) <= cost.prefill_floor_ns
+
+    return bisect_left(range(end), True, lo=computed, key=at_floor)

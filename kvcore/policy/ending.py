@@ -69,7 +69,7 @@ def finish(state: State, request: Request) -> None:
             tier.touch([entry.chunk for entry in reversed(found) if entry.entered], state.now_ns)
     for chunk, entry in request.passing.items():
         if top.resident.get(chunk) is entry:
-            top.remove(chunk, "passing")
+            top.remove((chunk,), "passing")
     evicted(state, 0, top.unpin(request.held))
     for index, found in enumerate(request.found):
         evicted(state, index, state.tiers[index].unpin(found))

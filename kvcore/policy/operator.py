@@ -58,16 +58,9 @@ def clear_writes(state: State, request: Request, wanted: dict[Chunk, None] | Non
 
 def pinned(state: State, event: Pinned) -> None:
     """The operator keeps chunks in tier 0."""
-    top = state.tiers[0]
-    for chunk in event.chunks:
-        entry = top.resident.get(chunk)
-        if entry is not None and chunk not in top.kept:
-            top.pin((entry,))
-            top.kept[chunk] = entry
+    state.tiers[0].keep(event.chunks)
 
 
 def unpinned(state: State, chunks: Iterable[Chunk]) -> None:
     """The operator keeps them no longer."""
-    top = state.tiers[0]
-    kept = [entry for chunk in chunks if (entry := top.kept.pop(chunk, None)) is not None]
-    evicted(state, 0, top.unpin(kept))
+    evicted(state, 0, state.tiers[0].let_go(chunks))

@@ -62,8 +62,8 @@ def write_through(state: State, index: int, entries: Sequence[Entry], name: str)
 def take_out(state: State, index: int, chunks: Iterable[Chunk], reason: EvictReason) -> None:
     """Take `chunks` out of a tier: at once those that nobody holds, the others when they are let go of."""
     tier = state.tiers[index]
-    free = [entry for chunk in chunks if chunk in tier.resident and (entry := tier.remove(chunk, reason)) is not None]
-    evicted(state, index, free)
+    there = [chunk for chunk in dict.fromkeys(chunks) if chunk in tier.resident]
+    evicted(state, index, tier.remove(there, reason))
 
 
 def evicted(state: State, index: int, entries: Sequence[Entry]) -> None:

@@ -155,12 +155,13 @@ def _dump_tier(tier: Tier) -> Plain:
 
 def _restore_tier(tier: Tier, dumped: Plain) -> None:
     for place in _PLACES:
-        setattr(tier, place, {entry.chunk: entry for entry in map(_restore_entry, dumped[place])})
+        getattr(tier, place).update((entry.chunk, entry) for entry in map(_restore_entry, dumped[place]))
     tier.kept = {chunk: _place(tier, chunk) for chunk in dumped["kept"]}
     tier.quotas = dict(dumped["quotas"])
     tier.expiry = OrderedDict(dumped["expiry"])
     for slot, value in dumped["policy"].items():
         setattr(tier.policy, slot, _restore_value(value))
+    tier.lanes_stale = True  # what they follow is restored, they themselves are not dumped
 
 
 def _dump_value(value: Any) -> Any:

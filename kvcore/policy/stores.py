@@ -88,7 +88,7 @@ def copied(state: State, event: StoreCommitted) -> None:
             continue
         (entry,) = tier.commit((chunk,))
         if not entry.entered:  # cleared on its way
-            tier.remove(chunk, "cleared")
+            tier.remove((chunk,), "cleared")
         else:
             arrived.append(entry)
         evicted(state, event.tier, tier.unpin((entry,)))

@@ -7,11 +7,13 @@ from operator import attrgetter
 
 from kvcore.policy.config import TierConfig
 from kvcore.policy.decisions import EvictReason
-from kvcore.policy.eviction import EvictionPolicy, make_policy
+from kvcore.policy.eviction import EvictionPolicy, Lanes, make_policy
 from kvcore.policy.types import Chunk
 
 _pages_of = attrgetter("pages")
 _salt_of = attrgetter("salt")
+MANY_KEPT = 1000
+"""With so many chunks that the operator keeps, asks for room are spared walking past them; fewer are soon passed."""
 
 
 class Entry:
@@ -34,6 +36,17 @@ class Entry:
         """Why it leaves, if it is leaving."""
 
 
+class Followed(dict[Chunk, Entry]):
+    """A tier's resident chunks where somebody follows them; a plain dict, which is faster, where nobody does."""
+
+    __slots__ = ()
+
+    def drop(self, chunks: Sequence[Chunk]) -> None:
+        """Remove `chunks`, all of them here."""
+        for chunk in chunks:
+            dict.__delitem__(self, chunk)
+
+
 class Tier:
     """Chunks and pages of one tier; it takes orders and decides nothing but the victims."""
 
@@ -42,6 +55,7 @@ class Tier:
         "expiry",
         "idle",
         "kept",
+        "lanes_stale",
         "leaving",
         "name",
         "policy",
@@ -62,6 +76,8 @@ class Tier:
         self.writing: dict[Chunk, Entry] = {}
         self.leaving: dict[Chunk, Entry] = {}
         self.kept: dict[Chunk, Entry] = {}
+        self.lanes_stale = False
+        """Whether the policy's lanes are to be laid before its next ask."""
         self.used = 0
         """Pages of everything that occupies any: resident, written, leaving, or held by a lost worker."""
         self.idle = 0
@@ -108,7 +124,40 @@ class Tier:
         self.idle = idle
         return gone
 
+    def keep(self, chunks: Iterable[Chunk]) -> None:
+        """Pin those of `chunks` that are resident for the operator, until `let_go`."""
+        few = len(self.kept) < MANY_KEPT
+        fresh: list[Chunk] = []
+        for chunk in chunks:
+            entry = self.resident.get(chunk)
+            if entry is not None and chunk not in self.kept:
+                self.pin((entry,))
+                self.kept[chunk] = entry
+                fresh.append(chunk)
+        self.policy.hide(fresh)
+        if few and len(self.kept) >= MANY_KEPT:
+            self.lanes_stale = True
+
+    def let_go(self, chunks: Iterable[Chunk]) -> list[Entry]:
+        """End what `keep` began; return those that were only waiting for this to leave."""
+        many = len(self.kept) >= MANY_KEPT
+        kept = [entry for chunk in chunks if (entry := self.kept.pop(chunk, None)) is not None]
+        if kept and (many or self.quotas):
+            self.lanes_stale = True
+        return self.unpin(kept)
+
     # Room
+
+    def lay_lanes(self) -> None:
+        """Have the policy keep the lanes that quotas and the operator's pins call for."""
+        everybody = len(self.kept) >= MANY_KEPT
+        lanes = Lanes(tenants=frozenset(self.quotas), everybody=everybody, kept=self.kept, tenant_of=self._tenant_of)
+        self.policy.lay(lanes if everybody or self.quotas else None)
+        self.lanes_stale = False
+
+    def _tenant_of(self, chunk: Chunk) -> str | None:
+        entry = self.resident.get(chunk)
+        return None if entry is None else entry.salt
 
     def room_for(self, count: int, pages: int, salt: str) -> tuple[int, bool]:
         """Return how many of `count` chunks of `pages` pages can be had, and whether a quota is what limits them."""
@@ -123,6 +172,7 @@ class Tier:
 
     def set_quota(self, salt: str, pages: int | None) -> None:
         """Limit the tenant `salt` to `pages` pages; None lifts the limit."""
+        self.lanes_stale = self.lanes_stale or (salt in self.quotas) != (pages is not None)
         self.quotas.pop(salt, None)
         if pages is not None:
             self.quotas[salt] = pages
@@ -157,13 +207,17 @@ class Tier:
             entry = resident.get(chunk)
             return entry is not None and not entry.pins and entry.salt == salt
 
-        return self._pop(self.policy.victims(over, own))
+        if self.lanes_stale:
+            self.lay_lanes()
+        return self._pop(self.policy.victims(over, own, salt))
 
     def victims(self, pages: int) -> list[Entry]:
         """Evict until `pages` pages are free; return what went, in policy order."""
         short = 0 if self.capacity is None else self.used + pages - self.capacity
         if short <= 0:
             return []
+        if self.lanes_stale:
+            self.lay_lanes()
         return self._pop(self.policy.victims(short, self._is_idle))
 
     def _is_idle(self, chunk: Chunk) -> bool:
@@ -240,19 +294,29 @@ class Tier:
             self.expiry.pop(entry.chunk, None)
         self.release((entry,))
 
-    def remove(self, chunk: Chunk, reason: EvictReason) -> Entry | None:
-        """Make a resident chunk unmatchable; return it where its pages are free at once, for nobody holds it."""
-        entry = self.resident.pop(chunk)
-        entry.reason = reason
-        if entry.entered:
+    def remove(self, chunks: Iterable[Chunk], reason: EvictReason) -> list[Entry]:
+        """Make resident chunks unmatchable; return those whose pages are free at once, for nobody holds them."""
+        entries = [*map(self.resident.__getitem__, chunks)]
+        known = [entry.chunk for entry in entries if entry.entered]
+        self.policy.forget(known)  # before they go: it may ask whose they are
+        if self.expiry:
+            for chunk in known:
+                self.expiry.pop(chunk, None)
+        free: list[Entry] = []
+        for entry in entries:
+            entry.reason = reason
             entry.entered = False
-            self.policy.forget((chunk,))
-            self.expiry.pop(chunk, None)
-        if entry.pins:
-            self.leaving[chunk] = entry
-            return None
-        self._leave_idle((entry,))
-        return entry
+            if entry.pins:
+                self.leaving[entry.chunk] = entry
+            else:
+                free.append(entry)
+        if isinstance(self.resident, Followed):
+            self.resident.drop([entry.chunk for entry in entries])
+        else:
+            for entry in entries:
+                del self.resident[entry.chunk]
+        self._leave_idle(free)
+        return free
 
     def due(self, now_ns: int) -> bool:
         """Return whether `expired` has anything to do."""
@@ -262,16 +326,17 @@ class Tier:
 
     def expired(self, now_ns: int) -> list[Entry]:
         """Remove the chunks unused for longer than the TTL and return them; pinned ones are in use."""
-        gone: list[Entry] = []
+        gone: list[Chunk] = []
         if self.ttl_ns is None:
-            return gone
+            return []
         while self.expiry:
             chunk, used_ns = next(iter(self.expiry.items()))
             if used_ns + self.ttl_ns > now_ns:
                 break
-            if self._is_idle(chunk) and (entry := self.remove(chunk, "expired")) is not None:
-                gone.append(entry)
+            if self._is_idle(chunk):
+                del self.expiry[chunk]
+                gone.append(chunk)
             else:
                 self.expiry[chunk] = now_ns
                 self.expiry.move_to_end(chunk)
-        return gone
+        return self.remove(gone, "expired") if gone else []

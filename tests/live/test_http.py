@@ -18,6 +18,7 @@ from live_fakes import SyncEngine, chain, wait_for
 from kvcore.live import server as server_module
 from kvcore.live import wire
 from kvcore.live.connection import Client
+from kvcore.live.metrics import veiled
 from kvcore.live.openapi import MAX_BODY_BYTES, OPERATIONS
 from kvcore.live.server import Server
 from kvcore.live.settings import load
@@ -103,12 +104,14 @@ def test_metrics_are_prometheus_and_count(served):
     status, text = ask(served, "/metrics")
     assert status == 200
     samples = dict(re.findall(r"^(kvcore_\w+(?:{.*})?) (\S+)$", text, re.MULTILINE))
-    labels = 'model="fake",salt="bob"'
+    assert "bob" not in text  # nobody but the tenant has named it
+    bob = veiled("bob")
+    labels = f'model="fake",salt="{bob}"'
     assert float(samples[f"kvcore_requested_tokens_total{{{labels}}}"]) == 1600
     assert float(samples[f"kvcore_aligned_tokens_total{{{labels}}}"]) == 1536
-    assert float(samples['kvcore_matched_tokens_total{model="fake",salt="bob",tier="l1"}']) == 768
-    assert float(samples['kvcore_loaded_tokens_total{model="fake",salt="bob",tier="l1"}']) == 768
-    assert float(samples['kvcore_missed_tokens_total{model="fake",reason="tail",salt="bob"}']) == 64
+    assert float(samples[f'kvcore_matched_tokens_total{{{labels},tier="l1"}}']) == 768
+    assert float(samples[f'kvcore_loaded_tokens_total{{{labels},tier="l1"}}']) == 768
+    assert float(samples[f'kvcore_missed_tokens_total{{model="fake",reason="tail",salt="{bob}"}}']) == 64
     assert float(samples["kvcore_lookup_seconds_count"]) == 2
     assert float(samples['kvcore_bytes_in_use{tier="l1"}']) == 3 * 65536
     assert text.count("# TYPE") == text.count("# HELP") > 20
@@ -267,6 +270,22 @@ def test_connections_without_a_request_are_few_and_end(folder, monkeypatch, capf
             assert (answer.status, bool(answer.read())) == (200, True)
         assert client.sock is kept
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_clear_that_takes_its_time_is_done_not_refused(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with Server(in_process(folder, port)) as server:
+        server.url = f"http://127.0.0.1:{port}"
+
+        def slow(_):
+            time.sleep(1.5)  # of many chunks: longer than any other answer is waited for
+            return wire.Done()
+
+        server.service._handlers[wire.Clear] = slow
+        status, text = ask(server, "/clear", "POST")
+        assert (status, json.loads(text)) == (200, {"status": "done"})
 
 
 def test_openapi_describes_every_route(served):

@@ -7,6 +7,7 @@ On the CPU in CI. Where there is a CUDA device they run there, and `test_ahead.p
 # ruff: noqa: PLC0415 - vLLM reads the environment when it is imported
 import gc
 import json
+import logging
 import os
 import time
 from contextlib import contextmanager, nullcontext
@@ -130,6 +131,7 @@ def engine(model: Path, kv_transfer_config=None, **options):
         gc.collect()
         ensure_kv_transfer_shutdown()  # a start that failed leaves the worker's connector behind
         cleanup_dist_env_and_memory()
+        logging.getLogger("kvcore").handlers.clear()  # vLLM's, which our lines went to as well
 
 
 def _count_every_step(engine):

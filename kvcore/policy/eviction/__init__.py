@@ -7,6 +7,7 @@ from kvcore.policy.eviction.arc import Arc
 from kvcore.policy.eviction.base import EvictionPolicy
 from kvcore.policy.eviction.fifo import Fifo
 from kvcore.policy.eviction.gdsf import Gdsf
+from kvcore.policy.eviction.lanes import Lanes
 from kvcore.policy.eviction.lfu import Lfu
 from kvcore.policy.eviction.lru import Lru
 from kvcore.policy.eviction.s3fifo import S3Fifo
@@ -20,6 +21,7 @@ __all__ = [
     "EvictionPolicy",
     "Fifo",
     "Gdsf",
+    "Lanes",
     "Lfu",
     "Lru",
     "S3Fifo",

@@ -6,11 +6,12 @@ Megiddo, Modha, "ARC: a self-tuning, low overhead replacement cache", FAST 2003.
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
-from kvcore.policy.eviction.queues import Queue, frees_enough, pop_eligible, put_back
+from kvcore.policy.eviction.lanes import Laned
+from kvcore.policy.eviction.queues import Queue, frees_enough, lane_of, pop_eligible, put_back
 from kvcore.policy.types import Chunk
 
 
-class Arc:
+class Arc(Laned):
     """Keeps chunks used once (T1) and more often (T2) in two LRU lists, and learns from evicted ones how long T1 is.
 
     Deviations. Room is made before a request's chunks are inserted, so REPLACE takes the target length of T1 as it
@@ -32,6 +33,7 @@ class Arc:
         "_t2",
         "_t2_pages",
     )
+    _LANED = ("_t1", "_t2")
 
     def __init__(self, capacity_pages: int | None) -> None:
         self._capacity = capacity_pages or 0  # of an unbounded cache: no ghost is ever within it
@@ -75,30 +77,33 @@ class Arc:
             else:
                 self._t1_pages -= size
 
-    def victims(self, pages: int, eligible: Callable[[Chunk], bool]) -> list[Chunk] | None:
+    def victims(self, pages: int, eligible: Callable[[Chunk], bool], tenant: str | None = None) -> list[Chunk] | None:
         """Evict from T1 while it is longer than its target, else from T2."""
-        if not frees_enough((self._t1, self._t2), pages, eligible):
+        if not frees_enough((self._t1, self._t2), pages, eligible, tenant):
             return None
         taken: list[Chunk] = []
         freed = 0
+        lane_t1, lane_t2 = lane_of(self._t1, tenant), lane_of(self._t2, tenant)
         passed_t1: Queue = OrderedDict()
         passed_t2: Queue = OrderedDict()
         while freed < pages:
             found = None
             if self._t1_pages <= self._t1_target:
-                found = self._evict_t2(passed_t2, eligible)
-            found = found or self._evict_t1(passed_t1, eligible) or self._evict_t2(passed_t2, eligible)
+                found = self._evict_t2(lane_t2, passed_t2, eligible)
+            found = (
+                found or self._evict_t1(lane_t1, passed_t1, eligible) or self._evict_t2(lane_t2, passed_t2, eligible)
+            )
             if found is None:
                 raise AssertionError("frees_enough found eligible chunks that are in no list")
             taken.append(found[0])
             freed += found[1]
-        put_back(self._t1, passed_t1)
-        put_back(self._t2, passed_t2)
+        put_back(lane_t1, passed_t1)
+        put_back(lane_t2, passed_t2)
         self._trim_ghosts()
         return taken
 
-    def _evict_t1(self, passed: Queue, eligible: Callable[[Chunk], bool]) -> tuple[Chunk, int] | None:
-        found = pop_eligible(self._t1, passed, eligible)
+    def _evict_t1(self, lane: Queue, passed: Queue, eligible: Callable[[Chunk], bool]) -> tuple[Chunk, int] | None:
+        found = pop_eligible(self._t1, lane, passed, eligible)
         if found is not None:
             chunk, size = found
             self._t1_pages -= size
@@ -106,8 +111,8 @@ class Arc:
             self._b1_pages += size
         return found
 
-    def _evict_t2(self, passed: Queue, eligible: Callable[[Chunk], bool]) -> tuple[Chunk, int] | None:
-        found = pop_eligible(self._t2, passed, eligible)
+    def _evict_t2(self, lane: Queue, passed: Queue, eligible: Callable[[Chunk], bool]) -> tuple[Chunk, int] | None:
+        found = pop_eligible(self._t2, lane, passed, eligible)
         if found is not None:
             chunk, size = found
             self._t2_pages -= size

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from kvcore.policy.eviction.lanes import Lanes
 from kvcore.policy.types import Chunk
 
 
@@ -27,9 +28,16 @@ class EvictionPolicy(Protocol):
     def forget(self, chunks: Iterable[Chunk]) -> None:
         """Drop `chunks`, all of them present, for a reason of the operator's: no trace of them is kept."""
 
-    def victims(self, pages: int, eligible: Callable[[Chunk], bool]) -> list[Chunk] | None:
+    def victims(self, pages: int, eligible: Callable[[Chunk], bool], tenant: str | None = None) -> list[Chunk] | None:
         """Evict: remove and return the fewest chunks, in policy order, that free at least `pages` pages.
 
         Chunks that are not `eligible` (pinned, say) are passed over and keep their place. Returns None, with no
-        state changed, where the eligible chunks do not free enough.
+        state changed, where the eligible chunks do not free enough. Where `tenant` is given, it tells that no others'
+        are eligible, and changes nothing but where the policy looks.
         """
+
+    def lay(self, lanes: Lanes | None) -> None:
+        """Keep `lanes`, by which asks for victims need not walk past chunks that are none; decisions stay the same."""
+
+    def hide(self, chunks: Iterable[Chunk]) -> None:
+        """Take `chunks`, not all present, out of the lanes: they are eligible to nobody until lanes are laid anew."""

@@ -6,14 +6,16 @@ Belady, "A study of replacement algorithms for a virtual-storage computer", IBM 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
+from kvcore.policy.eviction.lanes import Laned
 from kvcore.policy.eviction.queues import Queue, take_first
 from kvcore.policy.types import Chunk
 
 
-class Fifo:
+class Fifo(Laned):
     """Evicts the chunk that was inserted earliest. No deviation."""
 
     __slots__ = ("_pages",)
+    _LANED = ("_pages",)
 
     def __init__(self) -> None:
         self._pages: Queue = OrderedDict()  # earliest first
@@ -32,6 +34,6 @@ class Fifo:
         for chunk in chunks:
             del self._pages[chunk]
 
-    def victims(self, pages: int, eligible: Callable[[Chunk], bool]) -> list[Chunk] | None:
+    def victims(self, pages: int, eligible: Callable[[Chunk], bool], tenant: str | None = None) -> list[Chunk] | None:
         """Evict the earliest eligible chunks."""
-        return take_first(self._pages, pages, eligible)
+        return take_first(self._pages, pages, eligible, tenant)

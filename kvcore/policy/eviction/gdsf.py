@@ -7,6 +7,7 @@ report HPL-98-69R1, 1998.
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from kvcore.policy.eviction.lanes import Laned
 from kvcore.policy.eviction.ranks import Ranks, rank_chunk, take_lowest, unrank_chunk
 from kvcore.policy.types import Chunk
 
@@ -14,7 +15,7 @@ SCALE: Final = 1 << 20
 """One use of a one-page chunk, in units of priority: leaves 2^20 steps for the division by a chunk's pages."""
 
 
-class Gdsf:
+class Gdsf(Laned):
     """Evicts the chunk of the lowest priority: age + uses / pages.
 
     The age is the highest priority evicted so far, and a chunk takes it in anew at every use, so chunks that were
@@ -28,6 +29,7 @@ class Gdsf:
     """
 
     __slots__ = ("_age", "_priorities", "_ranks", "_uses")
+    _LANED = ("_ranks",)
 
     def __init__(self) -> None:
         self._age = 0
@@ -57,9 +59,9 @@ class Gdsf:
             unrank_chunk(self._ranks, self._priorities.pop(chunk), chunk)
             del self._uses[chunk]
 
-    def victims(self, pages: int, eligible: Callable[[Chunk], bool]) -> list[Chunk] | None:
+    def victims(self, pages: int, eligible: Callable[[Chunk], bool], tenant: str | None = None) -> list[Chunk] | None:
         """Evict the eligible chunks of the lowest priorities."""
-        taken = take_lowest(self._ranks, pages, eligible)
+        taken = take_lowest(self._ranks, pages, eligible, tenant)
         if taken is None:
             return None
         for priority, chunk in taken:

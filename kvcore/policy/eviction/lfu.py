@@ -5,11 +5,12 @@ Aho, Denning, Ullman, "Principles of optimal page replacement", Journal of the A
 
 from collections.abc import Callable, Iterable
 
+from kvcore.policy.eviction.lanes import Laned
 from kvcore.policy.eviction.ranks import Ranks, rank_chunk, take_lowest, unrank_chunk
 from kvcore.policy.types import Chunk
 
 
-class Lfu:
+class Lfu(Laned):
     """Evicts the chunk of the lowest count; between equal counts, the least recently inserted or touched.
 
     A count is 1 on insertion, grows by 1 a touch, and is forgotten on eviction. Deviations: the paper counts the
@@ -17,6 +18,7 @@ class Lfu:
     """
 
     __slots__ = ("_counts", "_ranks")
+    _LANED = ("_ranks",)
 
     def __init__(self) -> None:
         self._counts: dict[Chunk, int] = {}
@@ -41,9 +43,9 @@ class Lfu:
         for chunk in chunks:
             unrank_chunk(self._ranks, self._counts.pop(chunk), chunk)
 
-    def victims(self, pages: int, eligible: Callable[[Chunk], bool]) -> list[Chunk] | None:
+    def victims(self, pages: int, eligible: Callable[[Chunk], bool], tenant: str | None = None) -> list[Chunk] | None:
         """Evict the eligible chunks of the lowest counts."""
-        taken = take_lowest(self._ranks, pages, eligible)
+        taken = take_lowest(self._ranks, pages, eligible, tenant)
         if taken is None:
             return None
         for _, chunk in taken:

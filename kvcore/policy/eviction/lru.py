@@ -6,14 +6,16 @@ Mattson, Gecsei, Slutz, Traiger, "Evaluation techniques for storage hierarchies"
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
+from kvcore.policy.eviction.lanes import Laned
 from kvcore.policy.eviction.queues import Queue, take_first
 from kvcore.policy.types import Chunk
 
 
-class Lru:
+class Lru(Laned):
     """Evicts the chunk that was inserted or touched least recently. No deviation."""
 
     __slots__ = ("_pages",)
+    _LANED = ("_pages",)
 
     def __init__(self) -> None:
         self._pages: Queue = OrderedDict()  # least recent first
@@ -35,6 +37,6 @@ class Lru:
         for chunk in chunks:
             del self._pages[chunk]
 
-    def victims(self, pages: int, eligible: Callable[[Chunk], bool]) -> list[Chunk] | None:
+    def victims(self, pages: int, eligible: Callable[[Chunk], bool], tenant: str | None = None) -> list[Chunk] | None:
         """Evict the least recent eligible chunks."""
-        return take_first(self._pages, pages, eligible)
+        return take_first(self._pages, pages, eligible, tenant)

@@ -2,19 +2,18 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TypeAlias
 
+from kvcore.policy.eviction.lanes import LanedRanks, Ranks, lane_of
 from kvcore.policy.types import Chunk
 
-Ranks: TypeAlias = dict[int, OrderedDict[Chunk, int]]
-"""Pages of each chunk, by rank, least recently ranked first. No rank is empty."""
+__all__ = ["Ranks", "rank_chunk", "take_lowest", "unrank_chunk"]
 
 
 def rank_chunk(ranks: Ranks, rank: int, chunk: Chunk, pages: int) -> None:
     """Put `chunk`, which has no rank, last in `rank`."""
     members = ranks.get(rank)
     if members is None:
-        members = ranks[rank] = OrderedDict()
+        members = ranks[rank] = ranks.queue() if isinstance(ranks, LanedRanks) else OrderedDict()
     members[chunk] = pages
 
 
@@ -27,7 +26,9 @@ def unrank_chunk(ranks: Ranks, rank: int, chunk: Chunk) -> int:
     return pages
 
 
-def take_lowest(ranks: Ranks, pages: int, eligible: Callable[[Chunk], bool]) -> list[tuple[int, Chunk]] | None:
+def take_lowest(
+    ranks: Ranks, pages: int, eligible: Callable[[Chunk], bool], tenant: str | None
+) -> list[tuple[int, Chunk]] | None:
     """Remove the lowest eligible chunks that free `pages` pages and return them with their ranks, lowest first.
 
     Returns None, with no change, where the eligible chunks do not free enough.
@@ -37,7 +38,7 @@ def take_lowest(ranks: Ranks, pages: int, eligible: Callable[[Chunk], bool]) -> 
     if freed < pages:
         # The distinct ranks are few beside the chunks, so sorting them costs less than keeping them in order.
         for rank in sorted(ranks):
-            for chunk, size in ranks[rank].items():
+            for chunk, size in lane_of(ranks[rank], tenant).items():
                 if eligible(chunk):
                     taken.append((rank, chunk))
                     freed += size

@@ -7,7 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from kvcore.policy.eviction.queues import Queue, frees_enough, pop_eligible, put_back
+from kvcore.policy.eviction.lanes import Laned
+from kvcore.policy.eviction.queues import Queue, frees_enough, lane_of, pop_eligible, put_back
 from kvcore.policy.types import Chunk
 
 FREQUENCY_CAP: Final = 3
@@ -15,7 +16,7 @@ PROMOTED_ABOVE: Final = 1
 """A chunk touched more often than this while in small goes on to main (the paper's algorithm 1)."""
 
 
-class S3Fifo:
+class S3Fifo(Laned):
     """Filters chunks through a small FIFO queue, a tenth of the cache, before a main one that gives second chances.
 
     Deviations. Room is made before a request's chunks are inserted, so that small holds more than its tenth after a
@@ -34,6 +35,7 @@ class S3Fifo:
         "_small_pages",
         "_small_share",
     )
+    _LANED = ("_main", "_small")
 
     def __init__(self, capacity_pages: int | None) -> None:
         capacity = capacity_pages or 0
@@ -75,29 +77,34 @@ class S3Fifo:
             else:
                 self._small_pages -= size
 
-    def victims(self, pages: int, eligible: Callable[[Chunk], bool]) -> list[Chunk] | None:
+    def victims(self, pages: int, eligible: Callable[[Chunk], bool], tenant: str | None = None) -> list[Chunk] | None:
         """Evict from small while it has its share or more, else from main."""
-        if not frees_enough((self._small, self._main), pages, eligible):
+        if not frees_enough((self._small, self._main), pages, eligible, tenant):
             return None
         taken: list[Chunk] = []
         freed = 0
+        lane_small, lane_main = lane_of(self._small, tenant), lane_of(self._main, tenant)
         passed_small: Queue = OrderedDict()
         passed_main: Queue = OrderedDict()
         while freed < pages:
             found = None
             if self._small_pages >= self._small_share:
-                found = self._evict_small(passed_small, eligible)
-            found = found or self._evict_main(passed_main, eligible) or self._evict_small(passed_small, eligible)
+                found = self._evict_small(lane_small, passed_small, eligible)
+            found = (
+                found
+                or self._evict_main(lane_main, passed_main, eligible)
+                or self._evict_small(lane_small, passed_small, eligible)
+            )
             if found is not None:  # None: main had nothing, and small sent all it had on to main
                 taken.append(found[0])
                 freed += found[1]
-        put_back(self._small, passed_small)
-        put_back(self._main, passed_main)
+        put_back(lane_small, passed_small)
+        put_back(lane_main, passed_main)
         return taken
 
-    def _evict_small(self, passed: Queue, eligible: Callable[[Chunk], bool]) -> tuple[Chunk, int] | None:
+    def _evict_small(self, lane: Queue, passed: Queue, eligible: Callable[[Chunk], bool]) -> tuple[Chunk, int] | None:
         """Take small's first chunk that does not go on to main, send on those before it, and remember it."""
-        while (found := pop_eligible(self._small, passed, eligible)) is not None:
+        while (found := pop_eligible(self._small, lane, passed, eligible)) is not None:
             chunk, size = found
             self._small_pages -= size
             if self._frequency[chunk] > PROMOTED_ABOVE:
@@ -112,9 +119,9 @@ class S3Fifo:
             return found
         return None
 
-    def _evict_main(self, passed: Queue, eligible: Callable[[Chunk], bool]) -> tuple[Chunk, int] | None:
+    def _evict_main(self, lane: Queue, passed: Queue, eligible: Callable[[Chunk], bool]) -> tuple[Chunk, int] | None:
         """Take main's first chunk of frequency 0; those before it are sent to the end with a frequency of 1 less."""
-        while (found := pop_eligible(self._main, passed, eligible)) is not None:
+        while (found := pop_eligible(self._main, lane, passed, eligible)) is not None:
             chunk, size = found
             if self._frequency[chunk] > 0:
                 self._frequency[chunk] -= 1

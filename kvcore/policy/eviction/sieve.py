@@ -7,11 +7,12 @@ caches", NSDI 2024.
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
+from kvcore.policy.eviction.lanes import Laned
 from kvcore.policy.eviction.queues import Queue, frees_enough
 from kvcore.policy.types import Chunk
 
 
-class Sieve:
+class Sieve(Laned):
     """Evicts the first unvisited chunk that the hand finds on its way from the oldest chunk to the newest.
 
     A touch marks a chunk visited; the hand takes the mark off and moves on. Chunks stay where they were inserted.
@@ -21,6 +22,7 @@ class Sieve:
     """
 
     __slots__ = ("_ahead", "_passed", "_visited")
+    _LANED = ()  # the hand itself goes past those that are not eligible, and their place is behind it then
 
     def __init__(self) -> None:
         # Oldest first in each. Nothing lies ahead only where the cache is empty: the hand wraps round at once, so
@@ -49,9 +51,9 @@ class Sieve:
             else:
                 del self._passed[chunk]
 
-    def victims(self, pages: int, eligible: Callable[[Chunk], bool]) -> list[Chunk] | None:
+    def victims(self, pages: int, eligible: Callable[[Chunk], bool], tenant: str | None = None) -> list[Chunk] | None:
         """Move the hand until it has evicted enough."""
-        if not frees_enough((self._ahead, self._passed), pages, eligible):
+        if not frees_enough((self._ahead, self._passed), pages, eligible, None):
             return None
         taken: list[Chunk] = []
         freed = 0

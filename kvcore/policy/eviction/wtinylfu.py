@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Final
 
-from kvcore.policy.eviction.queues import Queue, frees_enough, peek_eligible, put_back
+from kvcore.policy.eviction.lanes import Laned
+from kvcore.policy.eviction.queues import Queue, frees_enough, lane_of, peek_eligible, put_back
 from kvcore.policy.types import Chunk
 
 COUNT_BITS: Final = 4
@@ -19,7 +20,7 @@ SAMPLE_FACTOR: Final = 10
 """Counts are halved whenever this many times the capacity has been inserted and touched."""
 
 
-class WTinyLfu:
+class WTinyLfu(Laned):
     """Holds new chunks in a small LRU window and lets into main those used more often than what they would displace.
 
     The window is a hundredth of the cache; main is a segmented LRU, four fifths of it protected.
@@ -49,6 +50,7 @@ class WTinyLfu:
         "_window_pages",
         "_window_share",
     )
+    _LANED = ("_probation", "_protected", "_window")
 
     def __init__(self, capacity_pages: int | None) -> None:
         capacity = capacity_pages or 0
@@ -101,32 +103,34 @@ class WTinyLfu:
             self._counts.pop(chunk, None)
             self._remove(chunk)
 
-    def victims(self, pages: int, eligible: Callable[[Chunk], bool]) -> list[Chunk] | None:
+    def victims(self, pages: int, eligible: Callable[[Chunk], bool], tenant: str | None = None) -> list[Chunk] | None:
         """Evict the losers of contests while the window is over its share, then main's victims."""
-        if not frees_enough((self._window, self._probation, self._protected), pages, eligible):
+        segments = (self._window, self._probation, self._protected)
+        if not frees_enough(segments, pages, eligible, tenant):
             return None
         taken: list[Chunk] = []
         freed = 0
-        passed: tuple[Queue, Queue, Queue] = (OrderedDict(), OrderedDict(), OrderedDict())
+        lanes = [lane_of(segment, tenant) for segment in segments]
+        passed: list[Queue] = [OrderedDict(), OrderedDict(), OrderedDict()]
         while freed < pages:
-            loser = self._loser(passed, eligible)
+            loser = self._loser(lanes, passed, eligible)
             taken.append(loser)
             freed += self._remove(loser)
             if not self._sample_pages:
                 self._counts.pop(loser, None)
             self._room_made = 1
-        put_back(self._window, passed[0])
-        put_back(self._probation, passed[1])
-        put_back(self._protected, passed[2])
+        for lane, aside in zip(lanes, passed, strict=True):
+            put_back(lane, aside)
         return taken
 
-    def _loser(self, passed: tuple[Queue, Queue, Queue], eligible: Callable[[Chunk], bool]) -> Chunk:
-        rival = peek_eligible(self._probation, passed[1], eligible)
+    def _loser(self, lanes: list[Queue], passed: list[Queue], eligible: Callable[[Chunk], bool]) -> Chunk:
+        window, probation, protected = lanes
+        rival = peek_eligible(probation, passed[1], eligible)
         if rival is None:
-            rival = peek_eligible(self._protected, passed[2], eligible)
+            rival = peek_eligible(protected, passed[2], eligible)
         if rival is not None and self._window_pages <= self._window_share:
             return rival
-        candidate = peek_eligible(self._window, passed[0], eligible)
+        candidate = peek_eligible(window, passed[0], eligible)
         if candidate is not None and (rival is None or self._uses(candidate) <= self._uses(rival)):
             return candidate
         if rival is None:

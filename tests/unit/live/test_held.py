@@ -43,6 +43,20 @@ def test_a_cell_that_was_full_is_never_empty_again(table):
     view.close()
 
 
+def test_many_that_go_at_once_are_counted_as_one_by_one(table, tmp_path):
+    other = HeldTable(tmp_path / "kvcore-y.held")
+    many = [bytes([at % 7, at % 3, 0, 0, at % 256, at // 256]) for at in range(600)]
+    full = [b"\3\3\3\3" + bytes([at % 256, at // 256]) for at in range(300)]
+    for one in (table, other):
+        for chunk in [*many, *full]:
+            one.came(chunk)
+    table.all_went([*many[100:], *full])
+    for chunk in [*many[100:], *full]:
+        other.went(chunk)
+    assert table._cells[4096:] == other._cells[4096:]
+    other.close()
+
+
 def test_only_the_servers_own_table_is_read(table, tmp_path):
     assert HeldView.attach(table.path, table.token + 1) is None
     assert HeldView.attach(table.path, 0) is None

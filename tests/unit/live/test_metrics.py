@@ -2,7 +2,7 @@ import os
 import re
 
 from kvcore.live.members import Instance, Work
-from kvcore.live.metrics import HELP, Metrics, render, sampled
+from kvcore.live.metrics import HELP, Metrics, render, sampled, veiled
 from kvcore.live.wire import Register, Report, encode
 from kvcore.policy import Demote, Evict, Refuse, StoreCommitted
 
@@ -106,12 +106,28 @@ def test_tenants_share_a_label_beyond_a_bound():
     assert sum(key.startswith("kvcore_requested_tokens_total") for key in found) == 1001
 
 
+def test_a_salt_is_shown_only_where_the_operator_has_named_it():
+    metrics = Metrics()
+    metrics.name("bob")
+    for salt in ("bob", "s3cret", "other", "\udc80"):
+        look_up(metrics, FOLLOWED, (4,), salt=salt)
+        metrics.stored("m", tokens=1, nbytes=1, seconds=0.0, salt=salt)
+    text = render(metrics.report(())).decode()
+    labels = {line.split('salt="')[1].split('"')[0] for line in text.splitlines() if 'salt="' in line}
+    assert labels == {"bob", *map(veiled, ("s3cret", "other", "\udc80"))}
+    assert all(re.fullmatch("#[0-9a-f]{8}", label) for label in labels - {"bob"})
+    metrics.name("s3cret")
+    look_up(metrics, FOLLOWED, (4,), salt="s3cret")
+    assert samples(metrics)['kvcore_requests_total{model="m",resumed="no",salt="s3cret"}'] == 1
+
+
 def test_every_family_is_rendered_with_labels_that_need_escaping():
     metrics = Metrics()
     metrics.observe(
         StoreCommitted(now_ns=0, request="r", tier=0, chunks=FOLLOWED),
         (Refuse(request="r", tier=0, chunks=FOLLOWED, reason="lease"),),
     )
+    metrics.name('bob "the\nbuilder"')
     look_up(metrics, FOLLOWED, (4,), salt='bob "the\nbuilder"')
     metrics.time("kvcore_l2_seconds", 0.002, "get")
     text = render(metrics.report([(("kvcore_pages", "free"), 7)])).decode()
