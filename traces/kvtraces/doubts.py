@@ -15,6 +15,9 @@ SCHEMA = "traces/data/README.md"
 """Where the fields and their units are described."""
 _EPOCH_S = (1e9, 4e9)
 """Dates from 2001 to 2096 in seconds; in ms they are weeks of 1970, or of a machine that has run for so long."""
+MOST_BLOCKS = 1 << 20
+"""So many of a log's blocks are held against each other: ids that are not chained show soon, and to look at all of a
+large log's would take longer than to read it."""
 _MOST_PER_S = 1000.0
 """Requests a second, beyond which times with fractions are seconds, most likely."""
 
@@ -33,16 +36,21 @@ def check_chains(batches: Sequence[Rows], block: int | None, bad: BadRows) -> li
 
 
 def _followed_otherwise(batches: Sequence[Rows], block: int) -> int | None:
-    """Return a block that does not follow the same block always."""
+    """Return a block that does not follow the same block always, among the log's first ones."""
     from kvtraces._chained import Followed  # noqa: PLC0415 - numba is loaded only to read
 
-    followed = Followed()
+    left = min(MOST_BLOCKS, sum(len(rows.ids) for rows in batches if rows.counts is not None))
+    followed = Followed(left)
     for rows in batches:
         if rows.counts is None:
             continue
-        name = followed.first_other(rows.ids, rows.counts, rows.input_tokens // block)
+        taken = int(np.searchsorted(np.cumsum(rows.counts), left, side="right"))
+        name = followed.first_other(rows.ids, rows.counts[:taken], rows.input_tokens[:taken] // block)
         if name >= 0:
             return name
+        if taken < len(rows):
+            break
+        left -= len(rows.ids)
     return None
 
 

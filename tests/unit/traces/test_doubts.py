@@ -82,19 +82,25 @@ def test_whatever_is_no_tree_is_told(tmp_path: Path, prompts: list[list[int]]) -
     assert (log.doubts == ()) == follow_one_each(prompts)
 
 
-def longs(*values: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    return np.array(values, np.int64)
+def test_of_a_large_log_the_first_blocks_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row(0, 1, 2), row(1, 1, 2, 3), row(2, 2)]
+    for most, told in ((6, 1), (5, 0), (4, 0), (1, 0)):
+        monkeypatch.setattr("kvtraces.doubts.MOST_BLOCKS", most)
+        assert len(log_of(tmp_path / "a.jsonl", *rows).doubts) == told
+        (tmp_path / "b.jsonl").write_text((tmp_path / "a.jsonl").read_text())
+        log_of(tmp_path / "a.jsonl", *rows[:1])
+        assert read(tmp_path).doubts == (), "of several files together"
+        (tmp_path / "b.jsonl").unlink()
 
 
-def test_many_blocks_are_followed_and_a_request_is_held_against_all_of_itself() -> None:
-    followed = Followed()
-    many = 1_500_000
-    for first in range(0, many, 1000):  # more than the table takes
-        assert followed.first_other(np.arange(first, first + 1000), longs(1000), longs(1000)) == -1
-    assert followed.first_other(longs(many - 7, many - 6), longs(2), longs(2)) == many - 7
-    long = np.append(np.arange(many), 0)
-    assert Followed().first_other(long[:-1], longs(many), longs(many)) == -1
-    assert Followed().first_other(long, longs(many + 1), longs(many + 1)) == 0
+def test_large_ids_are_told_apart() -> None:
+    many = 100_000
+    ids = np.random.default_rng(0).integers(0, 2**63 - 1, many)
+    counts = np.full(many // 100, 100)
+    followed = Followed(2 * many)
+    assert followed.first_other(ids, counts, counts) == -1
+    assert followed.first_other(ids[100:], counts[1:], counts[1:]) == -1
+    assert followed.first_other(ids[7:9], np.array([2]), np.array([2])) == ids[7]
 
 
 def test_a_request_id_of_several_rows_is_told(tmp_path: Path) -> None:
