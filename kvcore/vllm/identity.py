@@ -41,13 +41,13 @@ def kv_dtype(vllm_config: Any) -> str:
 def model_revision(model_config: Any) -> str:
     """Return what tells one state of the weights from another.
 
-    A commit where the model came from a hub. For a folder the names, sizes and times of change of its weights, so that
-    weights which are overwritten in place are not taken for those before; the same weights copied elsewhere are. For
-    weights that lie elsewhere, as in object storage, what the user calls them (`--revision`); nothing where he does
-    not.
+    A commit where the model came from a hub. For a folder or a file the names, sizes and times of change of its
+    weights, so that weights which are overwritten in place are not taken for those before; the same weights copied
+    elsewhere are. For weights that lie elsewhere, as in object storage, what the user calls them (`--revision`);
+    nothing where he does not.
     """
-    folder = Path(str(model_config.model))
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    here = Path(str(model_config.model))
+    files = sorted(here.iterdir()) if here.is_dir() else [here] if here.is_file() else []
     weights = [file for file in files if file.suffix in {".safetensors", ".bin", ".pt", ".gguf"}]
     if weights:
         return ",".join(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in weights)

@@ -261,6 +261,8 @@ def test_weights_of_which_nothing_tells_whether_they_have_changed_are_those_of_o
     assert len(seen) == 4
     assert digest(tmp_path, **named, start="2") in seen, "the user says that they are the same"
     assert not lasts(config(tmp_path))
+    (tmp_path / "model.gguf").write_bytes(b"weights")
+    assert lasts(config(tmp_path / "model.gguf"))
     assert lasts(config(tmp_path, **named))
     assert digest(tmp_path, load_format="dummy") == digest(tmp_path, load_format="dummy", start="2")
 
