@@ -39,9 +39,11 @@ def operate() -> Callable[[Any, int, Mapping[Callable[[Any], object], float], in
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let the tests of Ctrl-C send it: a shell's background job, and all that it starts, ignores it otherwise."""
+    """Let the tests of Ctrl-C and SIGHUP send them: a shell's background job, or all under nohup, ignores them else."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(wrapper=True)
