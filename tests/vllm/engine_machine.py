@@ -123,7 +123,10 @@ class Engine:
 
     def enter(self, role, rank=0, epoch=0):
         """Register a member, which was here before or not."""
-        registered = self.service.handle(self.member(role, rank, epoch))
+        message = self.member(role, rank, epoch)
+        if (old := self.service.members.holder(message)) is not None:
+            self.service.gone(old)  # its liveness connection is closed first
+        registered = self.service.handle(message)
         self.service.here(registered.member, os.getpid())
         return registered
 
