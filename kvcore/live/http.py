@@ -111,13 +111,15 @@ class _Connection(H11Protocol):
         self.loop.call_later(_QUIET_S, self._look, self.cycle)
 
     def _look(self, before: object) -> None:
-        """Close where the request is still that one, or none."""
+        """Close where the request is still that one, or none, unless it has come whole and is being answered."""
         if self.transport.is_closing():
             return
-        if self.cycle is before:
+        cycle: Any = self.cycle  # None before the first request
+        answering = cycle is not None and not cycle.more_body and not cycle.response_complete
+        if cycle is before and not answering:
             self.transport.abort()
             return
-        self.loop.call_later(_QUIET_S, self._look, self.cycle)
+        self.loop.call_later(_QUIET_S, self._look, cycle)
 
 
 class HttpThread:

@@ -272,7 +272,8 @@ def test_connections_without_a_request_are_few_and_end(folder, monkeypatch, capf
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_clear_that_takes_its_time_is_done_not_refused(folder):
+def test_a_clear_that_takes_its_time_is_done_not_refused(folder, monkeypatch):
+    monkeypatch.setattr("kvcore.live.http._QUIET_S", 0.3)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
