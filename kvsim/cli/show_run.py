@@ -13,14 +13,13 @@ def show(result: RunResult) -> None:
     """Print the setting, TTFT and its parts, hits by tier, what was busy, and what it comes to last."""
     console = new_console()
     facts("Setting", setting_facts(result.settings, result.chunk_tokens))
-    good = result.load.sustained and result.load.requests > 0
-    if good:
+    if result.load.sustained and result.load.requests:
         console.print(Text("\nTime to first token", style="bold"))
         console.print(named_table(SPREAD_HEADINGS, times_rows(result)))
     meter("Prompt tokens found", [(name, share, f"{tokens:,}") for name, tokens, share in hit_rows(result)])
     meter("\nBusy until the last token", [(name, share, "") for name, share in use_rows(result)])
     console.print()
-    words = Text(sentence(result.load.sentence()), style="bold green" if good else "bold yellow")
+    words = Text(sentence(result.load.sentence()), style="bold green" if result.load.keeps_up else "bold yellow")
     gain = saved(result)
     if gain is not None:
         words.append(f"\n{sentence(gain)}", style="not bold default")

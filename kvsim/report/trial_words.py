@@ -1,7 +1,7 @@
 """What simulations settled of a sweep, in words and rows."""
 
 from kvsim.report.units import gib, percent, seconds
-from kvsim.tuner.trial import Settled, Tried
+from kvsim.tuner.trial import Settled, Tried, lacking
 from kvtraces.words import counted
 
 
@@ -24,8 +24,7 @@ def trial_headline(settled: Settled) -> str:
     """Return the recommendation of no cache, or of nothing, in one line."""
     chosen, target = settled.chosen, settled.trial.slo_ttft_p95_s
     if chosen is None:
-        able = any(one.load.sustained for one in (*settled.no_cache, *settled.tried))
-        what = f"meets the target of {target:g} s" if able else "sustains the load"
+        what = lacking((*settled.no_cache, *settled.tried)) or f"meets the target of {target:g} s"
         return f"No recommendation: no simulated setting {what}."
     engines = chosen.settings.engines
     who = "one engine does" if engines == 1 else f"{engines} engines do"

@@ -333,13 +333,19 @@ def _knee(good: Sequence[Tried], rule: Rule) -> tuple[Tried, str]:
     return min((one for one in cached if _mean(one) <= enough), key=lambda one: (*_size(one), _mean(one))), reason
 
 
+def lacking(tried: Sequence[Tried]) -> str | None:
+    """Return what no setting does with the load; None where some keep up, so that what none meets is the target."""
+    if any(one.load.keeps_up for one in tried):
+        return None
+    return "is seen to sustain the load" if any(one.load.sustained for one in tried) else "sustains the load"
+
+
 def _none_good(tried: Sequence[Tried], target: float | None) -> str:
-    able = [one for one in tried if one.load.keeps_up]
-    if not able:
+    if (what := lacking(tried)) is not None:
         unsure = [one for one in tried if one.load.sustained]
         most = max(unsure or tried, key=lambda one: (one.settings.engines, one.load.served_prompt_tokens_per_s))
-        what = "is seen to sustain" if unsure else "sustains"
-        return f"no simulated setting {what} the load; the best: {most.load.sentence()}"
+        return f"no simulated setting {what}; the best: {most.load.sentence()}"
+    able = [one for one in tried if one.load.keeps_up]
     nearest = min(able, key=lambda one: one.ttft_s["p95"] or math.inf)
     return f"no simulated setting has p95 TTFT within {target:g} s; the nearest has {nearest.ttft_s['p95']:.3g} s"
 

@@ -189,6 +189,14 @@ def test_what_does_not_show_that_engines_keep_up_is_neither_priced_nor_recommend
         assert one.to_dict()["load"]["keeps_up"] is False
 
 
+@pytest.mark.parametrize("target", [None, 100.0])
+def test_where_it_is_not_seen_the_load_is_what_is_said_not_the_target(target):
+    trial = Trial(base=BASE, top=1, slo_ttft_p95_s=target)
+    log = dataclasses.replace(LOG, timestamp_ms=np.zeros(500))
+    told = words(tune(log, COSTS, policies=["lru"], l1_sizes_gb=[5.0], chunk_sizes=[64], trial=trial))
+    assert told[0] == "No recommendation: no simulated setting is seen to sustain the load."
+
+
 def words(result):
     return [headline(result), *sentences(result)]
 
