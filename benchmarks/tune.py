@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 IMPORT = "import time; t = time.perf_counter(); import kvsim; print(time.perf_counter() - t)"
 
@@ -31,10 +32,11 @@ def main() -> None:
     found = json.loads(warm[2])
     imports = [float(timed(["-c", IMPORT])[2]) for _ in range(arguments.repeats)]
     recommendation = found["recommendation"]
+    shown = [Path(word).name if word in arguments.log else word for word in command[2:]]
     print(
         json.dumps(
             {
-                "command": f"kvsim {' '.join(command[2:])}",
+                "command": f"kvsim {' '.join(shown)}",
                 "requests": found["log"]["requests"],
                 "settings": len(found["sweep"]),
                 "first_seconds": round(first[0], 3),

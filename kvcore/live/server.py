@@ -36,7 +36,8 @@ from kvcore.live.stores.files import FileStore
 from kvcore.live.stores.pool import StorePool
 from kvcore.live.stores.registry import open_store
 from kvcore.live.takeover import Found, State, go_on, recover
-from kvtraces.journal import Head, JournalWriter, take_snapshot, without_collection
+from kvtraces.collector import without_collection
+from kvtraces.journal import Head, JournalWriter, take_snapshot
 
 _LOG = logging.getLogger("kvcore.server")
 _TURN_MESSAGES = 256

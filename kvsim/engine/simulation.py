@@ -1,8 +1,6 @@
 """One run: the log's requests through engines, caches and links, on SimPy's clock."""
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +19,7 @@ from kvsim.engine.shell import Shell
 from kvsim.engine.steps import StepCosts
 from kvsim.profiles import Profile
 from kvtraces import Log
+from kvtraces.collector import without_collection
 
 DISK_DUPLEX, NETWORK_DUPLEX = 0.5, 1.0
 """A disk's directions share one bandwidth; a network's do not."""
@@ -123,7 +122,7 @@ def simulate(
     order = sorted((job for job in jobs if job is not None), key=lambda job: (job.enqueued, job.index))
     if order:
         _Source(env, order, choose, None if progress is None else _Finishing(engines, progress, len(order))).start()
-    with _no_garbage_collection():
+    with without_collection():
         env.run()
     stuck = sum(job is not None and job.finished < 0 for job in jobs)
     if stuck:
@@ -241,15 +240,3 @@ def _append_outputs(jobs: list[Job], workload: Workload, settings: RunSettings) 
         if settings.store_output and size is not None:
             full = (job.prompt + job.output - 1) // size
             job.output_chain = workload.output_chains[job.index][: max(0, full - len(job.chain))]
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Hold the collector off: a run makes no cycles worth its passes over a million live objects."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()

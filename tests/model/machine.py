@@ -143,17 +143,20 @@ class CoreMachine(RuleBasedStateMachine):
     def serve(self, instance, paths):
         """Requests one after the other from beginning to end: what fills a cache and makes its order count."""
         for namespace, path in paths:
-            self.count += 1
-            name, chunks = f"r{self.count}", chain(namespace, path)
-            said = self.send(LookedUp(now_ns=self.tick(), request=name, instance=instance, chunks=chunks))
-            while load := next((d for d in said if isinstance(d, Load)), None):
-                self.loads.remove(load)
-                said = self.send(LoadDone(now_ns=self.tick(), request=name, tier=load.tier, chunks=load.chunks))
-            said = self.send(RoomAsked(now_ns=self.tick(), request=name, chunks=chunks))
-            for place in [d for d in said if isinstance(d, Place) and d.request == name]:
-                self.stores.remove(place)
-                self.send(StoreCommitted(now_ns=self.tick(), request=name, tier=0, chunks=place.chunks))
-            self.send(RequestEnded(now_ns=self.tick(), request=name))
+            self.serve_one(instance, chain(namespace, path))
+
+    def serve_one(self, instance, chunks, salt=""):
+        self.count += 1
+        name = f"r{self.count}"
+        said = self.send(LookedUp(now_ns=self.tick(), request=name, instance=instance, chunks=chunks, salt=salt))
+        while load := next((d for d in said if isinstance(d, Load)), None):
+            self.loads.remove(load)
+            said = self.send(LoadDone(now_ns=self.tick(), request=name, tier=load.tier, chunks=load.chunks))
+        said = self.send(RoomAsked(now_ns=self.tick(), request=name, chunks=chunks))
+        for place in [d for d in said if isinstance(d, Place) and d.request == name]:
+            self.stores.remove(place)
+            self.send(StoreCommitted(now_ns=self.tick(), request=name, tier=0, chunks=place.chunks))
+        self.send(RequestEnded(now_ns=self.tick(), request=name))
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())

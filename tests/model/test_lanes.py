@@ -12,11 +12,8 @@ from kvcore.policy import (
     CoreConfig,
     Evict,
     InstanceRegistered,
-    Load,
-    LoadDone,
     LookedUp,
     Pinned,
-    Place,
     QuotaSet,
     RequestEnded,
     RoomAsked,
@@ -37,17 +34,7 @@ class LanesMachine(CoreMachine):
     )
     def serve_tenant(self, salt, paths):
         for path in paths:
-            self.count += 1
-            name, chunks = f"r{self.count}", chain("m" + salt, path)
-            said = self.send(LookedUp(now_ns=self.tick(), request=name, instance="one", chunks=chunks, salt=salt))
-            while load := next((d for d in said if isinstance(d, Load)), None):
-                self.loads.remove(load)
-                said = self.send(LoadDone(now_ns=self.tick(), request=name, tier=load.tier, chunks=load.chunks))
-            said = self.send(RoomAsked(now_ns=self.tick(), request=name, chunks=chunks))
-            for place in [d for d in said if isinstance(d, Place) and d.request == name]:
-                self.stores.remove(place)
-                self.send(StoreCommitted(now_ns=self.tick(), request=name, tier=0, chunks=place.chunks))
-            self.send(RequestEnded(now_ns=self.tick(), request=name))
+            self.serve_one("one", chain("m" + salt, path), salt)
 
     @rule(salt=st.sampled_from(["", "s", "t"]), pages=st.sampled_from([None, 2, 4, 6]))
     def a_quota(self, salt, pages):

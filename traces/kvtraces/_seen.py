@@ -6,7 +6,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-_EMPTY = np.int64(-1)  # names are not negative
+EMPTY = np.int64(-1)
+"""Where a table of names has none; names are not negative."""
 _FIRST_SLOTS = 1 << 12
 
 
@@ -19,30 +20,30 @@ def first_seen(names: NDArray[np.int64]) -> NDArray[np.bool_]:
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _first_seen(names: Any) -> Any:
     new = np.empty(len(names), np.bool_)
-    table = np.full(_FIRST_SLOTS, _EMPTY)
+    table = np.full(_FIRST_SLOTS, EMPTY)
     used = 0
     for i in range(len(names)):
-        slot = _slot(table, names[i])
-        new[i] = table[slot] == _EMPTY
+        slot = slot_of(table, names[i])
+        new[i] = table[slot] == EMPTY
         if not new[i]:
             continue
         table[slot] = names[i]
         used += 1
         if 2 * used > len(table):
-            larger = np.full(2 * len(table), _EMPTY)
+            larger = np.full(2 * len(table), EMPTY)
             for name in table:
-                if name != _EMPTY:
-                    larger[_slot(larger, name)] = name
+                if name != EMPTY:
+                    larger[slot_of(larger, name)] = name
             table = larger
     return new
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _slot(table: Any, name: Any) -> Any:
+def slot_of(table: Any, name: Any) -> Any:
     """Return where a name is, or where it would go: open addressing by Fibonacci hashing (Knuth, TAOCP 6.4)."""
     mask = np.uint64(len(table) - 1)
     mixed = np.uint64(name) * np.uint64(0x9E3779B97F4A7C15)
     slot = (mixed ^ (mixed >> np.uint64(32))) & mask
-    while table[slot] != _EMPTY and table[slot] != name:
+    while table[slot] != EMPTY and table[slot] != name:
         slot = (slot + np.uint64(1)) & mask
     return slot

@@ -11,13 +11,11 @@ everything. It is on the disk before an older one is deleted, so after a machine
 """
 
 import errno
-import gc
 import os
 import re
 import struct
 import threading
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
@@ -28,6 +26,7 @@ import msgspec
 
 from kvcore.policy import Chunk, Core, CoreConfig, Decision, Event
 from kvcore.policy.snapshot import dump, reconfigured, restore
+from kvtraces.collector import without_collection
 from kvtraces.words import counted
 
 MAGIC = b"KVJRNL\x00\x01"
@@ -304,18 +303,6 @@ def take_snapshot(core: Core, pages: bytes = b"") -> Snapshot:
     """Return the core's state as a journal holds it."""
     with without_collection():
         return Snapshot(core=msgspec.msgpack.encode(dump(core)), pages=pages)
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Let Python's collector rest: it goes over millions of new objects again and again, and none is in a cycle."""
-    ran = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if ran:
-            gc.enable()
 
 
 def restore_core(head: Head, snapshot: Snapshot | None) -> Core:
